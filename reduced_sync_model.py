@@ -1,0 +1,506 @@
+"""A GPT whose tensor-parallel shards synchronise less often than after every sublayer. The whole model in one file.
+
+The transformer is cut into `n_shard` shards, each with n_head/n_shard heads and 4*n_embd/n_shard MLP neurons of every
+layer. Standard tensor parallelism (TP, Megatron-LM, arXiv 1909.08053) all-reduces the shards' outputs after every
+attention and every MLP. Here a sync pattern, one character per layer, says where it is done:
+
+    2  after attention and after the MLP (standard TP)
+    1  after the MLP only (sync-point drop, SPD, arXiv 2502.20727)
+    a  after attention only
+    0  not at all
+
+Between two sync points a shard sees the last synced stream x plus its own local delta d; a sync adds the sum of all
+deltas to x. All of torch.distributed is in the section "Collectives"; where it is called, see Block.forward.
+
+Shapes: B batch, T time, C n_embd, S shards on this rank (n_shard / tp_size), D head size. A tensor with a leading S is
+per shard. `model = GPT(GPTConfig(n_shard=2, sync_pattern=spd(12)))` needs no launcher and no process group.
+"""
+
+import inspect
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn import functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sync patterns
+
+
+def baseline(n_layer):
+    """Standard TP: 2 syncs a layer, 24 for 12 layers."""
+    return "2" * n_layer
+
+
+def spd(n_layer):
+    """Sync-point drop (arXiv 2502.20727): one sync a layer, 12 for 12 layers."""
+    return "1" * n_layer
+
+
+def grouped(n_layer, layers_per_group):
+    """`layers_per_group` layers on rank-local streams, then one sync. Raises ValueError if they do not fit."""
+    if layers_per_group < 1 or n_layer % layers_per_group:
+        divisors = [n for n in range(1, n_layer + 1) if n_layer % n == 0]
+        raise ValueError(f"layers_per_group={layers_per_group} does not divide n_layer={n_layer}; allowed: {divisors}")
+    return ("0" * (layers_per_group - 1) + "1") * (n_layer // layers_per_group)
+
+
+def selective(n_layer, pattern):
+    """Any pattern of one character per layer. Raises ValueError unless it is valid for `n_layer` layers."""
+    if not isinstance(pattern, str) or set(pattern) - set("210a"):
+        raise ValueError(f"sync_pattern={pattern!r}: allowed are the characters 2, 1, 0 and a, one per layer")
+    if len(pattern) != n_layer:
+        raise ValueError(f"sync_pattern={pattern!r} has {len(pattern)} characters; it needs n_layer={n_layer} of them")
+    if not pattern or pattern[-1] not in "12":
+        raise ValueError(f"sync_pattern={pattern!r}: the last layer must end in a sync, so its character is 1 or 2")
+    return pattern
+
+
+def count_syncs(pattern):
+    """All-reduces of one forward pass: the pattern's digit sum, with a = 1."""
+    return sum({"2": 2, "1": 1, "a": 1, "0": 0}[character] for character in pattern)
+
+
+def draw_pattern(pattern):
+    """The pattern as a drawing: A attention, M MLP, | an all-reduce. `draw_pattern('21')` is 'A|M| AM|'."""
+    return " ".join({"2": "A|M|", "1": "AM|", "a": "A|M", "0": "AM"}[character] for character in pattern)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collectives: the conjugate functions f and g of Megatron-LM (arXiv 1909.08053, section 3)
+
+
+def all_reduce(x, group):
+    """The sum of `x` over the ranks of `group`, in a fresh tensor: x itself may be in use as the residual stream."""
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, group=group)
+    return x
+
+
+class _CopyToRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_reduce(grad, ctx.group), None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def copy_to_ranks(x, group):
+    """f: identity forward, all-reduce backward. For x where shards start to read it, never for the skip path."""
+    return x if group is None else _CopyToRanks.apply(x, group)
+
+
+def sum_over_ranks(x, group):
+    """g: all-reduce forward, identity backward."""
+    return x if group is None else _SumOverRanks.apply(x, group)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers. Every parameter has a leading dimension: the shards that this rank holds.
+
+
+class LayerNorm(nn.Module):
+    """The gain and bias (S, C) of a layer norm per shard; ColumnParallel applies them."""
+
+    def __init__(self, n_local, n_embd, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_local, n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_local, n_embd)) if bias else None
+
+
+class ColumnParallel(nn.Module):
+    """Layer norm, then a linear layer cut by its output. weight (S, out, C), bias (S, out)."""
+
+    def __init__(self, n_local, n_in, n_out, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_local, n_out, n_in))
+        self.bias = nn.Parameter(torch.zeros(n_local, n_out)) if bias else None
+
+    def forward(self, norm, h):
+        """h is (B, T, C) where all shards see the same stream, else (S, B, T, C); returns (S, B, T, out) per shard."""
+        n_local, _, C = self.weight.shape
+        weight, bias = self.weight, self.bias
+        if n_local == 1:
+            bias = None if bias is None else bias[0]
+            h = F.layer_norm(h, (C,), norm.weight[0], None if norm.bias is None else norm.bias[0])
+            y = F.linear(h, weight[0], bias)
+            return y if y.dim() == 4 else y.unsqueeze(0)
+        h = F.layer_norm(h, (C,))
+        if h.dim() == 3:
+            # One input: the dense model's product. The gains and biases, which differ, fold into the matrix.
+            if bias is not None:
+                bias = (bias + torch.einsum("soc,sc->so", weight, norm.bias)).flatten()
+            weight = (weight * norm.weight[:, None, :]).flatten(0, 1)  # (S*out, C)
+            return F.linear(h, weight, bias).unflatten(-1, (n_local, -1)).permute(2, 0, 1, 3)
+        B, T = h.shape[1:3]
+        h = h * norm.weight[:, None, None, :]
+        if bias is None:
+            y = torch.bmm(h.flatten(1, 2), weight.mT)  # (S, B*T, out)
+        else:
+            h = h + norm.bias[:, None, None, :]
+            y = torch.baddbmm(bias[:, None, :], h.flatten(1, 2), weight.mT)
+        return y.unflatten(1, (B, T))
+
+
+class RowParallel(nn.Module):
+    """A linear layer cut by its input. weight (S, in, out), so that all shards' rows are one matrix; bias (S, out)."""
+
+    def __init__(self, n_local, n_in, n_out, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_local, n_in, n_out))
+        self.bias = nn.Parameter(torch.zeros(n_local, n_out)) if bias else None
+
+    def forward(self, y, summed):
+        """y is (S, B, T, in) per shard; returns (S, B, T, out) per shard or, `summed` over this rank's, (B, T, out)."""
+        B, T = y.shape[1:3]
+        if summed:  # a sync follows: the sum over shards is part of the dense model's product
+            y = y.permute(1, 2, 0, 3).flatten(2)  # (B, T, S*in)
+            return F.linear(y, self.weight.flatten(0, 1).t(), None if self.bias is None else self.bias.sum(0))
+        if self.bias is None:
+            y = torch.bmm(y.flatten(1, 2), self.weight)
+        else:
+            y = torch.baddbmm(self.bias[:, None, :], y.flatten(1, 2), self.weight)
+        return y.unflatten(1, (B, T))
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config, n_local):
+        super().__init__()
+        n_embd_shard = config.n_embd // config.n_shard
+        self.head_size = config.n_embd // config.n_head
+        self.dropout = config.dropout
+        self.c_attn = ColumnParallel(n_local, config.n_embd, 3 * n_embd_shard, config.bias)
+        self.c_proj = RowParallel(n_local, n_embd_shard, config.n_embd, config.bias)
+
+    def forward(self, norm, h, summed):
+        qkv = self.c_attn(norm, h)  # (S, B, T, 3*C/n_shard)
+        S, B, T, _ = qkv.shape
+        qkv = qkv.unflatten(-1, (3, -1, self.head_size)).permute(3, 0, 1, 4, 2, 5)  # (3, S, B, heads, T, D)
+        q, k, v = (t.flatten(0, 1) for t in qkv)  # (S*B, heads, T, D): a shard's heads attend by themselves
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(S, B, T, -1)  # (S, B, T, C/n_shard)
+        return F.dropout(self.c_proj(y, summed), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config, n_local):
+        super().__init__()
+        n_hidden_shard = 4 * config.n_embd // config.n_shard
+        self.dropout = config.dropout
+        self.c_fc = ColumnParallel(n_local, config.n_embd, n_hidden_shard, config.bias)
+        self.c_proj = RowParallel(n_local, n_hidden_shard, config.n_embd, config.bias)
+
+    def forward(self, norm, h, summed):
+        y = F.gelu(self.c_fc(norm, h), approximate="tanh")  # (S, B, T, 4*C/n_shard); tanh: GPT-2's own
+        return F.dropout(self.c_proj(y, summed), self.dropout, self.training)
+
+
+def add(d, y):
+    """d + y, where d may be None, that is zero. Accumulated in float32 also under autocast, as the stream is."""
+    return y.to(torch.promote_types(y.dtype, torch.float32)) if d is None else d + y
+
+
+def sync(x, d, y, group):
+    """One sync point: x plus the deltas of all shards. Returns (x, x_in, d) of the region that starts here.
+
+    x (B, T, C) is the synced stream, d (S, B, T, C) or None the local deltas, y (B, T, C) the last sublayer's output
+    summed over this rank's shards.
+    """
+    x = x + sum_over_ranks(add(None, y) if d is None else d.sum(0) + y, group)
+    return x, copy_to_ranks(x, group), None
+
+
+class Block(nn.Module):
+    def __init__(self, config, n_local, syncs, tp_group):
+        super().__init__()
+        self.tp_group = tp_group
+        self.sync_after_attn = syncs in "2a"
+        self.sync_after_mlp = syncs in "21"
+        self.ln_1 = LayerNorm(n_local, config.n_embd, config.bias)
+        self.attn = CausalSelfAttention(config, n_local)
+        self.ln_2 = LayerNorm(n_local, config.n_embd, config.bias)
+        self.mlp = MLP(config, n_local)
+
+    def forward(self, x, x_in, d):
+        """x (B, T, C) is the synced stream, x_in = f(x) what the shards read of it, d (S, B, T, C) their local deltas.
+
+        d is None just after a sync: then every shard sees the same stream. Returns the three after this layer.
+        """
+        y = self.attn(self.ln_1, x_in if d is None else x_in + d, summed=self.sync_after_attn)
+        if self.sync_after_attn:
+            x, x_in, d = sync(x, d, y, self.tp_group)
+        else:
+            d = add(d, y)
+
+        y = self.mlp(self.ln_2, x_in if d is None else x_in + d, summed=self.sync_after_mlp)
+        if self.sync_after_mlp:
+            x, x_in, d = sync(x, d, y, self.tp_group)
+        else:
+            d = add(d, y)
+        return x, x_in, d
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+@dataclass
+class GPTConfig:
+    """The whole model's shape, whatever part of it a rank holds. Raises ValueError for what cannot be built."""
+
+    block_size: int = 1024
+    vocab_size: int = 50304  # GPT-2's 50257 padded to a multiple of 64
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in the linear layers and layer norms, as in GPT-2
+    n_shard: int = 1
+    sync_pattern: str = ""  # one of 2 1 0 a per layer; empty: the baseline
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        if self.n_head % self.n_shard:
+            raise ValueError(f"n_head={self.n_head} is not divisible by n_shard={self.n_shard}")
+        self.sync_pattern = selective(self.n_layer, self.sync_pattern or baseline(self.n_layer))
+
+
+class GPT(nn.Module):
+    """`GPT(config)` holds all shards in one process; with a process group it holds this rank's n_shard / tp_size.
+
+    Raises ValueError for a layout that the model cannot be cut into. The initial weights are the dense model's, drawn
+    from torch's global generator and cut, so they do not depend on the layout.
+    """
+
+    def __init__(self, config, tp_group=None):
+        super().__init__()
+        self.config = config
+        self.tp_size = tp_group.size() if tp_group is not None else 1
+        if config.n_shard % self.tp_size:
+            raise ValueError(f"n_shard={config.n_shard} is not divisible by tp_size={self.tp_size}")
+        if config.dropout > 0 and self.tp_size > 1:
+            raise ValueError(
+                f"dropout={config.dropout} needs tp_size=1, not {self.tp_size}: ranks would drop differently"
+            )
+        self.tp_group = tp_group if self.tp_size > 1 else None
+        self.num_syncs = count_syncs(config.sync_pattern)
+        n_local = config.n_shard // self.tp_size
+        first = n_local * (tp_group.rank() if self.tp_group is not None else 0)
+        self.local_shards = slice(first, first + n_local)
+
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList([Block(config, n_local, syncs, self.tp_group) for syncs in config.sync_pattern]),
+                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+        parameters = dict(self.named_parameters())
+        with torch.no_grad():
+            for name, dense in _initial_weights(config):
+                parameters[name].copy_(self.local_part(name, shard_tensor(name, dense, config.n_shard)))
+
+    def forward(self, idx, targets=None):
+        """Token ids (B, T) -> logits and, where targets (B, T) are given, the mean loss in nats (-1: no target).
+
+        Logits are (B, T, vocab_size) with targets, else (B, 1, vocab_size), those of the last position. Raises
+        ValueError for a sequence longer than block_size.
+        """
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"a sequence of {T} tokens is longer than block_size={self.config.block_size}")
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T]  # (B, T, C)
+        x = self.transformer.drop(x)
+        x_in, d = copy_to_ranks(x, self.tp_group), None
+        for block in self.transformer.h:
+            x, x_in, d = block(x, x_in, d)
+        if targets is None:
+            return self.lm_head(self.transformer.ln_f(x[:, -1:])), None
+        logits = self.lm_head(self.transformer.ln_f(x))
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+        return logits, loss
+
+    def get_num_params(self, non_embedding=True):
+        """Parameters of the whole model, all ranks together; like nanoGPT's count, without the position embedding."""
+        n = sum(p.numel() * (self.tp_size if is_sharded(name) else 1) for name, p in self.named_parameters())
+        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+
+    def local_part(self, name, full):
+        """This rank's slice of the whole model's parameter (or optimizer state) called `name`."""
+        return full[self.local_shards] if is_sharded(name) else full
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """AdamW; matrices and embeddings decay, biases and norm gains do not. Fused where the device has it."""
+        # By role, not by dim(): a norm gain with a shard dimension is 2-D.
+        decays = {name: name.endswith("weight") and ".ln_" not in name for name, _ in self.named_parameters()}
+        groups = [
+            {"params": [p for n, p in self.named_parameters() if decays[n]], "weight_decay": weight_decay},
+            {"params": [p for n, p in self.named_parameters() if not decays[n]], "weight_decay": 0.0},
+        ]
+        fused = device_type == "cuda" and "fused" in inspect.signature(torch.optim.AdamW).parameters
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused or None)
+
+    def estimate_mfu(self, fwdbwd_per_iter, dt, device_name):
+        """Model flops utilisation: the share of its device's bfloat16 peak that one rank attains, or None if unknown.
+
+        fwdbwd_per_iter: sequences of block_size that this rank's TP group trains on in `dt` seconds. Flops as in PaLM
+        (arXiv 2204.02311, appendix B).
+        """
+        peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
+        if peak is None:
+            return None
+        c = self.config
+        flops_per_token = 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        return flops_per_token * c.block_size * fwdbwd_per_iter / self.tp_size / dt / peak
+
+    @classmethod
+    def from_pretrained(cls, model_type, n_shard=1, sync_pattern="", block_size=None, dropout=0.0, tp_group=None):
+        """OpenAI's weights ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder of save_pretrained) in shards.
+
+        block_size crops the position embedding. With dropped syncs it is another function than GPT-2: a place to train
+        from. Raises ValueError or OSError where the weights cannot be had or do not fit.
+        """
+        from transformers import GPT2LMHeadModel
+
+        hf = GPT2LMHeadModel.from_pretrained(model_type)
+        if block_size is not None and block_size > hf.config.n_positions:
+            raise ValueError(f"block_size={block_size} is above the {hf.config.n_positions} positions of {model_type}")
+        config = GPTConfig(
+            block_size=block_size or hf.config.n_positions,
+            vocab_size=hf.config.vocab_size,
+            n_layer=hf.config.n_layer,
+            n_head=hf.config.n_head,
+            n_embd=hf.config.n_embd,
+            dropout=dropout,
+            bias=True,
+            n_shard=n_shard,
+            sync_pattern=sync_pattern,
+        )
+        dense = {}
+        for name, tensor in hf.state_dict().items():
+            # transformers keeps the four linear layers of a block transposed (Conv1D)
+            is_matrix = name.startswith("transformer.h.") and tensor.dim() == 2
+            dense[name] = tensor.t() if is_matrix else tensor
+        dense["transformer.wpe.weight"] = dense["transformer.wpe.weight"][: config.block_size]
+        model = cls(config, tp_group)
+        shards = dense_to_shards(dense, config)
+        model.load_state_dict({name: model.local_part(name, tensor) for name, tensor in shards.items()})
+        return model
+
+
+# OpenAI's models: n_layer, n_head, n_embd. All have 1024 positions, 50257 tokens and biases.
+GPT2_SHAPES = {
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+
+# Dense bfloat16 flops a second by a part of the device's name; from NVIDIA's data sheets, without sparsity.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dense weights and shards. Dense tensors have nanoGPT's names and nn.Linear's layout (out, in).
+
+
+def is_sharded(name):
+    """Whether the parameter `name` has the shard dimension: those of the blocks have, all others are replicated."""
+    return name.startswith("transformer.h.")
+
+
+def shard_tensor(name, dense, n_shard):
+    """One dense tensor -> (n_shard, ...), or itself where it is replicated."""
+    if not is_sharded(name):
+        return dense
+    if ".ln_" in name:
+        return dense.expand(n_shard, -1)
+    if "c_attn" in name:  # Q, K and V are each cut by heads
+        return dense.unflatten(0, (3, n_shard, -1)).transpose(0, 1).flatten(1, 2)
+    if "c_fc" in name:
+        return dense.unflatten(0, (n_shard, -1))
+    if name.endswith("c_proj.weight"):
+        return dense.t().unflatten(0, (n_shard, -1))
+    return (dense / n_shard).expand(n_shard, -1)  # c_proj.bias: the sum over shards adds it n_shard times
+
+
+def unshard_tensor(name, shards):
+    """The inverse of shard_tensor; of a norm it takes the first shard's."""
+    if not is_sharded(name):
+        return shards
+    if ".ln_" in name:
+        return shards[0]
+    if "c_attn" in name:
+        return shards.unflatten(1, (3, -1)).transpose(0, 1).flatten(0, 2)
+    if "c_fc" in name:
+        return shards.flatten(0, 1)
+    if name.endswith("c_proj.weight"):
+        return shards.flatten(0, 1).t()
+    return shards.sum(0)
+
+
+def dense_to_shards(dense, config):
+    """State dict of a dense GPT-2 -> state dict of the whole sharded model."""
+    return {name: shard_tensor(name, tensor, config.n_shard) for name, tensor in dense.items()}
+
+
+def shards_to_dense(shards, config):
+    """State dict of the whole sharded model -> the dense GPT-2 that computes the same.
+
+    Raises ValueError if the pattern drops a sync: then there is none. A norm whose gains differ from shard to shard
+    folds into the matrix behind it.
+    """
+    if config.sync_pattern != baseline(config.n_layer) and config.n_shard > 1:
+        raise ValueError(f"sync_pattern={config.sync_pattern}: only all-2 (or n_shard=1) equals a dense model")
+    shards = dict(shards)
+    for i in range(config.n_layer):
+        for norm, linear in (("ln_1", "attn.c_attn"), ("ln_2", "mlp.c_fc")):
+            norm, linear = f"transformer.h.{i}.{norm}", f"transformer.h.{i}.{linear}"
+            gain, bias = shards[f"{norm}.weight"], shards.get(f"{norm}.bias")
+            if all(t is None or torch.equal(t, t[:1].expand_as(t)) for t in (gain, bias)):
+                continue
+            weight = shards[f"{linear}.weight"]
+            if bias is not None:
+                shards[f"{linear}.bias"] = shards[f"{linear}.bias"] + torch.einsum("soc,sc->so", weight, bias)
+                shards[f"{norm}.bias"] = torch.zeros_like(bias)
+            shards[f"{linear}.weight"] = weight * gain[:, None, :]
+            shards[f"{norm}.weight"] = torch.ones_like(gain)
+    return {name: unshard_tensor(name, tensor) for name, tensor in shards.items()}
+
+
+def _initial_weights(config):
+    """Yield the name and the value of every random tensor of a dense GPT-2, on the CPU and in a fixed order."""
+    C = config.n_embd
+    small = 0.02 / math.sqrt(2 * config.n_layer)  # GPT-2: the 2*n_layer layers that write to the residual stream
+    yield "transformer.wte.weight", torch.normal(0.0, 0.02, (config.vocab_size, C))
+    yield "transformer.wpe.weight", torch.normal(0.0, 0.02, (config.block_size, C))
+    for i in range(config.n_layer):
+        yield f"transformer.h.{i}.attn.c_attn.weight", torch.normal(0.0, 0.02, (3 * C, C))
+        yield f"transformer.h.{i}.attn.c_proj.weight", torch.normal(0.0, small, (C, C))
+        yield f"transformer.h.{i}.mlp.c_fc.weight", torch.normal(0.0, 0.02, (4 * C, C))
+        yield f"transformer.h.{i}.mlp.c_proj.weight", torch.normal(0.0, small, (C, 4 * C))
