@@ -1,0 +1,103 @@
+"""Token files and batches: a batch is a function of (seed, step) alone, so there is no loader state to save.
+
+data/NAME/ holds train.bin and val.bin (uint16 token ids) and meta.json, made by data/NAME/prepare.py.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+DATA = Path(__file__).parent / "data"
+
+
+class Corpus:
+    """The token files of one dataset, checked. `dataset` is a folder under data/, or an absolute path.
+
+    Raises ValueError where a file is missing, cut short or not what meta.json says.
+    """
+
+    def __init__(self, dataset, block_size, vocab_size=None):
+        self.folder = DATA / dataset
+        self.block_size = block_size
+        self.meta = self._read_meta()
+        self.vocab_size = vocab_size or self.meta["vocab_size"]
+        if self.vocab_size < self.meta["vocab_size"]:
+            raise ValueError(
+                f"{self.folder}: its vocabulary of {self.meta['vocab_size']} is above the model's {self.vocab_size}"
+            )
+        self.splits = {split: self._open(split) for split in ("train", "val")}
+
+    def train_batches(self, seed, step, windows, batch_size, part, parts):
+        """Yield the micro-batches (x, y), each (batch_size, block_size) int64, of one of `parts` shares of a step.
+
+        The step's `windows` are drawn from (seed, step); parts x batch_size must divide them.
+        """
+        tokens = self.splits["train"]
+        starts = np.random.default_rng((seed, step)).integers(0, len(tokens) - self.block_size, windows)
+        share = windows // parts
+        for first in range(part * share, (part + 1) * share, batch_size):
+            yield self._cut("train", starts[first : first + batch_size])
+
+    def evaluation_batches(self, split, batches, batch_size, part, parts):
+        """Yield one of `parts` shares of a fixed set of windows: `batches` of them spread evenly, or 0: all there are.
+
+        Windows do not overlap. Each batch is (x, y, n) with n counted targets; rows and places that fill a batch up
+        have the target -1.
+        """
+        T, length = self.block_size, len(self.splits[split]) - 1
+        n_windows = -(-length // T) if batches == 0 else min(batches * batch_size, length // T)
+        starts = np.arange(n_windows) * (T if batches == 0 else length // n_windows)
+        starts = starts[part::parts]
+        for first in range(0, len(starts), batch_size):
+            x, y = self._cut(split, starts[first : first + batch_size])
+            if len(x) < batch_size:  # one shape for all batches: nothing is compiled twice
+                fill = (0, 0, 0, batch_size - len(x))
+                x, y = torch.nn.functional.pad(x, fill), torch.nn.functional.pad(y, fill, value=-1)
+            yield x, y, int((y >= 0).sum())
+
+    def _cut(self, split, starts):
+        """Windows (n, block_size) of inputs and targets; past the file's end the input is 0 and the target -1."""
+        tokens, T = self.splits[split], self.block_size
+        rows = [np.asarray(tokens[start : start + T + 1], dtype=np.int64) for start in starts]
+        if rows and (largest := max(int(row.max()) for row in rows)) >= self.vocab_size:
+            raise ValueError(
+                f"{self.folder / split}.bin holds token id {largest}, at or above the vocabulary size {self.vocab_size}"
+            )
+        x, y = np.zeros((len(rows), T), np.int64), np.full((len(rows), T), -1, np.int64)
+        for i, row in enumerate(rows):
+            x[i, : min(T, len(row))] = row[:T]
+            y[i, : len(row) - 1] = row[1:]
+        return torch.from_numpy(x), torch.from_numpy(y)
+
+    def _read_meta(self):
+        path = self.folder / "meta.json"
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"no {path}; prepare the data first: python {self.folder / 'prepare.py'}") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+        for key in ("vocab_size", "train_tokens", "val_tokens"):
+            if not isinstance(meta, dict) or type(meta.get(key)) is not int or meta[key] < 1:
+                raise ValueError(f"{path}: {key} is missing or not a positive integer; prepare the data again")
+        if meta["vocab_size"] > 65536:
+            raise ValueError(f"{path}: vocab_size={meta['vocab_size']} does not fit uint16 token ids")
+        return meta
+
+    def _open(self, split):
+        path = self.folder / f"{split}.bin"
+        try:
+            size = path.stat().st_size
+            if size % 2:
+                raise ValueError(f"{path} has {size} bytes, an odd number: not uint16 token ids")
+            if size != 2 * self.meta[f"{split}_tokens"]:
+                raise ValueError(
+                    f"{path} has {size // 2} tokens, not the {self.meta[f'{split}_tokens']} of meta.json; prepare again"
+                )
+            if size // 2 <= self.block_size:
+                raise ValueError(f"{path} has {size // 2} tokens, too few for block_size={self.block_size}")
+            return np.memmap(path, dtype="<u2", mode="r")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None

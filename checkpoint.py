@@ -1,0 +1,123 @@
+"""Checkpoints: one file with the whole model, whatever layout wrote it, so that any other layout can read it.
+
+A checkpoint is a dict of tensors and plain types: `model` (parameters, full shard dimension), `optimizer` (AdamW's
+state by parameter name, likewise), `model_args`, `config`, `step`, `evaluated` (the last step evaluated),
+`best_val_loss`, `scaler`. In an out_dir, ckpt.pt is the last one, ckpt_previous.pt the one before, and ckpt_best.pt
+the one with the lowest validation loss. Files are replaced whole, never changed.
+"""
+
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from reduced_sync_model import is_sharded
+
+KEYS = ("model", "optimizer", "model_args", "config", "step", "evaluated", "best_val_loss", "scaler")
+
+
+def gather(model, optimizer):
+    """The whole model's parameters and optimizer state on the CPU. Every rank of the TP group has to call it."""
+
+    def whole(name, tensor):
+        if model.tp_group is not None and is_sharded(name) and tensor.dim() > 0:
+            parts = [torch.empty_like(tensor) for _ in range(model.tp_size)]
+            dist.all_gather(parts, tensor.contiguous(), group=model.tp_group)
+            return torch.cat([part.cpu() for part in parts])
+        return tensor.detach().cpu().clone()
+
+    state = {"model": {}, "optimizer": {}}
+    for name, parameter in model.named_parameters():
+        state["model"][name] = whole(name, parameter.detach())
+        moments = optimizer.state.get(parameter, {})
+        state["optimizer"][name] = {key: whole(name, value) for key, value in moments.items()}
+    return state
+
+
+def restore(checkpoint, model, optimizer=None):
+    """Copy this rank's part of a loaded checkpoint into the model and, where given, the optimizer."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(model.local_part(name, checkpoint["model"][name]))
+            moments = checkpoint["optimizer"][name]
+            if optimizer is not None and moments:
+                optimizer.state[parameter] = {
+                    # AdamW keeps its step count on the CPU unless it is fused
+                    key: value.clone().to(parameter.device if optimizer.defaults["fused"] else "cpu")
+                    if value.dim() == 0
+                    else model.local_part(name, value).to(parameter.device, copy=True)
+                    for key, value in moments.items()
+                }
+
+
+def save(checkpoint, out_dir, is_best):
+    """Write ckpt.pt, durably, keeping the one before; with is_best also ckpt_best.pt.
+
+    Raises OSError where that fails; the old files are whole then.
+    The directory entries change only after the new file is on the disk.
+    """
+    last, temporary = Path(out_dir) / "ckpt.pt", Path(out_dir) / "ckpt.pt.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch's zip writer turns a failed write into this
+                raise OSError(getattr(error.__context__, "errno", None), f"writing failed: {error}") from None
+            file.flush()
+            os.fsync(file.fileno())
+        if last.exists():
+            _link(last, Path(out_dir) / "ckpt_previous.pt")
+        os.replace(temporary, last)
+        if is_best:
+            _link(last, Path(out_dir) / "ckpt_best.pt")
+        directory = os.open(out_dir, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path):
+    """The checkpoint in `path`, read without running anything in it. Raises ValueError with one clear line."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load itself does not check the sums
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it is damaged")
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if not isinstance(checkpoint, dict) or (missing := [key for key in KEYS if key not in checkpoint]):
+            raise ValueError(f"it is not a checkpoint of this project{f': no {missing[0]}' if missing else ''}")
+    except FileNotFoundError:
+        raise ValueError(f"no checkpoint {path}") from None
+    except Exception as error:  # whatever a damaged or foreign file provokes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        previous = Path(path).with_name("ckpt_previous.pt")
+        hint = f"; the one before is {previous}" if previous != Path(path) and previous.exists() else ""
+        raise ValueError(f"checkpoint {path} cannot be used: {reason}{hint}") from None
+    return checkpoint
+
+
+def check_model(checkpoint, model_args, path):
+    """Raise ValueError naming the fields in which the checkpoint's model differs from `model_args`."""
+    saved = checkpoint["model_args"]
+    differing = [
+        f"{key}={saved.get(key)!r}, not {value!r}" for key, value in model_args.items() if saved.get(key) != value
+    ]
+    if differing:
+        raise ValueError(f"checkpoint {path} holds another model: {'; '.join(differing)}")
+
+
+def _link(source, target):
+    """Make `target` a second name of `source`, replacing it whole; a copy where the file system has no links."""
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)

@@ -1,0 +1,13 @@
+"""Baseline: standard tensor parallelism, 24 syncs a forward pass.
+
+    A|M| A|M| A|M| A|M| A|M| A|M| A|M| A|M| A|M| A|M| A|M| A|M|
+
+124M parameters, 12 layers, n_shard 2; everything not named here is a default of train_reduced_sync.py (--help).
+12 sequences x 1024 tokens x 40 micro-steps = 491,520 tokens a step; 20,000 steps = 9.83 B tokens.
+
+$ torchrun --standalone --nproc_per_node=8 train_reduced_sync.py config/train_baseline_24sync.py
+"""
+
+out_dir = "out-baseline-24sync"
+wandb_run_name = "baseline-24sync"
+architecture = "baseline"

@@ -1,0 +1,75 @@
+"""Config files that are exec'd and --key=value arguments, as in nanoGPT, but checked.
+
+    script.py config/a.py config/b.py --batch_size=8 --device=cpu
+
+The defaults are a dataclass whose fields are made with `option`. Files are executed in order, each seeing the values so
+far as globals, and the arguments come last. A name with a leading underscore, a module or a function in a config file
+is the file's own; every other name must be a key, and its value must have the key's type.
+"""
+
+import ast
+import dataclasses
+import types
+from pathlib import Path
+
+
+def option(default, meaning):
+    """A field of a config dataclass: its default, and a line for --help."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning})
+
+
+def configure(cls, argv):
+    """The config of dataclass `cls` that the arguments `argv` ask for. Raises ValueError with one clear line."""
+    values = {field.name: field.default for field in dataclasses.fields(cls)}
+    for argument in argv:
+        if argument.startswith("--"):
+            key, equals, text = argument[2:].partition("=")
+            if not equals:
+                raise ValueError(f"{argument}: arguments are CONFIG.py or --key=value (--help lists the keys)")
+            try:
+                value = ast.literal_eval(text)
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                value = text
+            values[key] = _checked(cls, key, value, argument)
+        else:
+            values.update(_run_file(cls, argument, values))
+    return cls(**values)
+
+
+def describe(cls):
+    """A line per key of `cls`: name, default, meaning."""
+    lines = [f"  --{field.name}={field.default!s:<12} {field.metadata['meaning']}" for field in dataclasses.fields(cls)]
+    return "\n".join(lines)
+
+
+def _run_file(cls, path, values):
+    source = next((p for p in (Path(path), Path(__file__).parent / path) if p.is_file()), None)
+    if source is None:
+        raise ValueError(f"no config file {path!r} (arguments are CONFIG.py or --key=value)")
+    namespace = dict(values)
+    try:
+        exec(compile(source.read_text(encoding="utf-8"), path, "exec"), namespace)
+    except Exception as error:
+        raise ValueError(f"config file {path}: {type(error).__name__}: {error}") from None
+    result = {}
+    for key, value in namespace.items():
+        if not (key.startswith("_") or isinstance(value, (types.ModuleType, types.FunctionType))):
+            result[key] = _checked(cls, key, value, f"config file {path}: {key}={value!r}")
+    return result
+
+
+def _checked(cls, key, value, where):
+    wanted = next((field.type for field in dataclasses.fields(cls) if field.name == key), None)
+    if wanted is None:
+        names = ", ".join(field.name for field in dataclasses.fields(cls))
+        raise ValueError(f"{where}: unknown key {key!r}; known are {names}")
+    allowed = wanted.__args__ if isinstance(wanted, types.UnionType) else (wanted,)
+    if float in allowed and type(value) is int:
+        try:
+            return float(value)
+        except OverflowError:
+            pass
+    if type(value) not in allowed:
+        kinds = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in allowed)
+        raise ValueError(f"{where}: {key} must be {kinds}, not {type(value).__name__}")
+    return value

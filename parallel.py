@@ -1,0 +1,181 @@
+"""The layout of a run: device, number type, process groups (data parallel x tensor parallel), gradients over them."""
+
+import contextlib
+import datetime
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+
+@dataclass
+class Layout:
+    """Where this process stands. TP ranks are neighbours, so that a TP group stays within a node."""
+
+    device: torch.device
+    dtype: torch.dtype
+    dp_size: int = 1
+    dp_rank: int = 0
+    tp_size: int = 1
+    dp_group: dist.ProcessGroup | None = None
+    tp_group: dist.ProcessGroup | None = None
+
+    def autocast(self):
+        """The context of a forward pass: none in float32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def choose_device(device=None, dtype=None, backend=None):
+    """Device type, torch dtype and backend, each chosen where it is None. Raises ValueError for what is not there.
+
+    The one place where CUDA and CPU part.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.split(":")[0] not in ("cuda", "cpu"):
+        raise ValueError(f"device={device!r}: allowed are cuda, cuda:N and cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}: this machine has no CUDA device that torch can use; try --device=cpu")
+    on_cuda = device.startswith("cuda")
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    dtype = dtype or ("float32" if not on_cuda else "bfloat16" if torch.cuda.is_bf16_supported() else "float16")
+    if dtype not in dtypes:
+        raise ValueError(f"dtype={dtype!r}: allowed are {', '.join(dtypes)}")
+    backend = backend or ("nccl" if on_cuda else "gloo")
+    if backend not in ("nccl", "gloo") or (backend == "nccl" and not on_cuda):
+        raise ValueError(f"backend={backend!r}: allowed are nccl (on CUDA) and gloo")
+    return device, dtypes[dtype], backend
+
+
+def start(device, dtype, backend, tp_size, timeout_s=600):
+    """This process's Layout; joins the process group that torchrun describes if there is more than one process."""
+    if device.startswith("cuda"):
+        if WORLD_SIZE > 1:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+    layout = Layout(torch.device(device), dtype)
+    if WORLD_SIZE > 1:
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+        shape = (WORLD_SIZE // tp_size, tp_size)
+        mesh = dist.init_device_mesh(layout.device.type, shape, mesh_dim_names=("dp", "tp"))
+        layout.dp_size, layout.tp_size = shape
+        layout.dp_rank = mesh.get_local_rank("dp")
+        layout.dp_group = mesh.get_group("dp") if layout.dp_size > 1 else None
+        layout.tp_group = mesh.get_group("tp") if layout.tp_size > 1 else None
+    return layout
+
+
+def sum_over_world(values, device):
+    """The sums over all ranks of a list of numbers."""
+    if WORLD_SIZE == 1:
+        return values
+    # float64: counts of tokens and sums of losses stay exact
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def average_gradients(model, group, bucket_bytes=64 * 2**20):
+    """Replace every gradient by its mean over the data-parallel `group` (None: nothing to do), a bucket at a time.
+
+    Not DDP: on the default group it would overwrite other TP ranks' shards, and its hooks split a compiled graph.
+    """
+    if group is None:
+        return
+    bucket, size = [], 0
+    gradients = [p.grad for p in model.parameters()]
+    for i, gradient in enumerate(gradients):
+        bucket.append(gradient)
+        size += gradient.numel() * gradient.element_size()
+        if size >= bucket_bytes or i + 1 == len(gradients):
+            flat = torch.cat([g.reshape(-1) for g in bucket])
+            dist.all_reduce(flat, group=group)
+            flat /= group.size()
+            for g, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                g.copy_(mean.view_as(g))
+            bucket, size = [], 0
+
+
+def clip_gradients(model, max_norm, is_sharded, group):
+    """Scale all gradients so that their global norm is at most max_norm (0: leave them); returns the norm before.
+
+    Sharded parameters' squares are summed over the TP `group`, replicated ones are counted once.
+    """
+    named = [(name, p.grad) for name, p in model.named_parameters()]
+    sharded = torch.nn.utils.get_total_norm([g for name, g in named if is_sharded(name)]) ** 2
+    replicated = torch.nn.utils.get_total_norm([g for name, g in named if not is_sharded(name)]) ** 2
+    if group is not None:
+        dist.all_reduce(sharded, group=group)
+    norm = (sharded + replicated).sqrt()
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    return norm.item()
+
+
+def gradient_scaler(layout):
+    """A GradScaler for float16, one that does nothing otherwise. All ranks see the same overflow."""
+    enabled = layout.dtype == torch.float16
+    if enabled and WORLD_SIZE > 1:
+        return ShardedGradScaler(layout.device.type, process_group=dist.group.WORLD)
+    return torch.amp.GradScaler(layout.device.type, enabled=enabled)
+
+
+def seed_of(*numbers):
+    """One seed from several numbers, as different for neighbours as for strangers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+class SameOnAllRanks(ValueError):
+    """An error that every rank raises at the same point, so one of them says it."""
+
+
+def raise_together(error):
+    """Raise SameOnAllRanks on every rank if `error` is not empty on any."""
+    if sum_over_world(
+        [float(bool(error))], "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+    )[0]:
+        raise SameOnAllRanks(error or "another rank failed")
+
+
+@contextlib.contextmanager
+def clear_errors():
+    """End the process with one line on stderr and status 1 for what users and their machines do wrong.
+
+    Errors before the process group exists are the same on every rank, so rank 0 says them; later ones name their rank.
+    """
+    try:
+        yield
+        return
+    except KeyboardInterrupt:
+        line, status = "interrupted", 130
+        shared = True
+    except (ValueError, OSError, RuntimeError) as error:
+        lost = WORLD_SIZE > 1 and re.search(r"gloo|NCCL|socket|connection|timed out", str(error), re.IGNORECASE)
+        if (
+            isinstance(error, RuntimeError)
+            and not isinstance(error, torch.OutOfMemoryError | dist.DistError)
+            and not lost
+        ):
+            raise
+        line, status = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__, 1
+        if lost and not isinstance(error, ValueError):
+            line = f"lost contact with another rank: {line}"
+        shared = isinstance(error, SameOnAllRanks) or not dist.is_initialized()
+    if RANK > 0 and shared:
+        # torchrun ends this process once rank 0, which may be slower to get here, has said the line
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(20)
+    print(f"rank {RANK}: {line}" if not shared else f"error: {line}", file=sys.stderr, flush=True)
+    sys.exit(status)

@@ -1,0 +1,109 @@
+"""log.txt: the one place that writes it and the one place that parses it.
+
+A log opens with a header of `# key: value` lines that describes the run; `# config:` is JSON. Then come lines of two
+fixed forms that grep finds:
+
+    step 20000: train loss 3.2711, val loss 3.2833
+    iter 20000: loss 3.2690, time 131.20ms, tok/s 3746000, mfu 41.20%, grad norm 0.4213
+
+`step N` is an evaluation of the weights after N updates; `iter N` is update number N, counted from 0. A resumed run
+adds a header of its own, so a log may hold several.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+
+NUMBER = r"(-?\d+\.?\d*(?:e[+-]?\d+)?|nan|-?inf)"
+STEP = re.compile(rf"step (\d+): train loss {NUMBER}, val loss {NUMBER}$")
+ITER = re.compile(rf"iter (\d+): loss {NUMBER}, time {NUMBER}ms, tok/s (\d+)(?:, mfu {NUMBER}%)?, grad norm {NUMBER}$")
+
+
+class RunLog:
+    """Appends to one log.txt, flushing at each line. Only rank 0 makes one."""
+
+    def __init__(self, path):
+        self.file = open(path, "a", encoding="utf-8")
+
+    def line(self, text):
+        self.file.write(text + "\n")
+        self.file.flush()
+
+    def header(self, description):
+        """Write the dict `description` as `# key: value` lines; a dict value is written as JSON on one line."""
+        for key, value in description.items():
+            self.line(f"# {key}: {json.dumps(value) if isinstance(value, dict) else value}")
+
+    def close(self):
+        self.file.close()
+
+
+def step_line(step, train_loss, val_loss):
+    """The line of an evaluation; losses in nats per token."""
+    return f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+
+
+def iter_line(step, loss, seconds, tokens, grad_norm, mfu=None):
+    """The line of one update: `tokens` trained on in `seconds`; `mfu` a fraction, or None where no peak is known."""
+    mfu = f", mfu {100 * mfu:.2f}%" if mfu is not None else ""
+    speed = f"time {1000 * seconds:.2f}ms, tok/s {tokens / seconds:.0f}"
+    return f"iter {step}: loss {loss:.4f}, {speed}{mfu}, grad norm {grad_norm:.4f}"
+
+
+@dataclass
+class Log:
+    """A parsed log.txt."""
+
+    header: dict = field(default_factory=dict)  # the last header: strings, and `config` as a dict
+    evaluations: list = field(default_factory=list)  # (step, train loss, val loss)
+    iterations: list = field(default_factory=list)  # (step, loss, ms, tokens/s, grad norm)
+
+
+def read_log(path):
+    """Parse a log.txt, also one that is being written: a last line without its newline is left out.
+
+    Raises ValueError where a complete line is none of the forms above, and OSError where the file cannot be read.
+    """
+    log = Log()
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                break
+            line = line.rstrip("\n")
+            if line.startswith("# "):
+                key, _, value = line[2:].partition(": ")
+                try:
+                    log.header[key] = json.loads(value) if key == "config" else value
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}:{number}: the header's config is not JSON: {error}") from None
+            elif match := STEP.match(line):
+                log.evaluations.append((int(match[1]), float(match[2]), float(match[3])))
+            elif match := ITER.match(line):
+                step, loss, ms, tokens, _mfu, norm = match.groups()
+                log.iterations.append((int(step), float(loss), float(ms), int(tokens), float(norm)))
+            elif line:
+                raise ValueError(f"{path}:{number}: not a line of a log: {line!r}")
+    return log
+
+
+def drop_lines_after(path, step, evaluated):
+    """Cut from the log at `path` what was written after the checkpoint of `step`, which the resumed run writes again.
+
+    Kept: headers, updates before `step`, evaluations up to `evaluated`, the last one that the checkpoint knows of. The
+    file is replaced whole or not at all.
+    """
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = [line for line in file if line.endswith("\n")]
+    kept = [
+        line
+        for line in lines
+        if not ((match := STEP.match(line)) and int(match[1]) > evaluated)
+        and not ((match := ITER.match(line)) and int(match[1]) >= step)
+    ]
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
