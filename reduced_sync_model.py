@@ -215,14 +215,20 @@ def add(d, y):
     return y.to(torch.promote_types(y.dtype, torch.float32)) if d is None else d + y
 
 
-def sync(x, d, y, group):
-    """One sync point: x plus the deltas of all shards. Returns (x, x_in, d) of the region that starts here.
+def read(x, x_in, d, group):
+    """What the shards see: (x_in, h), where x_in is f(x), made once where a region starts, and h is x_in + d."""
+    if d is None:
+        x_in = copy_to_ranks(x, group)
+        return x_in, x_in  # h is (B, T, C): all shards see the same
+    return x_in, x_in + d  # h is (S, B, T, C) per shard
 
-    x (B, T, C) is the synced stream, d (S, B, T, C) or None the local deltas, y (B, T, C) the last sublayer's output
-    summed over this rank's shards.
+
+def sync(x, d, y, group):
+    """One sync point: x (B, T, C) plus the sum of all shards' deltas.
+
+    d (S, B, T, C) or None are the local deltas, y (B, T, C) the last sublayer's output summed over this rank's shards.
     """
-    x = x + sum_over_ranks(add(None, y) if d is None else d.sum(0) + y, group)
-    return x, copy_to_ranks(x, group), None
+    return x + sum_over_ranks(add(None, y) if d is None else d.sum(0) + y, group)
 
 
 class Block(nn.Module):
@@ -237,19 +243,21 @@ class Block(nn.Module):
         self.mlp = MLP(config, n_local)
 
     def forward(self, x, x_in, d):
-        """x (B, T, C) is the synced stream, x_in = f(x) what the shards read of it, d (S, B, T, C) their local deltas.
+        """x (B, T, C) is the synced stream, x_in what the shards read of it, d (S, B, T, C) their local deltas.
 
-        d is None just after a sync: then every shard sees the same stream. Returns the three after this layer.
+        d is None just after a sync. Returns the three after this layer.
         """
-        y = self.attn(self.ln_1, x_in if d is None else x_in + d, summed=self.sync_after_attn)
+        x_in, h = read(x, x_in, d, self.tp_group)
+        y = self.attn(self.ln_1, h, summed=self.sync_after_attn)
         if self.sync_after_attn:
-            x, x_in, d = sync(x, d, y, self.tp_group)
+            x, d = sync(x, d, y, self.tp_group), None
         else:
             d = add(d, y)
 
-        y = self.mlp(self.ln_2, x_in if d is None else x_in + d, summed=self.sync_after_mlp)
+        x_in, h = read(x, x_in, d, self.tp_group)
+        y = self.mlp(self.ln_2, h, summed=self.sync_after_mlp)
         if self.sync_after_mlp:
-            x, x_in, d = sync(x, d, y, self.tp_group)
+            x, d = sync(x, d, y, self.tp_group), None
         else:
             d = add(d, y)
         return x, x_in, d
@@ -336,7 +344,7 @@ class GPT(nn.Module):
             raise ValueError(f"a sequence of {T} tokens is longer than block_size={self.config.block_size}")
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T]  # (B, T, C)
         x = self.transformer.drop(x)
-        x_in, d = copy_to_ranks(x, self.tp_group), None
+        x_in = d = None
         for block in self.transformer.h:
             x, x_in, d = block(x, x_in, d)
         if targets is None:

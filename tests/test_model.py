@@ -1,0 +1,340 @@
+"""The model in one process: patterns, oracles (transformers' GPT-2 and tests/oracle.py), converters, optimizer."""
+
+import dataclasses
+
+import oracle
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import reduced_sync_model as rsm
+from reduced_sync_model import GPT, GPTConfig, baseline, grouped, selective, spd
+
+torch.set_num_threads(1)  # the tensors are tiny
+PATTERNS = ["2222", "1111", "0101", "0001", "1101", "a2a1", "0a02", "a001"]  # every kind, for 4 layers
+SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=4, n_head=4, n_embd=32, bias=True)
+
+
+def batch(B=3, T=12, vocab_size=61):
+    idx = torch.randint(0, vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(7))
+    return idx[:, :-1], idx[:, 1:]
+
+
+def rough(model):
+    """Give every parameter, norms and biases too, values in which a mistake shows."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """transformers' GPT-2 with random weights, and the folder it is saved in."""
+    torch.manual_seed(3)
+    shape = dict(vocab_size=61, n_positions=16, n_embd=32, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0)
+    model = rough(GPT2LMHeadModel(GPT2Config(**shape, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)))
+    folder = tmp_path_factory.mktemp("gpt2")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+# --- patterns
+
+
+def test_named_variants():
+    assert baseline(12) == "2" * 12 and rsm.count_syncs(baseline(12)) == 24
+    assert spd(12) == "1" * 12 and rsm.count_syncs(spd(12)) == 12
+    counts = {n: rsm.count_syncs(grouped(12, n)) for n in (2, 3, 4, 6, 12)}
+    assert counts == {2: 6, 3: 4, 4: 3, 6: 2, 12: 1}
+    assert grouped(12, 3) == "001001001001" and grouped(12, 1) == spd(12)
+    assert rsm.count_syncs(selective(12, "110111011101")) == 9 and rsm.count_syncs("a2a1") == 5
+    assert rsm.draw_pattern("21a0") == "A|M| AM| A|M AM"
+
+
+@pytest.mark.parametrize("pattern", ["11", "11111", "1110", "111a", "1x11", "", "111 ", "1111\n", None, 1111])
+def test_bad_patterns_are_refused(pattern):
+    with pytest.raises(ValueError, match="sync_pattern"):
+        selective(4, pattern)
+
+
+@given(st.text(alphabet="210ax ", max_size=6), st.integers(1, 6))
+def test_selective_accepts_exactly_the_valid_patterns(pattern, n_layer):
+    valid = len(pattern) == n_layer and set(pattern) <= set("210a") and pattern[-1] in "12"
+    if valid:
+        assert selective(n_layer, pattern) == pattern
+    else:
+        with pytest.raises(ValueError):
+            selective(n_layer, pattern)
+
+
+def test_groups_must_fill_the_model():
+    for layers_per_group in (0, -1, 5, 24):
+        with pytest.raises(ValueError, match="layers_per_group"):
+            grouped(12, layers_per_group)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(n_shard=3), dict(n_head=3), dict(n_shard=0), dict(dropout=1.0), dict(sync_pattern="22"), dict(n_layer=0)],
+)
+def test_impossible_shapes_are_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        dataclasses.replace(SMALL, **change)
+
+
+# --- invariant 2, and the dropped syncs against the independent implementation
+
+
+def against_gpt2(gpt2, n_shard, pattern):
+    """Logits, loss and the gradient of the token embedding, ours and transformers'."""
+    theirs, folder = gpt2
+    ours = GPT.from_pretrained(folder, n_shard=n_shard, sync_pattern=pattern)
+    x, y = batch()
+    logits, loss = ours(x, y)
+    loss.backward()
+    theirs.zero_grad()
+    expected = theirs(x).logits
+    expected_loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), y.flatten())
+    expected_loss.backward()
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
+    gradients = ours.transformer.wte.weight.grad, theirs.transformer.wte.weight.grad
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_shard", [1, 2, 4])
+def test_all_2_is_transformers_gpt2(gpt2, n_shard):
+    against_gpt2(gpt2, n_shard, "2222")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_one_shard_is_transformers_gpt2(gpt2, pattern):
+    against_gpt2(gpt2, 1, pattern)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("n_shard", [2, 4])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_dropped_syncs_against_the_oracle(pattern, n_shard, bias):
+    torch.manual_seed(0)
+    dense_model = rough(GPT(dataclasses.replace(SMALL, bias=bias))).double()
+    dense = rsm.shards_to_dense(dict(dense_model.named_parameters()), dense_model.config)
+    config = dataclasses.replace(SMALL, bias=bias, n_shard=n_shard, sync_pattern=pattern)
+    model = GPT(config).double()
+    model.load_state_dict(rsm.dense_to_shards(dense, config), strict=False)
+    x, y = batch()
+    logits, loss = model(x, y)
+    expected = oracle.logits(dense, x, 4, 4, n_shard, pattern)
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+
+    loss.backward()
+    names = [name for name in dense if name != "lm_head.weight"]
+    expected_loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), y.flatten())
+    gradients = torch.autograd.grad(expected_loss, [dense_model.get_parameter(name) for name in names])
+    for name, gradient in zip(names, gradients, strict=True):
+        ours = model.get_parameter(name).grad
+        if ".ln_" in name and rsm.is_sharded(name):  # each shard has its own gain: together they are the dense one's
+            ours = ours.sum(0)
+            gradient = gradient[0]
+        elif name.endswith("c_proj.bias"):  # each shard holds 1/n_shard of it
+            ours, gradient = ours.mean(0), gradient[0]
+        else:
+            ours = rsm.unshard_tensor(name, ours)
+            gradient = rsm.unshard_tensor(name, gradient)
+        torch.testing.assert_close(ours, gradient, rtol=1e-8, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_dropped_sync_changes_the_function():
+    """Guards the tests above: the patterns really are different functions once n_shard is above 1."""
+    torch.manual_seed(0)
+    x, y = batch()
+    losses = set()
+    for pattern in PATTERNS:
+        torch.manual_seed(0)
+        losses.add(round(rough(GPT(dataclasses.replace(SMALL, n_shard=2, sync_pattern=pattern)))(x, y)[1].item(), 5))
+    assert len(losses) == len(PATTERNS)
+
+
+# --- converters and initial weights
+
+
+@pytest.mark.parametrize("n_shard", [1, 2, 4])
+def test_initial_weights_are_the_dense_models(n_shard):
+    torch.manual_seed(5)
+    dense = GPT(SMALL)
+    torch.manual_seed(5)
+    sharded = GPT(dataclasses.replace(SMALL, n_shard=n_shard))
+    joined = rsm.shards_to_dense(dict(sharded.named_parameters()), sharded.config)
+    for name, tensor in rsm.shards_to_dense(dict(dense.named_parameters()), dense.config).items():
+        assert torch.equal(joined[name], tensor), name
+    x, y = batch()
+    torch.testing.assert_close(sharded(x, y)[0], dense(x, y)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_initial_weights_have_gpt2s_spread():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=512, n_layer=4, n_head=4, n_embd=128, n_shard=2))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any()
+        elif ".ln_" in name:
+            assert (parameter == 1).all()
+        else:
+            wanted = 0.02 / 8**0.5 if "c_proj" in name else 0.02
+            assert parameter.std().item() == pytest.approx(wanted, rel=0.05), name
+
+
+def test_shards_to_dense_folds_gains_that_differ():
+    torch.manual_seed(0)
+    model = rough(GPT(dataclasses.replace(SMALL, n_shard=4))).double()
+    assert not torch.equal(model.transformer.h[0].ln_1.weight[0], model.transformer.h[0].ln_1.weight[1])
+    dense = GPT(SMALL).double()
+    dense.load_state_dict(
+        {
+            n: rsm.shard_tensor(n, t, 1)
+            for n, t in rsm.shards_to_dense(dict(model.named_parameters()), model.config).items()
+        },
+        strict=False,
+    )
+    x, y = batch()
+    torch.testing.assert_close(dense(x, y)[0], model(x, y)[0], rtol=1e-10, atol=1e-10)
+
+
+def test_no_dense_model_for_dropped_syncs():
+    model = GPT(dataclasses.replace(SMALL, n_shard=2, sync_pattern=spd(4)))
+    with pytest.raises(ValueError, match="sync_pattern=1111"):
+        rsm.shards_to_dense(dict(model.named_parameters()), model.config)
+
+
+def test_from_pretrained_crops_positions_and_refuses_more(gpt2):
+    theirs, folder = gpt2
+    model = GPT.from_pretrained(folder, n_shard=2, block_size=8)
+    x, y = batch(T=8)
+    torch.testing.assert_close(model(x, y)[0], theirs(x).logits, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="block_size=17"):
+        GPT.from_pretrained(folder, block_size=17)
+
+
+# --- invariant 3: all-reduces counted from outside the model
+
+
+@pytest.fixture
+def fake_group():
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("n_shard", [2, 4])
+def test_executed_all_reduces(fake_group, pattern, n_shard):
+    model = GPT(dataclasses.replace(SMALL, n_shard=n_shard, sync_pattern=pattern), fake_group)
+    x, y = batch()
+    with CommDebugMode() as comm:
+        _, loss = model(x, y)
+    assert comm.get_total_counts() == model.num_syncs == rsm.count_syncs(pattern)
+    with CommDebugMode() as comm:
+        loss.backward()
+    assert comm.get_total_counts() == model.num_syncs
+    assert all("allreduce" in str(op).replace("_", "") for op in comm.get_comm_counts())
+
+
+def test_layouts_that_cannot_be_are_refused(fake_group):
+    with pytest.raises(ValueError, match="n_shard=1 is not divisible by tp_size=2"):
+        GPT(SMALL, fake_group)
+    with pytest.raises(ValueError, match="dropout"):
+        GPT(dataclasses.replace(SMALL, n_shard=2, dropout=0.1), fake_group)
+
+
+# --- the rest
+
+
+def test_parameter_counts():
+    config = GPTConfig(bias=False, n_shard=2, sync_pattern=spd(12))
+    with torch.device("meta"):
+        model = torch.nn.Module.__new__(GPT)  # shapes only: 124M values are not needed for a count
+        GPT.__init__(model, config)
+    matrices, norms = 12 * 12 * 768**2, 2 * 12 * 768 * 2 + 768
+    assert model.get_num_params(non_embedding=False) == matrices + norms + 50304 * 768 + 1024 * 768
+    assert model.get_num_params() == model.get_num_params(non_embedding=False) - 1024 * 768
+    assert norms - (2 * 12 * 768 + 768) == 18432  # what a second shard's norms add
+
+
+def test_weight_decay_by_role():
+    model = GPT(dataclasses.replace(SMALL, n_shard=2))
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, plain = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert decayed | plain == set(names.values()) and not decayed & plain
+    assert plain == {n for n in names.values() if n.endswith("bias") or ".ln_" in n}
+
+
+def test_mfu_only_where_the_peak_is_known():
+    model = GPT(SMALL)
+    assert model.estimate_mfu(4, 1.0, "cpu") is None
+    flops = (6 * model.get_num_params() + 12 * 4 * 32 * 16) * 16 * 4
+    assert model.estimate_mfu(4, 2.0, "NVIDIA H100 80GB HBM3") == pytest.approx(flops / 2 / 989e12)
+
+
+def test_without_targets_only_the_last_position():
+    model = GPT(SMALL)
+    x, y = batch()
+    last, loss = model(x)
+    assert loss is None and last.shape == (3, 1, 61)
+    torch.testing.assert_close(last, model(x, y)[0][:, -1:])
+    with pytest.raises(ValueError, match="block_size=16"):
+        model(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_targets_of_minus_1_do_not_count():
+    model = GPT(SMALL)
+    x, y = batch()
+    masked = y.clone()
+    masked[1:] = -1
+    torch.testing.assert_close(model(x, masked)[1], model(x[:1], y[:1])[1])
+
+
+@pytest.mark.parametrize("pattern", ["2222", "0101"])
+def test_dropout_drops_and_only_in_training(pattern):
+    model = GPT(dataclasses.replace(SMALL, n_shard=2, dropout=0.5, sync_pattern=pattern))
+    x, y = batch()
+    assert model(x, y)[1] != model(x, y)[1]
+    model.eval()
+    assert model(x, y)[1] == model(x, y)[1]
+
+
+@pytest.mark.parametrize("pattern", ["2222", "0a01"])
+def test_bfloat16_autocast_stays_near_float32(pattern):
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(SMALL, n_shard=2, sync_pattern=pattern))
+    x, y = batch()
+    expected = model(x, y)[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(x, y)[1]
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-2) and loss != expected
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.timeout(300)
+def test_compiled_without_graph_breaks():
+    x, y = batch()
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(SMALL, n_layer=2, n_shard=2, sync_pattern="a1"))
+    expected = model(x, y)[1]
+    expected.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loss = torch.compile(model, fullgraph=True)(x, y)[1]
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
