@@ -175,11 +175,19 @@ def evaluate(model, corpus, config, layout):
     return losses
 
 
+def _git(*arguments):
+    """What git prints about the project's folder; nothing where there is no repository."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        return ""
+
+
 def describe_run(config, model, layout, step):
     """The header of log.txt."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True).stdout.strip() or "unknown"
-    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    commit = _git("rev-parse", "--verify", "-q", "HEAD") or "unknown"
+    dirty = _git("status", "--porcelain", "-uno")
     pattern, n_params = model.config.sync_pattern, model.get_num_params(non_embedding=False)
     most = 2 * model.config.n_layer
     payload = config.batch_size * config.block_size * config.n_embd * 4

@@ -1,0 +1,133 @@
+"""compare.py on logs that the training code's own writer made, and on the recorded ones."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+import compare
+from run_log import RunLog, step_line
+
+RECORDED = sorted((Path(__file__).parents[1] / "results").glob("*/*/log.txt"))
+ARCHITECTURES = {"2": "baseline", "1": "spd"}
+
+
+def make(folder, name, pattern, losses, n_shard=2, max_iters=20, **changes):
+    """A run's folder with the evaluations `losses` at steps 0, 10, 20 ..."""
+    architecture = ARCHITECTURES.get(pattern[0], "grouped") if len(set(pattern)) == 1 else "grouped"
+    config = {"architecture": architecture, "n_shard": n_shard, "max_iters": max_iters, "dataset": "text"}
+    config |= {"block_size": 8, "n_layer": 12, "n_head": 4, "n_embd": 64, "learning_rate": 1e-3, "seed": 1}
+    (folder / name).mkdir()
+    log = RunLog(folder / name / "log.txt")
+    header = {"architecture": architecture, "sync_pattern": pattern, "parameters": "0.61M (609344)"}
+    log.header({**header, "tokens a step": 512, "config": config | changes})
+    for i, loss in enumerate(losses):
+        log.line(step_line(10 * i, loss, loss))
+    log.close()
+
+
+@pytest.fixture
+def runs(tmp_path):
+    make(tmp_path, "out-base", "2" * 12, [4.0, 3.0, 2.0])
+    make(tmp_path, "out-spd", "1" * 12, [4.0, 3.1, 2.01])
+    make(tmp_path, "out-g6", "01" * 6, [4.0, 3.2, 2.04])
+    make(tmp_path, "out-g3", "000100010001", [4.0, 3.3, 2.10])
+    return tmp_path
+
+
+def load(folder):
+    return compare.load_runs(sorted(folder.glob("out*")))
+
+
+def test_table_and_verdict(runs):
+    loaded = load(runs)
+    assert [run.syncs for run in loaded] == [24, 12, 6, 3]
+    lines = [line.split() for line in compare.table(loaded).splitlines()]
+    assert lines[1] == "out-base Baseline 2 222222222222 24 0.0% 0.61M 2.0000 +0.00% 20".split()
+    assert lines[2] == "out-spd SPD 2 111111111111 12 50.0% 0.61M 2.0100 +0.50% 20".split()
+    assert lines[3] == "out-g6 Grouped-6 2 010101010101 6 75.0% 0.61M 2.0400 +2.00% 20".split()
+    assert lines[4] == "out-g3 Grouped-3 2 000100010001 3 87.5% 0.61M 2.1000 +5.00% 20".split()
+    assert "within 2.1% of the baseline: 6 (Grouped-6, +2.00%" in compare.verdict(loaded, 2.1)
+    assert "within 0.6% of the baseline: 12 (SPD" in compare.verdict(loaded, 0.6)
+    assert "no variant is within 0.1%" in compare.verdict(loaded, 0.1)
+    assert compare.warnings(loaded) == []
+
+
+def test_unfinished_runs_are_marked_and_do_not_decide(runs):
+    make(runs, "out-g2", "000001000001", [4.0, 2.9])
+    make(runs, "out-new", "000000000001", [])
+    loaded = load(runs)
+    text = compare.table(loaded)
+    assert "-3.33% at 10*" in text and "10 of 20*" in text and "0 of 20*" in text and "unfinished" in text
+    assert "3 (Grouped-3, +5.00%, 87.5% fewer syncs) (2 unfinished not counted)" in compare.verdict(loaded, 6)
+
+
+def test_a_log_that_is_being_written(runs):
+    with open(runs / "out-spd" / "log.txt", "a") as file:
+        file.write("step 30: train loss 1.")
+    assert load(runs)[1].losses == {0: 4.0, 10: 3.1, 20: 2.01}
+
+
+def test_when_nothing_can_be_said(tmp_path):
+    make(tmp_path, "out-spd", "1" * 12, [4.0, 3.1, 2.01])
+    assert "no baseline among the runs" in compare.verdict(load(tmp_path), 2)
+    make(tmp_path, "out-base", "2" * 12, [4.0, 3.0])
+    assert "the baseline out-base has not finished" in compare.verdict(load(tmp_path), 2)
+    make(tmp_path, "out-base2", "2" * 12, [4.0, 3.0, 2.0])
+    assert "2 baselines among the runs" in compare.verdict(load(tmp_path), 2)
+
+
+def test_each_n_shard_has_its_own_baseline(runs):
+    make(runs, "out-base4", "2" * 12, [4.0, 3.0, 1.9], n_shard=4)
+    make(runs, "out-spd4", "1" * 12, [4.0, 3.0, 2.01], n_shard=4)
+    loaded = load(runs)
+    gaps = {run.name: compare.gap(run, loaded).percent for run in loaded}
+    assert gaps["out-spd"] == pytest.approx(0.5) and gaps["out-spd4"] == pytest.approx(100 * (2.01 / 1.9 - 1))
+    assert len(compare.verdict(loaded, 2).splitlines()) == 2
+
+
+def test_nan_is_never_within_the_tolerance(runs):
+    make(runs, "out-nan", "000000000001", [4.0, float("nan"), float("nan")])
+    loaded = load(runs)
+    assert "3 (Grouped-3" in compare.verdict(loaded, 50) and "nan" in compare.table(loaded)
+    compare.draw(loaded, runs / "figure.png", 2)
+
+
+def test_settings_that_differ_are_named(runs):
+    make(runs, "out-g2", "000001000001", [4.0, 2.9, 2.0], learning_rate=2e-3)
+    assert compare.warnings(load(runs)) == ["warning: the runs differ in learning_rate: 0.001, 0.002"]
+
+
+def test_command_writes_figure_and_csv(runs, monkeypatch, capsys):
+    monkeypatch.chdir(runs)
+    assert compare.main(["--csv=table.csv", "--tolerance=2.1"]) == 0
+    assert "fewest syncs within 2.1%" in capsys.readouterr().out
+    png = (runs / "comparison.png").read_bytes()
+    assert png.startswith(b"\x89PNG") and len(png) > 20000
+    rows = list(csv.DictReader(open(runs / "table.csv")))
+    assert [(row["run"], int(row["syncs"]), float(row["val_loss"])) for row in rows][:2] == [
+        ("out-base", 24, 2.0),
+        ("out-spd", 12, 2.01),
+    ]
+    assert float(rows[3]["gap_percent"]) == pytest.approx(5)
+
+
+@pytest.mark.parametrize("arguments", [["nowhere"], [], ["text"], ["out-base", "--png=no/such/folder.png"]])
+def test_mistakes_end_with_one_line(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("not a log\n")
+    if arguments[:1] == ["out-base"]:
+        make(tmp_path, "out-base", "2" * 12, [4.0])
+    assert compare.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("folder", sorted({path.parents[1] for path in RECORDED}), ids=lambda p: p.name)
+def test_recorded_logs(folder, tmp_path):
+    """The logs that the documents cite: complete, comparable, and their table stands in the document."""
+    loaded = compare.load_runs(sorted(path.parent for path in folder.glob("*/log.txt")))
+    assert len(loaded) >= 4 and all(run.finished for run in loaded) and compare.warnings(loaded) == []
+    text = compare.table(loaded)
+    assert text in (folder.parents[1] / "EXPERIMENT_SUMMARY.md").read_text(encoding="utf-8")
+    compare.draw(loaded, tmp_path / "figure.png", 2)
