@@ -1,4 +1,4 @@
-"""Overlay: the longer CPU comparison, 12 layers x 128 wide, one process and one thread a run, so two runs fit two cores.
+"""Overlay: the longer CPU comparison, 12 layers x 128 wide, one process and one thread a run.
 
 8 sequences x 64 tokens = 512 tokens a step; 2,000 steps = 1.02 M tokens.
 

@@ -1,0 +1,35 @@
+# make demo: set-up, data, smoke test, four variants trained, table and plot.   make test: set-up and all tests.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := baseline_24sync spd_12sync grouped_6sync grouped_3sync
+
+.PHONY: demo test lint data
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+data: .venv/ready
+	$(BIN)/python data/shakespeare_char/prepare.py
+
+# two processes on the CPU, one on the first GPU where there is one; a second call resumes or finds nothing to do
+demo: data
+	$(BIN)/python test_all_architectures.py --small
+	@set -e; export OMP_NUM_THREADS=1; processes=2; device=cpu; \
+	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then processes=1; device=cuda; fi; \
+	for name in $(DEMO); do \
+		out=out-$$(echo $$name | tr _ -)-cpu; resume=; \
+		if [ -f $$out/ckpt.pt ]; then resume=--init_from=resume; fi; \
+		echo "== $$name"; \
+		$(BIN)/torchrun --standalone --nproc_per_node=$$processes train_reduced_sync.py config/train_$$name.py \
+			config/on_cpu.py --device=$$device $$resume; \
+	done
+	$(BIN)/python compare.py $(foreach name,$(DEMO),out-$(subst _,-,$(name))-cpu)
+
+test: data
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
