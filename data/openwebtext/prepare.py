@@ -1,0 +1,191 @@
+"""OpenWebText as GPT-2 tokens: train.bin, val.bin and meta.json. Or your own parquet or jsonl files, the same way.
+
+    python data/openwebtext/prepare.py                             the whole of it: hours, and about 101 GB of disk
+    python data/openwebtext/prepare.py --num_proc 32               on 32 processes (default: half the CPU cores)
+    python data/openwebtext/prepare.py --data_files a.parquet b.parquet      your own files, documents in column `text`
+    python data/openwebtext/prepare.py --max_docs 100000           only the first so many documents
+    python data/openwebtext/prepare.py --out_dir DIR               write there (default: beside this script)
+
+Each document is encoded with GPT-2's BPE and followed by one end-of-text token (50256). 0.05 % of the documents, at
+least one, drawn with nanoGPT's seed, are held out for validation. The files are raw little-endian uint16. The whole
+set, as nanoGPT publishes it, is 8,013,769 documents:
+
+    train.bin  18.1 GB  9,035,582,198 tokens
+    val.bin     8.9 MB      4,434,897 tokens
+    meta.json  vocab_size 50257, source, token counts, hashes
+
+Disk for the whole set, checked before anything is downloaded:
+
+    24.4 GB  the parquet files              in the Hugging Face hub's cache      80 files of 305 MB
+    40.0 GB  the text as Arrow              in the datasets library's cache      a memory map of all documents
+    18.1 GB  the tokens as Arrow            in the datasets library's cache      9.04e9 tokens of 2 bytes
+    18.1 GB  train.bin and val.bin          in out_dir
+
+Both caches are under ~/.cache/huggingface (move them with HF_HOME) and can be deleted afterwards. For files of your own
+the estimate is 2x their size (4x for parquet, which is compressed): the text as Arrow, and twice the tokens, of 2 bytes
+for every 4 bytes of text. A second call finds everything there and does nothing.
+"""
+
+import argparse
+import hashlib
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import corpus
+
+HUB, REVISION = "Skylion007/openwebtext", "refs/convert/parquet"
+N_DOCS = 8_013_769
+PARQUET_BYTES, TEXT_BYTES, TOKEN_BYTES = 24_400_000_000, 40_000_000_000, 2 * (9_035_582_198 + 4_434_897)
+KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+
+
+def describe_source(data_files, max_docs):
+    """One line that says which documents these are: for files of one's own with the hash of their content."""
+    if data_files:
+        digest = hashlib.sha256("".join(map(corpus.file_sha256, data_files)).encode()).hexdigest()
+        source = f"{', '.join(path.name for path in data_files)} (sha256 of its files' sha256s: {digest})"
+    else:
+        source = f"{HUB} {REVISION}"
+    return source + (f", first {max_docs} documents" if max_docs else "")
+
+
+def disk_needs(data_files, max_docs, out_dir):
+    """[(folder, bytes that will be written there)], by the arithmetic at the top of this file."""
+    from datasets import config
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = Path(config.HF_DATASETS_CACHE)
+    if data_files:
+        text = sum(path.stat().st_size * (2 if path.suffix == ".parquet" else 1) for path in data_files)
+        tokens = text // 2
+        return [(cache, text + tokens), (out_dir, tokens)]
+    tokens = int(TOKEN_BYTES * min(1, (max_docs or N_DOCS) / N_DOCS))
+    downloaded = (cache / HUB.replace("/", "___")).exists()
+    return [
+        (Path(HF_HUB_CACHE), 0 if downloaded else PARQUET_BYTES),
+        (cache, tokens + (0 if downloaded else TEXT_BYTES)),
+        (out_dir, tokens),
+    ]
+
+
+def check_disk(needs):
+    """Print what is needed and free on each file system of `needs`; raise CorpusError where it does not fit."""
+    per_device = {}  # device: (an existing folder on it, bytes needed)
+    for folder, needed in needs:
+        folder = folder.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        device = folder.stat().st_dev
+        first, so_far = per_device.get(device, (folder, 0))
+        per_device[device] = (first, so_far + needed)
+    for folder, needed in per_device.values():
+        free = shutil.disk_usage(folder).free
+        line = f"disk at {folder}: about {needed / 1e9:,.1f} GB needed, {free / 1e9:,.1f} GB free"
+        if needed > free:
+            raise corpus.CorpusError(f"{line}; HF_HOME moves the caches, --out_dir the token files")
+        print(line)
+
+
+def load_documents(data_files, max_docs, num_proc):
+    """The dataset with the one column `text`. Raises CorpusError where it cannot be loaded or has no such texts."""
+    import datasets
+
+    try:
+        if data_files:
+            kind = KINDS[data_files[0].suffix]
+            documents = datasets.load_dataset(kind, data_files=[str(path) for path in data_files], split="train")
+        else:
+            documents = datasets.load_dataset(HUB, revision=REVISION, split="train", num_proc=num_proc)
+    except Exception as error:  # any of several libraries'
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        what = ", ".join(map(str, data_files)) if data_files else HUB
+        raise corpus.CorpusError(f"cannot load {what}: {reason[0]}") from None
+    if "text" not in documents.column_names:
+        raise corpus.CorpusError(f"no column `text` for the documents: the columns are {documents.column_names}")
+    if getattr(documents.features["text"], "dtype", None) not in ("string", "large_string"):
+        raise corpus.CorpusError(f"column `text` must hold strings, it holds {documents.features['text']}")
+    documents = documents.select_columns("text")
+    if nulls := documents.data["text"].null_count:
+        raise corpus.CorpusError(f"column `text` is null in {nulls} documents: every document needs a text")
+    if max_docs:
+        documents = documents.select(range(min(max_docs, len(documents))))
+    if len(documents) < 2:
+        raise corpus.CorpusError(f"{len(documents)} documents: at least 2 are needed, one each for train and val")
+    return documents
+
+
+def tokenize(documents, num_proc):
+    """{"train": dataset, "val": dataset} with columns `ids` (uint16, the end-of-text token included) and `len`."""
+    from datasets import Features, Sequence, Value
+
+    encoding = corpus.gpt2_encoding()
+
+    def encode(batch):
+        ids = [
+            np.array([*encoding.encode_ordinary(text), encoding.eot_token], dtype=np.uint16) for text in batch["text"]
+        ]
+        return {"ids": ids, "len": [len(one) for one in ids]}
+
+    halves = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    return {
+        split: half.map(
+            encode,
+            batched=True,
+            remove_columns=["text"],
+            features=Features({"ids": Sequence(Value("uint16")), "len": Value("int64")}),
+            num_proc=min(num_proc, len(half)),
+            desc=f"tokenizing {split}",
+        )
+        for split, half in (("train", halves["train"]), ("val", halves["test"]))
+    }
+
+
+def chunks(tokenized, split, batch_size=1000):
+    """Yield the ids of `batch_size` documents at a time, one uint16 array each."""
+    from tqdm import tqdm
+
+    batches = tokenized.with_format("arrow").iter(batch_size)
+    for table in tqdm(batches, total=-(-len(tokenized) // batch_size), desc=f"writing {split}.bin"):
+        yield table["ids"].combine_chunks().flatten().to_numpy()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_files", type=Path, nargs="+", help="local .parquet or .jsonl files instead of the hub")
+    parser.add_argument("--max_docs", type=int, help="use only the first so many documents (at least 2)")
+    parser.add_argument("--num_proc", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="default: %(default)s")
+    parser.add_argument("--out_dir", type=Path, default=Path(__file__).resolve().parent, help="default: %(default)s")
+    args = parser.parse_args()
+
+    if args.num_proc < 1:
+        raise corpus.CorpusError(f"--num_proc is {args.num_proc}: it must be at least 1")
+    if args.max_docs is not None and args.max_docs < 2:
+        raise corpus.CorpusError(f"--max_docs is {args.max_docs}: it must be at least 2, one each for train and val")
+    for path in args.data_files or []:
+        if path.suffix not in KINDS or KINDS[path.suffix] != KINDS[args.data_files[0].suffix]:
+            raise corpus.CorpusError(f"--data_files has {path}: all must be .parquet, or all .jsonl or .json")
+
+    source = describe_source(args.data_files, args.max_docs)
+    if corpus.is_complete(args.out_dir, "gpt2", source):
+        print(f"{args.out_dir}: already there, {source}")
+        return
+    if hasattr(os, "register_at_fork"):  # on Ctrl-C the worker processes leave the last word to this one
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    check_disk(disk_needs(args.data_files, args.max_docs, args.out_dir))
+    documents = load_documents(args.data_files, args.max_docs, args.num_proc)
+    tokenized = tokenize(documents, args.num_proc)
+    splits = {
+        split: (int(dataset.with_format("numpy")["len"][:].sum()), chunks(dataset, split))
+        for split, dataset in tokenized.items()
+    }
+    corpus.write_corpus(args.out_dir, splits, 50257, "gpt2", source)
+
+
+if __name__ == "__main__":
+    corpus.run(main)
