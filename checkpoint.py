@@ -90,8 +90,9 @@ def load(path):
         if damaged is not None:
             raise ValueError(f"{damaged} in it is damaged")
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if not isinstance(checkpoint, dict) or (missing := [key for key in KEYS if key not in checkpoint]):
-            raise ValueError(f"it is not a checkpoint of this project{f': no {missing[0]}' if missing else ''}")
+        missing = [key for key in KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
+        if missing:
+            raise ValueError(f"it is not a checkpoint of this project: no {missing[0]}")
     except FileNotFoundError:
         raise ValueError(f"no checkpoint {path}") from None
     except Exception as error:  # whatever a damaged or foreign file provokes
@@ -117,7 +118,10 @@ def _link(source, target):
     temporary = target.with_name(target.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)  # a failure's, or where both were one file already: then replace does nothing

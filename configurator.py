@@ -3,12 +3,13 @@
     script.py config/a.py config/b.py --batch_size=8 --device=cpu
 
 The defaults are a dataclass whose fields are made with `option`. Files are executed in order, each seeing the values so
-far as globals, and the arguments come last. A name with a leading underscore, a module or a function in a config file
-is the file's own; every other name must be a key, and its value must have the key's type.
+far as globals, and the arguments come last. A name with a leading underscore, a module, a function or a class in a
+config file is the file's own; every other name must be a key, and its value must have the key's type.
 """
 
 import ast
 import dataclasses
+import os
 import types
 from pathlib import Path
 
@@ -30,6 +31,8 @@ def configure(cls, argv):
                 value = ast.literal_eval(text)
             except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 value = text
+            if str in (allowed := _allowed(cls, key)) and type(value) not in allowed:
+                value = text  # --sync_pattern=1111 is no number
             values[key] = _checked(cls, key, value, argument)
         else:
             values.update(_run_file(cls, argument, values))
@@ -43,27 +46,34 @@ def describe(cls):
 
 
 def _run_file(cls, path, values):
-    source = next((p for p in (Path(path), Path(__file__).parent / path) if p.is_file()), None)
+    source = next((p for p in (Path(path), Path(__file__).parent / path) if os.path.isfile(p)), None)
     if source is None:
         raise ValueError(f"no config file {path!r} (arguments are CONFIG.py or --key=value)")
     namespace = dict(values)
     try:
         exec(compile(source.read_text(encoding="utf-8"), path, "exec"), namespace)
     except Exception as error:
-        raise ValueError(f"config file {path}: {type(error).__name__}: {error}") from None
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"config file {path}: {type(error).__name__}: {reason}") from None
     result = {}
     for key, value in namespace.items():
-        if not (key.startswith("_") or isinstance(value, (types.ModuleType, types.FunctionType))):
+        own = key.startswith("_") or isinstance(value, types.ModuleType) or callable(value)
+        if key in values or not own:
             result[key] = _checked(cls, key, value, f"config file {path}: {key}={value!r}")
     return result
 
 
-def _checked(cls, key, value, where):
+def _allowed(cls, key):
+    """The types that `key` may have; none for an unknown key."""
     wanted = next((field.type for field in dataclasses.fields(cls) if field.name == key), None)
-    if wanted is None:
+    return wanted.__args__ if isinstance(wanted, types.UnionType) else (wanted,) if wanted else ()
+
+
+def _checked(cls, key, value, where):
+    allowed = _allowed(cls, key)
+    if not allowed:
         names = ", ".join(field.name for field in dataclasses.fields(cls))
         raise ValueError(f"{where}: unknown key {key!r}; known are {names}")
-    allowed = wanted.__args__ if isinstance(wanted, types.UnionType) else (wanted,)
     if float in allowed and type(value) is int:
         try:
             return float(value)
