@@ -43,7 +43,7 @@ def choose_device(device=None, dtype=None, backend=None):
     The one place where CUDA and CPU part.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.split(":")[0] not in ("cuda", "cpu"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ValueError(f"device={device!r}: allowed are cuda, cuda:N and cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}: this machine has no CUDA device that torch can use; try --device=cpu")

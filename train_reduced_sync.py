@@ -119,9 +119,9 @@ def check(config):
     for key, lowest in least.items():
         if not lowest <= getattr(config, key) < math.inf:
             raise ValueError(f"{key}={getattr(config, key)} must be at least {lowest}, and finite")
-    for key in ("beta1", "beta2"):
-        if getattr(config, key) >= 1:
-            raise ValueError(f"{key}={getattr(config, key)} must be below 1")
+    for key, limit in {"beta1": 1, "beta2": 1, "seed": 2**63}.items():
+        if getattr(config, key) >= limit:
+            raise ValueError(f"{key}={getattr(config, key)} must be below {limit}")
     if config.init_from not in ("scratch", "resume", *rsm.GPT2_SHAPES):
         raise ValueError(f"init_from={config.init_from!r}: allowed are scratch, resume, {', '.join(rsm.GPT2_SHAPES)}")
     if config.n_shard % config.tp_size:
@@ -286,16 +286,14 @@ def prepare(config):
         config.n_layer, config.n_head, config.n_embd = rsm.GPT2_SHAPES[config.init_from]
         config.bias = True
     check(config)
+    model_args = "block_size n_layer n_head n_embd dropout bias n_shard".split()
+    model_config = rsm.GPTConfig(**{key: getattr(config, key) for key in model_args}, sync_pattern=sync_pattern(config))
     choice = parallel.choose_device(config.device, config.dtype, config.backend)
     corpus = Corpus(config.dataset, config.block_size)
     # a multiple of 64 is fast on GPUs: GPT-2's 50257 tokens become 50304
-    vocab_size = 50257 if pretrained else -(-corpus.meta["vocab_size"] // 64) * 64
-    if corpus.meta["vocab_size"] > vocab_size:
-        raise ValueError(f"dataset={config.dataset!r} has more tokens than {config.init_from}: {vocab_size}")
-    model_args = {key: getattr(config, key) for key in ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")}
-    model_config = rsm.GPTConfig(
-        **model_args, vocab_size=vocab_size, n_shard=config.n_shard, sync_pattern=sync_pattern(config)
-    )
+    model_config.vocab_size = 50257 if pretrained else -(-corpus.meta["vocab_size"] // 64) * 64
+    if corpus.meta["vocab_size"] > model_config.vocab_size:
+        raise ValueError(f"dataset={config.dataset!r} has more tokens than {config.init_from}: 50257")
     saved = None
     if config.init_from == "resume":
         saved = ckpt.load(path)

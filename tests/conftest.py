@@ -1,0 +1,34 @@
+"""Fixtures that several test files use: a small corpus of real English text."""
+
+import pydoc_data.topics
+import subprocess
+import sys
+
+import pytest
+from launch import ROOT
+
+
+def english():
+    """About 460,000 characters of prose that every Python has: the language reference, as `help()` shows it."""
+    topics = pydoc_data.topics.topics
+    return "".join(topics[name] for name in sorted(topics))
+
+
+def prepare_chars(folder, text):
+    """Write `text` and its token files to `folder`, with the project's own script; returns the folder."""
+    (folder / "input.txt").write_text(text, encoding="utf-8")
+    command = [sys.executable, ROOT / "data/shakespeare_char/prepare.py", "--input", folder / "input.txt"]
+    subprocess.run([*command, "--out_dir", folder], check=True, timeout=60, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory):
+    """A prepared dataset of 60,000 characters."""
+    return prepare_chars(tmp_path_factory.mktemp("small_corpus"), english()[:60_000])
+
+
+@pytest.fixture(scope="session")
+def text_corpus(tmp_path_factory):
+    """A prepared dataset of all the text."""
+    return prepare_chars(tmp_path_factory.mktemp("text_corpus"), english())

@@ -1,0 +1,57 @@
+"""The training script's main, run after run in the same processes; not a test itself. Under torchrun or alone:
+
+torchrun --standalone --nproc_per_node=4 tests/ranks_agree.py ARGUMENTS [next ARGUMENTS]...
+
+Starting Python and torch costs more than a tiny run. After each run, before the process group ends, it checks on every
+rank that replicated parameters are bit-equal everywhere and sharded ones on the replicas of a shard, and says so.
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+
+import train_reduced_sync as script
+
+models = []
+configure_optimizers = script.rsm.GPT.configure_optimizers
+init_process_group, destroy_process_group = dist.init_process_group, dist.destroy_process_group
+
+
+def remember(model, *arguments):
+    models.append(model)
+    return configure_optimizers(model, *arguments)
+
+
+def compare():
+    """Raise where this rank's parameters are not what they should be beside another rank's."""
+    model = models[-1]
+    for name, parameter in model.named_parameters():
+        copies = [torch.empty_like(parameter) for _ in range(dist.get_world_size())]
+        dist.all_gather(copies, parameter.detach().contiguous())
+        for rank, copy in enumerate(copies):
+            same = not script.rsm.is_sharded(name) or (rank - dist.get_rank()) % model.tp_size == 0
+            if same or name.endswith("c_fc.weight"):  # other shards' matrices are other numbers
+                assert torch.equal(copy, parameter) == same, f"{name} on ranks {dist.get_rank()} and {rank}"
+    if dist.get_rank() == 0:
+        print(f"{dist.get_world_size()} ranks agree", flush=True)
+
+
+def init_once(*arguments, **keys):
+    """One process group for all runs: a second one finds the first one's addresses in torchrun's store."""
+    if not dist.is_initialized():
+        init_process_group(*arguments, **keys)
+
+
+script.rsm.GPT.configure_optimizers = remember
+dist.init_process_group, dist.destroy_process_group = init_once, compare
+runs = [[]]
+for argument in sys.argv[1:]:
+    if argument == "next":
+        runs.append([])
+    else:
+        runs[-1].append(argument)
+for run in runs:
+    script.main(run)
+if dist.is_initialized():
+    destroy_process_group()

