@@ -16,7 +16,6 @@ Shapes: B batch, T time, C n_embd, S shards on this rank (n_shard / tp_size), D 
 per shard. `model = GPT(GPTConfig(n_shard=2, sync_pattern=spd(12)))` needs no launcher and no process group.
 """
 
-import inspect
 import math
 from dataclasses import dataclass
 
@@ -136,9 +135,9 @@ class ColumnParallel(nn.Module):
         n_local, _, C = self.weight.shape
         weight, bias = self.weight, self.bias
         if n_local == 1:
-            bias = None if bias is None else bias[0]
-            h = F.layer_norm(h, (C,), norm.weight[0], None if norm.bias is None else norm.bias[0])
-            y = F.linear(h, weight[0], bias)
+            bias = None if bias is None else bias.squeeze(0)  # a view; indexing would copy the gradient
+            h = F.layer_norm(h, (C,), norm.weight.squeeze(0), None if norm.bias is None else norm.bias.squeeze(0))
+            y = F.linear(h, weight.squeeze(0), bias)
             return y if y.dim() == 4 else y.unsqueeze(0)
         h = F.layer_norm(h, (C,))
         if h.dim() == 3:
@@ -363,15 +362,14 @@ class GPT(nn.Module):
         return full[self.local_shards] if is_sharded(name) else full
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """AdamW; matrices and embeddings decay, biases and norm gains do not. Fused where the device has it."""
+        """AdamW, fused on CUDA and CPU; matrices and embeddings decay, biases and norm gains do not."""
         # By role, not by dim(): a norm gain with a shard dimension is 2-D.
         decays = {name: name.endswith("weight") and ".ln_" not in name for name, _ in self.named_parameters()}
         groups = [
             {"params": [p for n, p in self.named_parameters() if decays[n]], "weight_decay": weight_decay},
             {"params": [p for n, p in self.named_parameters() if not decays[n]], "weight_decay": 0.0},
         ]
-        fused = device_type == "cuda" and "fused" in inspect.signature(torch.optim.AdamW).parameters
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused or None)
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, device_name):
         """Model flops utilisation: the share of its device's bfloat16 peak that one rank attains, or None if unknown.
