@@ -77,7 +77,7 @@ class Corpus:
             meta = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(f"no {path}; prepare the data first: python {self.folder / 'prepare.py'}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
         for key in ("vocab_size", "train_tokens", "val_tokens"):
             if not isinstance(meta, dict) or type(meta.get(key)) is not int or meta[key] < 1:

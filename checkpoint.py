@@ -1,11 +1,13 @@
 """Checkpoints: one file with the whole model, whatever layout wrote it, so that any other layout can read it.
 
 A checkpoint is a dict of tensors and plain types: `model` (parameters, full shard dimension), `optimizer` (AdamW's
-state by parameter name, likewise), `model_args`, `config`, `step`, `evaluated` (the last step evaluated),
-`best_val_loss`, `scaler`. In an out_dir, ckpt.pt is the last one, ckpt_previous.pt the one before, and ckpt_best.pt
-the one with the lowest validation loss. Files are replaced whole, never changed.
+state by parameter name, likewise), `model_args`, `config`, `data` (meta.json), `step`, `evaluated` (the last step
+evaluated), `best_val_loss`, `skipped` and `bad_steps` (updates skipped in all, and in a row), `scaler`. In an out_dir,
+ckpt.pt is the last one, ckpt_previous.pt the one before, and ckpt_best.pt the one with the lowest validation loss.
+Files are replaced whole, never changed.
 """
 
+import dataclasses
 import os
 import shutil
 import zipfile
@@ -14,9 +16,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from reduced_sync_model import is_sharded
+from reduced_sync_model import GPT, is_sharded
 
-KEYS = ("model", "optimizer", "model_args", "config", "step", "evaluated", "best_val_loss", "scaler")
+KINDS = dict.fromkeys("model optimizer model_args config data scaler".split(), dict)
+KINDS |= dict.fromkeys("step evaluated skipped bad_steps".split(), int) | {"best_val_loss": float}
 
 
 def gather(model, optimizer):
@@ -65,7 +68,8 @@ def save(checkpoint, out_dir, is_best):
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:  # torch's zip writer turns a failed write into this
-                raise OSError(getattr(error.__context__, "errno", None), f"writing failed: {error}") from None
+                cause = error.__context__
+                raise OSError(cause.strerror if isinstance(cause, OSError) else f"writing failed: {error}") from None
             file.flush()
             os.fsync(file.fileno())
         if last.exists():
@@ -90,27 +94,49 @@ def load(path):
         if damaged is not None:
             raise ValueError(f"{damaged} in it is damaged")
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        missing = [key for key in KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
-        if missing:
-            raise ValueError(f"it is not a checkpoint of this project: no {missing[0]}")
+        for key, kind in KINDS.items():
+            if not isinstance(checkpoint, dict) or key not in checkpoint:
+                raise ValueError(f"it is not a checkpoint of this project: no {key}")
+            if type(checkpoint[key]) is not kind:
+                raise ValueError(f"its {key} is {type(checkpoint[key]).__name__}, not {kind.__name__}")
     except FileNotFoundError:
         raise ValueError(f"no checkpoint {path}") from None
     except Exception as error:  # whatever a damaged or foreign file provokes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         previous = Path(path).with_name("ckpt_previous.pt")
-        hint = f"; the one before is {previous}" if previous != Path(path) and previous.exists() else ""
+        other = previous != Path(path) and previous.exists()
+        hint = f"; to go on from the one before, copy {previous} over it" if other else ""
         raise ValueError(f"checkpoint {path} cannot be used: {reason}{hint}") from None
     return checkpoint
 
 
-def check_model(checkpoint, model_args, path):
-    """Raise ValueError naming the fields in which the checkpoint's model differs from `model_args`."""
+def check_model(checkpoint, config, path):
+    """Raise ValueError unless the checkpoint holds the model of GPTConfig `config`, naming the fields that differ."""
     saved = checkpoint["model_args"]
-    differing = [
-        f"{key}={saved.get(key)!r}, not {value!r}" for key, value in model_args.items() if saved.get(key) != value
-    ]
+    wanted = dataclasses.asdict(config) | {"dropout": saved.get("dropout")}  # dropout is no part of the weights
+    differing = [f"{key}={saved.get(key)!r}, not {value!r}" for key, value in wanted.items() if saved.get(key) != value]
     if differing:
         raise ValueError(f"checkpoint {path} holds another model: {'; '.join(differing)}")
+    with torch.device("meta"):  # shapes without memory
+        parameters = dict(GPT(config).named_parameters())
+    for name, parameter in parameters.items():
+        weight, moments = checkpoint["model"].get(name), checkpoint["optimizer"].get(name)
+        tensors = [weight, *moments.values()] if isinstance(moments, dict) else [None]
+        if (
+            not all(isinstance(t, torch.Tensor) and t.shape in (parameter.shape, ()) for t in tensors)
+            or not weight.dim()
+        ):
+            raise ValueError(
+                f"checkpoint {path} cannot be used: {name} or its optimizer state is not what it should be"
+            )
+
+
+def check_data(checkpoint, meta, path):
+    """Raise ValueError naming the fields in which the meta.json of the checkpoint's data differs from `meta`."""
+    saved = checkpoint["data"]
+    differing = [key for key in dict.fromkeys([*saved, *meta]) if saved.get(key) != meta.get(key)]
+    if differing:
+        raise ValueError(f"checkpoint {path} was trained on other data: meta.json differs in {', '.join(differing)}")
 
 
 def _link(source, target):

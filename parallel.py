@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+RESTART_COUNT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 @dataclass
@@ -58,16 +60,22 @@ def choose_device(device=None, dtype=None, backend=None):
     return device, dtypes[dtype], backend
 
 
-def start(device, dtype, backend, tp_size, timeout_s=600):
+def start(device, dtype, backend, tp_size, timeout_s):
     """This process's Layout; joins the process group that torchrun describes if there is more than one process."""
     if device.startswith("cuda"):
         if WORLD_SIZE > 1:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            device = f"cuda:{LOCAL_RANK}"
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
     layout = Layout(torch.device(device), dtype)
     if WORLD_SIZE > 1:
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+        timeout = datetime.timedelta(seconds=timeout_s)
+        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun keeps its store over restarts: a new group would find the addresses of the dead one there
+            # (pytorch#135712). Several nodes do not count restarts alike; TRAINING_INSTRUCTIONS.md says what to do.
+            store = dist.PrefixStore(f"restart {RESTART_COUNT}", store)
+        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=timeout)
         shape = (WORLD_SIZE // tp_size, tp_size)
         mesh = dist.init_device_mesh(layout.device.type, shape, mesh_dim_names=("dp", "tp"))
         layout.dp_size, layout.tp_size = shape
@@ -159,23 +167,23 @@ def clear_errors():
         yield
         return
     except KeyboardInterrupt:
-        line, status = "interrupted", 130
-        shared = True
+        line, status, shared, lost = "interrupted", 130, True, False
     except (ValueError, OSError, RuntimeError) as error:
-        lost = WORLD_SIZE > 1 and re.search(r"gloo|NCCL|socket|connection|timed out", str(error), re.IGNORECASE)
-        if (
-            isinstance(error, RuntimeError)
-            and not isinstance(error, torch.OutOfMemoryError | dist.DistError)
-            and not lost
-        ):
-            raise
-        line, status = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__, 1
-        if lost and not isinstance(error, ValueError):
-            line = f"lost contact with another rank: {line}"
+        line, status = str(error).strip().split("\n")[0] or type(error).__name__, 1
         shared = isinstance(error, SameOnAllRanks) or not dist.is_initialized()
-    if RANK > 0 and shared:
-        # torchrun ends this process once rank 0, which may be slower to get here, has said the line
+        lost = False
+        if isinstance(error, RuntimeError):
+            lost = WORLD_SIZE > 1 and re.search(
+                r"gloo|NCCL|socket|connection|timeout|timed out", str(error), re.IGNORECASE
+            )
+            if lost:
+                line = f"lost contact with another rank: {line}"
+            elif not isinstance(error, torch.OutOfMemoryError | dist.DistError):
+                raise  # a mistake of ours: its traceback is wanted
+    if RANK > 0 if shared else lost:
+        # The rank at fault says the line, and then torchrun ends this process; on another node local rank 0 speaks.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(20)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        time.sleep(20 if LOCAL_RANK == 0 else 30)
     print(f"rank {RANK}: {line}" if not shared else f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(status)

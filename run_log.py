@@ -6,10 +6,12 @@ fixed forms that grep finds:
     step 20000: train loss 3.2711, val loss 3.2833
     iter 20000: loss 3.2690, time 131.20ms, tok/s 3746000, mfu 41.20%, grad norm 0.4213
 
-`step N` is an evaluation of the weights after N updates; `iter N` is update number N, counted from 0. A resumed run
-adds a header of its own, so a log may hold several.
+`step N` is an evaluation of the weights after N updates; `iter N` is update number N, counted from 0. An update that
+was skipped, as its loss or gradient was not finite, always has its line, which ends in the number of them so far:
+`, skipped 1`. A resumed run adds a header of its own, so a log may hold several.
 """
 
+import errno
 import json
 import os
 import re
@@ -17,18 +19,22 @@ from dataclasses import dataclass, field
 
 NUMBER = r"(-?\d+\.?\d*(?:e[+-]?\d+)?|nan|-?inf)"
 STEP = re.compile(rf"step (\d+): train loss {NUMBER}, val loss {NUMBER}$")
-ITER = re.compile(rf"iter (\d+): loss {NUMBER}, time {NUMBER}ms, tok/s (\d+)(?:, mfu {NUMBER}%)?, grad norm {NUMBER}$")
+ITER = re.compile(
+    rf"iter (\d+): loss {NUMBER}, time {NUMBER}ms, tok/s (\d+)(?:, mfu {NUMBER}%)?, grad norm {NUMBER}"
+    r"(?:, skipped \d+)?$"
+)
 
 
 class RunLog:
-    """Appends to one log.txt, flushing at each line. Only rank 0 makes one."""
+    """Appends to one log.txt, a line at once. Only rank 0 makes one. Raises OSError where a line cannot be written."""
 
     def __init__(self, path):
-        self.file = open(path, "a", encoding="utf-8")
+        self.file = open(path, "ab", buffering=0)  # what cannot be written must not wait in a buffer
 
     def line(self, text):
-        self.file.write(text + "\n")
-        self.file.flush()
+        data = (text + "\n").encode()
+        if self.file.write(data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
 
     def header(self, description):
         """Write the dict `description` as `# key: value` lines; a dict value is written as JSON on one line."""
@@ -44,11 +50,15 @@ def step_line(step, train_loss, val_loss):
     return f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
 
 
-def iter_line(step, loss, seconds, tokens, grad_norm, mfu=None):
-    """The line of one update: `tokens` trained on in `seconds`; `mfu` a fraction, or None where no peak is known."""
+def iter_line(step, loss, seconds, tokens, grad_norm, mfu=None, skipped=None):
+    """The line of one update: `tokens` trained on in `seconds`; `mfu` a fraction, or None where no peak is known.
+
+    `skipped` is the number of updates skipped so far where this is one of them.
+    """
     mfu = f", mfu {100 * mfu:.2f}%" if mfu is not None else ""
     speed = f"time {1000 * seconds:.2f}ms, tok/s {tokens / seconds:.0f}"
-    return f"iter {step}: loss {loss:.4f}, {speed}{mfu}, grad norm {grad_norm:.4f}"
+    end = f", skipped {skipped}" if skipped else ""
+    return f"iter {step}: loss {loss:.4f}, {speed}{mfu}, grad norm {grad_norm:.4f}{end}"
 
 
 @dataclass

@@ -33,7 +33,7 @@ import parallel
 import reduced_sync_model as rsm
 from batches import Corpus
 from configurator import configure, describe, option
-from parallel import RANK, WORLD_SIZE
+from parallel import RANK, RESTART_COUNT, WORLD_SIZE
 from run_log import RunLog, drop_lines_after, iter_line, step_line
 
 
@@ -90,6 +90,7 @@ class Config:
     device: str | None = option(None, "cuda, cuda:N or cpu; None: cuda where there is one")
     dtype: str | None = option(None, "float32, bfloat16 or float16; None: bfloat16 on CUDA, float32 on CPU")
     compile: bool | None = option(None, "torch.compile; None: on CUDA")
+    timeout_s: int = option(600, "seconds that ranks wait for one another, at the start and later, before the run ends")
 
 
 def sync_pattern(config):
@@ -114,7 +115,7 @@ def check(config):
     """Raise ValueError for values and combinations that cannot be trained, before any process group exists."""
     positive = "eval_interval log_interval gradient_accumulation_steps batch_size block_size n_layer n_head"
     not_negative = "eval_iters checkpoint_interval checkpoint_minutes weight_decay grad_clip warmup_iters"
-    least = dict.fromkeys(f"{positive} n_embd n_shard tp_size max_bad_steps max_iters".split(), 1)
+    least = dict.fromkeys(f"{positive} n_embd n_shard tp_size max_bad_steps max_iters timeout_s".split(), 1)
     least |= dict.fromkeys(f"{not_negative} learning_rate min_lr seed beta1 beta2".split(), 0)
     for key, lowest in least.items():
         if not lowest <= getattr(config, key) < math.inf:
@@ -274,9 +275,8 @@ def prepare(config):
 
     Returns (device choice, corpus, GPTConfig, checkpoint or None). Raises ValueError.
     """
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     path = Path(config.out_dir) / "ckpt.pt"
-    if restarted and path.exists():  # torchrun --max-restarts: go on instead of starting over
+    if RESTART_COUNT > 0 and path.exists():  # torchrun --max-restarts: go on instead of starting over
         config.init_from = "resume"
     elif config.init_from != "resume" and path.exists() and not config.eval_only:
         raise ValueError(
@@ -297,15 +297,14 @@ def prepare(config):
     saved = None
     if config.init_from == "resume":
         saved = ckpt.load(path)
-        # dropout is no part of the weights
-        wanted = dataclasses.asdict(model_config) | {"dropout": saved["model_args"].get("dropout")}
-        ckpt.check_model(saved, wanted, path)
+        ckpt.check_model(saved, model_config, path)
+        ckpt.check_data(saved, corpus.meta, path)
     return choice, corpus, model_config, saved
 
 
 def train(config, choice, corpus, model_config, saved):
     """The loop, on every rank."""
-    layout = parallel.start(*choice, config.tp_size)
+    layout = parallel.start(*choice, config.tp_size, config.timeout_s)
     device, on_rank_0 = layout.device, RANK == 0
     stop = StopSignal()
     torch.manual_seed(config.seed)
@@ -323,10 +322,13 @@ def train(config, choice, corpus, model_config, saved):
     )
     scaler = parallel.gradient_scaler(layout)
     step, evaluated, best_val_loss = 0, -1, float("inf")
+    skipped = bad_steps = 0  # updates whose loss or gradient was not finite: in all, and in a row
     if saved is not None:
         ckpt.restore(saved, model, optimizer)
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
         step, evaluated, best_val_loss = saved["step"], saved["evaluated"], saved["best_val_loss"]
+        skipped, bad_steps = saved["skipped"], saved["bad_steps"]
         del saved
     use_compile = config.compile if config.compile is not None else device.type == "cuda"
     run_model = torch.compile(model) if use_compile else model
@@ -361,7 +363,8 @@ def train(config, choice, corpus, model_config, saved):
         error = ""
         if on_rank_0:
             state |= {"model_args": dataclasses.asdict(model_config), "config": dataclasses.asdict(config)}
-            state |= {"step": step, "evaluated": evaluated, "best_val_loss": best_val_loss}
+            state |= {"data": corpus.meta, "step": step, "evaluated": evaluated, "best_val_loss": best_val_loss}
+            state |= {"skipped": skipped, "bad_steps": bad_steps}
             try:
                 ckpt.save(state | {"scaler": scaler.state_dict()}, config.out_dir, is_best)
             except OSError as failure:
@@ -370,7 +373,6 @@ def train(config, choice, corpus, model_config, saved):
 
     micro_steps = config.gradient_accumulation_steps // layout.dp_size
     windows = config.gradient_accumulation_steps * config.batch_size
-    bad_steps = 0
     last_save = last_log = time.monotonic()
     updates = 0  # since last_log
     while True:
@@ -407,24 +409,24 @@ def train(config, choice, corpus, model_config, saved):
         scaler.unscale_(optimizer)
         norm = parallel.clip_gradients(model, config.grad_clip, rsm.is_sharded, layout.tp_group)
         save_due = on_rank_0 and 0 < config.checkpoint_minutes * 60 <= time.monotonic() - last_save
-        signals = [total.item() / WORLD_SIZE, float(stop.asked is not None), float(save_due)]
-        loss, stopping, save_due = parallel.sum_over_world(signals, device)  # every rank decides alike
+        signals = [total.item() / WORLD_SIZE, norm / WORLD_SIZE, float(stop.asked is not None), float(save_due)]
+        loss, norm, stopping, save_due = parallel.sum_over_world(signals, device)  # every rank decides alike
         if math.isfinite(loss) and math.isfinite(norm):
             scaler.step(optimizer)
             bad_steps = 0
         else:
-            bad_steps += 1
+            skipped, bad_steps = skipped + 1, bad_steps + 1
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         updates += 1
         if on_rank_0:
             bar.update()
-            if step % config.log_interval == 0:
+            if step % config.log_interval == 0 or bad_steps:
                 now = time.monotonic()
                 seconds, tokens = (now - last_log) / updates, windows * config.block_size
                 mfu = model.estimate_mfu(windows / layout.dp_size, seconds, name)
                 values = {"train/iter_loss": loss, "lr": lr, "grad_norm": norm, "tok/s": tokens / seconds}
-                say(iter_line(step, loss, seconds, tokens, norm, mfu), values)
+                say(iter_line(step, loss, seconds, tokens, norm, mfu, bad_steps and skipped), values)
                 last_log, updates = now, 0
         if bad_steps >= config.max_bad_steps:
             raise parallel.SameOnAllRanks(

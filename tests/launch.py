@@ -12,14 +12,17 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "train_reduced_sync.py"
 
 
-def start(args, nproc=None, cwd=None, env=None, **options):
-    """Popen of a Python script and its arguments, under torchrun if nproc is given; stdout and stderr are pipes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else []
+def start(args, nproc=None, cwd=None, env=None, launcher=("--standalone",), restarts=0, **options):
+    """Popen of a Python script and its arguments, stdout and stderr pipes.
+
+    With nproc it runs under torchrun, whose further options are `launcher`, with so many restarts.
+    """
+    torchrun = ["-m", "torch.distributed.run", *launcher, f"--nproc_per_node={nproc}", f"--max_restarts={restarts}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **(env or {})}
     if Path("/sys/class/net/lo").exists():
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine's name resolves to
     return subprocess.Popen(
-        [sys.executable, *launcher, *map(str, args)],
+        [sys.executable, *(torchrun if nproc else []), *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

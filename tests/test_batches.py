@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from batches import DATA, Corpus
 
@@ -171,6 +173,23 @@ def test_a_broken_meta_json(folder, meta, words):
     text = meta if isinstance(meta, str) else json.dumps(meta)
     (folder / "meta.json").write_bytes(text.encode("latin-1"))
     refused(folder, "meta.json", words)
+
+
+JSON = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+JSON = st.recursive(JSON, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary() | JSON | st.dictionaries(st.sampled_from(list(META)), JSON).map(lambda changes: META | changes))
+@example(b"[" * 100_000)
+def test_only_value_errors_come_out_of_meta_json(folder, meta):
+    (folder / "meta.json").write_bytes(meta if isinstance(meta, bytes) else json.dumps(meta).encode())
+    try:
+        corpus = Corpus(str(folder), T)
+    except ValueError as error:
+        assert str(folder) in str(error) and "\n" not in str(error)
+    else:
+        assert corpus.meta.items() >= {(key, META[key]) for key in ("train_tokens", "val_tokens")}
 
 
 def test_meta_json_is_a_folder(folder):

@@ -9,6 +9,8 @@ import zipfile
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import checkpoint as ckpt
 from reduced_sync_model import GPT, GPTConfig
@@ -32,7 +34,11 @@ def trained(seed=0):
 
 def state_of(model, optimizer, step=2):
     state = {"model_args": dict(CONFIG), "config": {"n_embd": 32, "device": None}, "step": step, "evaluated": step}
-    return ckpt.gather(model, optimizer) | state | {"best_val_loss": 4.2, "scaler": {}}
+    return (
+        ckpt.gather(model, optimizer)
+        | state
+        | {"best_val_loss": 4.2, "scaler": {}, "data": {}, "skipped": 0, "bad_steps": 0}
+    )
 
 
 @pytest.fixture
@@ -213,7 +219,7 @@ def test_no_file(tmp_path):
     assert refused(tmp_path / "ckpt.pt") == f"no checkpoint {tmp_path / 'ckpt.pt'}"
 
 
-@pytest.mark.parametrize("key", ckpt.KEYS)
+@pytest.mark.parametrize("key", ckpt.KINDS)
 def test_a_missing_key(path, state, key):
     del state[key]
     torch.save(state, path)
@@ -225,7 +231,7 @@ def test_the_one_before_is_offered(path, state):
     ckpt.save(state, path.parent, is_best=False)
     ckpt.save(state, path.parent, is_best=False)
     previous = path.with_name("ckpt_previous.pt")
-    assert f"the one before is {previous}" in damaged(path)
+    assert f"copy {previous} over it" in damaged(path)
     assert "the one before" not in damaged(previous)  # not itself
 
 
@@ -239,13 +245,59 @@ def damaged(path):
 
 def test_another_model_names_the_fields(path):
     saved = ckpt.load(path)
-    ckpt.check_model(saved, dict(CONFIG), path)
+    ckpt.check_model(saved, GPTConfig(**CONFIG), path)
     with pytest.raises(ValueError, match="n_shard=2, not 4; sync_pattern='01', not '11'") as error:
-        ckpt.check_model(saved, CONFIG | {"n_shard": 4, "sync_pattern": "11"}, path)
+        ckpt.check_model(saved, GPTConfig(**CONFIG | {"n_head": 4, "n_shard": 4, "sync_pattern": "11"}), path)
     assert str(path) in str(error.value) and "n_embd" not in str(error.value)
     del saved["model_args"]["bias"]  # written before there was such a field
     with pytest.raises(ValueError, match="bias=None, not True"):
-        ckpt.check_model(saved, CONFIG, path)
+        ckpt.check_model(saved, GPTConfig(**CONFIG), path)
+
+
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(torch.zeros(2))
+TREES = st.recursive(PLAIN, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
+KEPT = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@KEPT
+@given(data=st.data())
+def test_only_value_errors_come_out_of_other_contents(path, state, data):
+    """Any part of a checkpoint replaced by anything that weights_only lets through."""
+    key = data.draw(st.sampled_from(list(state)))
+    if isinstance(state[key], dict) and state[key] and data.draw(st.booleans()):
+        inner = data.draw(st.sampled_from(list(state[key])))
+        changed = state | {key: state[key] | {inner: data.draw(TREES)}}
+    else:
+        changed = state | {key: data.draw(TREES)}
+    other = path.with_name("other.pt")
+    torch.save(changed, other)
+    try:
+        loaded = ckpt.load(other)
+        ckpt.check_model(loaded, GPTConfig(**CONFIG), other)
+        ckpt.check_data(loaded, {}, other)
+    except ValueError as error:
+        assert "\n" not in str(error) and str(other) in str(error)
+    else:  # what got through can be used
+        model, optimizer = trained(seed=1)
+        ckpt.restore(loaded, model, optimizer)
+
+
+@KEPT
+@given(data=st.data())
+def test_only_value_errors_come_out_of_damaged_bytes(path, data):
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(content)))
+        content[at : at + data.draw(st.integers(0, 40))] = data.draw(st.binary(max_size=40))
+    other = path.with_name("other.pt")
+    other.write_bytes(content)
+    expected = ckpt.load(path)
+    try:
+        loaded = ckpt.load(other)
+    except ValueError as error:
+        assert "\n" not in str(error) and str(other) in str(error)
+    else:  # damage in padding
+        assert same(loaded["model"], expected["model"]) and same(loaded["optimizer"], expected["optimizer"])
 
 
 # --- a disk that does not take it

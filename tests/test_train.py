@@ -490,7 +490,7 @@ def test_resuming_with_another_dropout_or_schedule_is_allowed(resumed, small_cor
 
 
 def test_a_restart_by_torchrun_resumes(resumed, small_corpus, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(script, "RESTART_COUNT", 1)
     config = configure(Config, tiny(small_corpus, resumed / "whole" / "out", **LONG))
     *_, saved = prepare(config)
     assert saved["step"] == 300 and config.init_from == "resume"
