@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -136,6 +135,8 @@ def gradient_scaler(layout):
     """A GradScaler for float16, one that does nothing otherwise. All ranks see the same overflow."""
     enabled = layout.dtype == torch.float16
     if enabled and WORLD_SIZE > 1:
+        from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler  # half a second, rarely needed
+
         return ShardedGradScaler(layout.device.type, process_group=dist.group.WORLD)
     return torch.amp.GradScaler(layout.device.type, enabled=enabled)
 

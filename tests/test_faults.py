@@ -77,8 +77,8 @@ def whole(small_corpus, tmp_path_factory):
 
 # rank 0 saves twice between updates 3 and 6: fsync of file and folder, link and two replaces a save
 KILLED = [(1, "0:update:5"), (2, "1:update:5"), (2, "0:evaluation:20"), (1, "1:evaluation:11")]
-KILLED += [(1, "0:gather:3"), (2, "1:gather:3"), (1, "0:write:1"), (2, "0:write:3"), (1, "0:fsync:5"), (2, "0:fsync:6")]
-KILLED += [(1, "0:link:2"), (2, "0:replace:4"), (1, "0:replace:5"), (2, "0:replace:6"), (1, "1:start:1")]
+KILLED += [(1, "0:gather:3"), (2, "1:gather:3"), (1, "0:write:1"), (2, "0:write:3"), (1, "0:fsync:5")]
+KILLED += [(1, "0:link:2"), (2, "0:replace:5"), (1, "1:start:1")]
 
 
 @pytest.mark.parametrize("tp_size, where", KILLED)
@@ -176,8 +176,7 @@ def torchrun_at(argv, folder, update, nproc=2):
     return running()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("number, tp_size", [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
 def test_a_signal_to_torchrun_saves_on_every_rank(small_corpus, tmp_path, number, tp_size):
     """As a scheduler or Ctrl-C stops a job; the run goes on to the end of an uninterrupted one."""
     argv = arguments(small_corpus, tp_size, max_iters=300, eval_interval=100, checkpoint_interval=0)
@@ -348,14 +347,16 @@ def test_a_damaged_checkpoint_offers_the_one_before(whole, small_corpus, tmp_pat
     else:
         path.unlink()
         path.write_bytes({"truncated": data[: len(data) // 3], "empty": b"", "text": b"not a checkpoint\n"}[damage])
-    argv = arguments(small_corpus, tp_size=2, init_from="resume")
-    process = run_script([TRAIN, *argv], nproc=2, cwd=tmp_path)
+    process = run_script([TRAIN, *arguments(small_corpus, init_from="resume")], cwd=tmp_path)
+    assert process.returncode == 1 and "Traceback" not in process.stderr
     (line,) = errors(process)
     assert "ckpt.pt cannot be used" in line and "copy out/ckpt_previous.pt over it" in line
     assert not (tmp_path / "executed").exists()
-    shutil.copy(tmp_path / "out" / "ckpt_previous.pt", path)
-    succeeded(run_script([TRAIN, *argv], nproc=2, cwd=tmp_path))
-    assert_ended_as(whole[2], tmp_path)
+    if damage == "flipped":
+        shutil.copy(tmp_path / "out" / "ckpt_previous.pt", path)
+        argv = arguments(small_corpus, tp_size=2, init_from="resume")
+        succeeded(run_script([TRAIN, *argv], nproc=2, cwd=tmp_path))
+        assert_ended_as(whole[2], tmp_path)
 
 
 def test_data_that_changed_since_the_checkpoint(whole, small_corpus, tmp_path):
@@ -364,7 +365,7 @@ def test_data_that_changed_since_the_checkpoint(whole, small_corpus, tmp_path):
     meta = tmp_path / "data" / "meta.json"
     meta.write_text(meta.read_text().replace('"train_sha256": "', '"train_sha256": "0'))
     argv = arguments(tmp_path / "data", init_from="resume", max_iters=20)
-    process = run_script([TRAIN, *argv], nproc=2, cwd=tmp_path)
+    process = run_script([TRAIN, *argv], cwd=tmp_path)
     (line,) = errors(process)
     assert "was trained on other data: meta.json differs in train_sha256" in line
 
