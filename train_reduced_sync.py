@@ -412,7 +412,7 @@ def train(config, choice, corpus, model_config, saved):
         signals = [total.item() / WORLD_SIZE, norm / WORLD_SIZE, float(stop.asked is not None), float(save_due)]
         loss, norm, stopping, save_due = parallel.sum_over_world(signals, device)  # every rank decides alike
         if math.isfinite(loss) and math.isfinite(norm):
-            scaler.step(optimizer)
+            optimizer.step()  # scaler.step would look for what all ranks have just agreed on
             bad_steps = 0
         else:
             skipped, bad_steps = skipped + 1, bad_steps + 1
