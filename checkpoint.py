@@ -8,6 +8,7 @@ Files are replaced whole, never changed.
 """
 
 import dataclasses
+import json
 import os
 import shutil
 import zipfile
@@ -99,6 +100,8 @@ def load(path):
                 raise ValueError(f"it is not a checkpoint of this project: no {key}")
             if type(checkpoint[key]) is not kind:
                 raise ValueError(f"its {key} is {type(checkpoint[key]).__name__}, not {kind.__name__}")
+        for key in ("model_args", "config", "data"):
+            json.dumps(checkpoint[key])  # no tensor where the header has plain values
     except FileNotFoundError:
         raise ValueError(f"no checkpoint {path}") from None
     except Exception as error:  # whatever a damaged or foreign file provokes
@@ -136,7 +139,8 @@ def check_data(checkpoint, meta, path):
     saved = checkpoint["data"]
     differing = [key for key in dict.fromkeys([*saved, *meta]) if saved.get(key) != meta.get(key)]
     if differing:
-        raise ValueError(f"checkpoint {path} was trained on other data: meta.json differs in {', '.join(differing)}")
+        names = ", ".join(map(repr, differing))
+        raise ValueError(f"checkpoint {path} was trained on other data: meta.json differs in {names}")
 
 
 def _link(source, target):

@@ -367,7 +367,7 @@ def test_data_that_changed_since_the_checkpoint(whole, small_corpus, tmp_path):
     argv = arguments(tmp_path / "data", init_from="resume", max_iters=20)
     process = run_script([TRAIN, *argv], cwd=tmp_path)
     (line,) = errors(process)
-    assert "was trained on other data: meta.json differs in train_sha256" in line
+    assert "was trained on other data: meta.json differs in 'train_sha256'" in line
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
