@@ -113,6 +113,24 @@ def sum_over_ranks(x, group):
 # Layers. Every parameter has a leading dimension: the shards that this rank holds.
 
 
+def few_rows(x):
+    """Whether x (..., B, T, C) is a decode step on a CPU: its products take as long as reading their matrices.
+
+    MKL gives a product with a few rows one thread and half the memory's bandwidth; multiply_few does better.
+    """
+    return not torch.is_grad_enabled() and x.device.type == "cpu" and x.size(-3) * x.size(-2) <= 8
+
+
+def multiply_few(x, weight):
+    """x (S, n, C) times weight (S, out, C) -> (S, n, out), for few rows n."""
+    if torch.compiler.is_compiling():  # becomes one loop over the matrix, on all threads
+        return (weight[:, :, None] * x[:, None]).sum(-1).mT
+    if len(weight) == 1 and weight.is_contiguous() and weight.size(1) % 4 == 0:  # a batch is spread over the threads
+        y = torch.bmm(x.expand(4, -1, -1), weight.squeeze(0).unflatten(0, (4, -1)).mT)  # (4, n, out/4)
+        return y.transpose(0, 1).flatten(1).unsqueeze(0)
+    return torch.bmm(x, weight.mT)
+
+
 class LayerNorm(nn.Module):
     """The gain and bias (S, C) of a layer norm per shard; ColumnParallel applies them."""
 
@@ -134,24 +152,28 @@ class ColumnParallel(nn.Module):
         """h is (B, T, C) where all shards see the same stream, else (S, B, T, C); returns (S, B, T, out) per shard."""
         n_local, _, C = self.weight.shape
         weight, bias = self.weight, self.bias
-        if n_local == 1:
+        if n_local == 1 and not few_rows(h):
             bias = None if bias is None else bias.squeeze(0)  # a view; indexing would copy the gradient
             h = F.layer_norm(h, (C,), norm.weight.squeeze(0), None if norm.bias is None else norm.bias.squeeze(0))
             y = F.linear(h, weight.squeeze(0), bias)
             return y if y.dim() == 4 else y.unsqueeze(0)
         h = F.layer_norm(h, (C,))
-        if h.dim() == 3:
+        if h.dim() == 3 and not few_rows(h):
             # One input: the dense model's product. The gains and biases, which differ, fold into the matrix.
             if bias is not None:
                 bias = (bias + torch.einsum("soc,sc->so", weight, norm.bias)).flatten()
             weight = (weight * norm.weight[:, None, :]).flatten(0, 1)  # (S*out, C)
             return F.linear(h, weight, bias).unflatten(-1, (n_local, -1)).permute(2, 0, 1, 3)
-        B, T = h.shape[1:3]
-        h = h * norm.weight[:, None, None, :]
-        if bias is None:
-            y = torch.bmm(h.flatten(1, 2), weight.mT)  # (S, B*T, out)
-        else:
+        h = h * norm.weight[:, None, None, :]  # (S, B, T, C)
+        if norm.bias is not None:
             h = h + norm.bias[:, None, None, :]
+        B, T = h.shape[1:3]
+        if few_rows(h):
+            y = multiply_few(h.flatten(1, 2), weight)  # (S, B*T, out)
+            y = y if bias is None else y + bias[:, None, :]
+        elif bias is None:
+            y = torch.bmm(h.flatten(1, 2), weight.mT)
+        else:
             y = torch.baddbmm(bias[:, None, :], h.flatten(1, 2), weight.mT)
         return y.unflatten(1, (B, T))
 
@@ -167,6 +189,10 @@ class RowParallel(nn.Module):
     def forward(self, y, summed):
         """y is (S, B, T, in) per shard; returns (S, B, T, out) per shard or, `summed` over this rank's, (B, T, out)."""
         B, T = y.shape[1:3]
+        if few_rows(y):
+            y = multiply_few(y.flatten(1, 2), self.weight.mT).unflatten(1, (B, T))
+            y = y if self.bias is None else y + self.bias[:, None, None, :]
+            return y.sum(0) if summed else y
         if summed:  # a sync follows: the sum over shards is part of the dense model's product
             y = y.permute(1, 2, 0, 3).flatten(2)  # (B, T, S*in)
             return F.linear(y, self.weight.flatten(0, 1).t(), None if self.bias is None else self.bias.sum(0))
@@ -186,12 +212,18 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = ColumnParallel(n_local, config.n_embd, 3 * n_embd_shard, config.bias)
         self.c_proj = RowParallel(n_local, n_embd_shard, config.n_embd, config.bias)
 
-    def forward(self, norm, h, summed):
+    def forward(self, norm, h, summed, past=None):
+        """`past`: this layer's (keys, values, positions held) of a KVCache, to which those of h are added."""
         qkv = self.c_attn(norm, h)  # (S, B, T, 3*C/n_shard)
         S, B, T, _ = qkv.shape
         qkv = qkv.unflatten(-1, (3, -1, self.head_size)).permute(3, 0, 1, 4, 2, 5)  # (3, S, B, heads, T, D)
         q, k, v = (t.flatten(0, 1) for t in qkv)  # (S*B, heads, T, D): a shard's heads attend by themselves
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        if past is not None:
+            keys, values, held = past  # (S*B, heads, block_size, D) twice
+            keys[:, :, held : held + T], values[:, :, held : held + T] = k, v
+            k, v = keys[:, :, : held + T], values[:, :, : held + T]
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)  # a single token sees all
         y = y.transpose(1, 2).reshape(S, B, T, -1)  # (S, B, T, C/n_shard)
         return F.dropout(self.c_proj(y, summed), self.dropout, self.training)
 
@@ -241,13 +273,13 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(n_local, config.n_embd, config.bias)
         self.mlp = MLP(config, n_local)
 
-    def forward(self, x, x_in, d):
+    def forward(self, x, x_in, d, past=None):
         """x (B, T, C) is the synced stream, x_in what the shards read of it, d (S, B, T, C) their local deltas.
 
-        d is None just after a sync. Returns the three after this layer.
+        d is None just after a sync. `past` is this layer's part of a KVCache. Returns the first three after this layer.
         """
         x_in, h = read(x, x_in, d, self.tp_group)
-        y = self.attn(self.ln_1, h, summed=self.sync_after_attn)
+        y = self.attn(self.ln_1, h, summed=self.sync_after_attn, past=past)
         if self.sync_after_attn:
             x, d = sync(x, d, y, self.tp_group), None
         else:
@@ -264,6 +296,21 @@ class Block(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
+
+
+class KVCache:
+    """Keys and values of the tokens that a model has seen, for this rank's shards, allocated once.
+
+    model(idx, cache=cache) adds those of idx: a whole prompt to an empty cache (prefill), then one token at a time
+    (decode). Setting `length` to 0 empties it.
+    """
+
+    def __init__(self, model, batch_size):
+        c, wte = model.config, model.transformer.wte.weight
+        n_local = c.n_shard // model.tp_size
+        shape = (n_local * batch_size, c.n_head // c.n_shard, c.block_size, c.n_embd // c.n_head)  # (S*B, heads, T, D)
+        self.layers = [(wte.new_empty(shape), wte.new_empty(shape)) for _ in range(c.n_layer)]
+        self.length = 0
 
 
 @dataclass
@@ -332,22 +379,30 @@ class GPT(nn.Module):
             for name, dense in _initial_weights(config):
                 parameters[name].copy_(self.local_part(name, shard_tensor(name, dense, config.n_shard)))
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, cache=None):
         """Token ids (B, T) -> logits and, where targets (B, T) are given, the mean loss in nats (-1: no target).
 
-        Logits are (B, T, vocab_size) with targets, else (B, 1, vocab_size), those of the last position. Raises
-        ValueError for a sequence longer than block_size.
+        With a KVCache idx continues the tokens in it. Logits are (B, T, vocab_size) with targets, else (B, 1,
+        vocab_size), those of the last position. Raises ValueError for a sequence longer than block_size, and for more
+        than one token behind those in a cache.
         """
-        T = idx.size(1)
-        if T > self.config.block_size:
-            raise ValueError(f"a sequence of {T} tokens is longer than block_size={self.config.block_size}")
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T]  # (B, T, C)
+        T, held = idx.size(1), 0 if cache is None else cache.length
+        if held + T > self.config.block_size:
+            raise ValueError(f"a sequence of {held + T} tokens is longer than block_size={self.config.block_size}")
+        if held and T > 1:
+            raise ValueError(f"{T} tokens behind the {held} in the cache: decoding takes one at a time")
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[held : held + T]  # (B, T, C)
         x = self.transformer.drop(x)
         x_in = d = None
-        for block in self.transformer.h:
-            x, x_in, d = block(x, x_in, d)
+        for i, block in enumerate(self.transformer.h):
+            x, x_in, d = block(x, x_in, d, None if cache is None else (*cache.layers[i], held))
+        if cache is not None:
+            cache.length += T
         if targets is None:
-            return self.lm_head(self.transformer.ln_f(x[:, -1:])), None
+            x = self.transformer.ln_f(x[:, -1:])  # (B, 1, C)
+            if few_rows(x):
+                return multiply_few(x.transpose(0, 1), self.lm_head.weight[None]).transpose(0, 1), None
+            return self.lm_head(x), None
         logits = self.lm_head(self.transformer.ln_f(x))
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
         return logits, loss

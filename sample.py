@@ -1,0 +1,201 @@
+"""Generate text from a trained model, or from OpenAI's GPT-2.
+
+$ python sample.py --out_dir=out-spd-12sync --start="To be"
+$ python sample.py --init_from=gpt2 --start=FILE:prompt.txt --num_samples=3      # FILE:- is standard input
+
+With real tensor parallelism, any number of processes that divides the model's n_shard; the text is the same:
+$ torchrun --standalone --nproc_per_node=2 sample.py --out_dir=out-spd-12sync --start="To be"
+
+The first sample appears as it is generated, the others, computed in the same batch, behind it. Keys as in nanoGPT.
+"""
+
+import codecs
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import checkpoint as ckpt
+import parallel
+import reduced_sync_model as rsm
+from configurator import configure, describe, option
+from data import corpus
+from generation import cast, choose, compiled, generate
+from parallel import RANK, WORLD_SIZE
+
+
+@dataclass
+class Config:
+    """Every key; names, meanings and most defaults are nanoGPT's."""
+
+    init_from: str = option("resume", "resume (out_dir's ckpt.pt), gpt2, gpt2-medium, gpt2-large or gpt2-xl")
+    out_dir: str = option("out", "folder of the checkpoint")
+    start: str = option("\n", "the prompt; FILE:NAME reads it from a file, FILE:- from standard input")
+    num_samples: int = option(1, "samples, computed as one batch")
+    max_new_tokens: int = option(500, "tokens of a sample; end-of-text ends it earlier")
+    temperature: float = option(0.8, "below 1 bolder, above 1 wilder; 0: always the likeliest token")
+    top_k: int = option(200, "draw from so many likeliest tokens; 0: from all")
+    top_p: float = option(1.0, "draw from the likeliest tokens that have this probability together; 1: from all")
+    seed: int = option(1337, "of the draws")
+    device: str | None = option(None, "cuda, cuda:N or cpu; None: cuda where there is one")
+    dtype: str | None = option(None, "float32, bfloat16 or float16; None: bfloat16 on CUDA, float32 on CPU")
+    compile: bool = option(False, "torch.compile: a minute at the start, then faster; worth it for many tokens")
+    backend: str | None = option(None, "nccl or gloo; None: nccl on CUDA")
+
+
+def check(config):
+    """Raise ValueError for values that mean nothing."""
+    for key, least in {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0}.items():
+        if not least <= getattr(config, key) < 2**63:
+            raise ValueError(f"{key}={getattr(config, key)} must be at least {least}, and below 2^63")
+    if not 0 < config.top_p <= 1:
+        raise ValueError(f"top_p={config.top_p} must be above 0 and at most 1")
+    if config.init_from not in ("resume", *rsm.GPT2_SHAPES):
+        raise ValueError(f"init_from={config.init_from!r}: allowed are resume, {', '.join(rsm.GPT2_SHAPES)}")
+
+
+def load(config):
+    """(checkpoint or None, GPTConfig or None, meta of the tokens) of what config names. Raises ValueError."""
+    if config.init_from != "resume":
+        return None, None, {"tokenizer": "gpt2", "vocab_size": 50257}
+    path = Path(config.out_dir) / "ckpt.pt"
+    saved = ckpt.load(path)
+    try:
+        model_config = rsm.GPTConfig(**saved["model_args"] | {"dropout": 0.0})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint {path} cannot be used: {error}") from None
+    ckpt.check_model(saved, model_config, path)
+    meta = saved["data"]
+    chars, size = meta.get("chars"), meta.get("vocab_size")
+    if type(size) is not int or not 0 < size <= model_config.vocab_size:
+        raise ValueError(f"checkpoint {path} cannot be used: vocab_size={size!r} of its data does not fit its model")
+    if meta.get("tokenizer") != "gpt2" and not (isinstance(chars, str) and len(chars) == size):
+        raise ValueError(f"checkpoint {path} cannot be used: its data has no tokenizer gpt2, or char with its chars")
+    if model_config.n_shard % WORLD_SIZE:
+        raise ValueError(f"{WORLD_SIZE} processes do not divide the n_shard={model_config.n_shard} of {path}")
+    return saved, model_config, meta
+
+
+def build(config, saved, model_config, layout):
+    """The model on its device, in its number type. GPT-2 is cut into as many shards as there are processes."""
+    if saved is not None:
+        model = rsm.GPT(model_config, layout.tp_group)
+        ckpt.restore(saved, model)
+    else:
+        try:
+            model = rsm.GPT.from_pretrained(config.init_from, n_shard=WORLD_SIZE, tp_group=layout.tp_group)
+        except (OSError, ValueError) as error:
+            raise parallel.SameOnAllRanks(f"init_from={config.init_from!r}: {error}") from None
+    cast(model.eval().to(layout.device), layout.dtype)
+    return compiled(model) if config.compile else model
+
+
+class Tokens:
+    """Text to token ids and back, as meta.json describes them: GPT-2's, or characters, which have no end-of-text."""
+
+    def __init__(self, meta):
+        self.encoding = corpus.gpt2_encoding() if meta["tokenizer"] == "gpt2" else None
+        if self.encoding:
+            self.end_of_text = self.encoding.eot_token
+            self.bytes_of = self.encoding.decode_single_token_bytes
+        else:
+            self.end_of_text = None
+            self.ids = {char: i for i, char in enumerate(meta["chars"])}
+            self.bytes_of = [char.encode() for char in meta["chars"]].__getitem__
+
+    def encode(self, text):
+        """Token ids of `text`. Raises ValueError for a character that the model does not know."""
+        if self.encoding:
+            return self.encoding.encode(text, allowed_special={"<|endoftext|>"})
+        if unknown := sorted(set(text) - set(self.ids)):
+            raise ValueError(f"the model does not know the character {unknown[0]!r}; it knows {''.join(self.ids)!r}")
+        return [self.ids[char] for char in text]
+
+
+def read_prompt(start):
+    """The text that the key `start` asks for. Raises ValueError where there is none."""
+    if not start.startswith("FILE:"):
+        return start
+    name = start.removeprefix("FILE:")
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"start={start!r} cannot be read: {error}") from None
+
+
+def prompt_ids(config, tokens, block_size):
+    """The prompt's token ids, the same on every rank: rank 0 reads it. Raises ValueError on all where it is no good."""
+    found = [None]
+    if RANK == 0:
+        try:
+            ids = tokens.encode(read_prompt(config.start))
+            if not ids:
+                raise ValueError(f"start={config.start!r}: the prompt is empty")
+            if len(ids) > block_size:
+                print(f"the prompt has {len(ids)} tokens: its last {block_size}, a block, are used", file=sys.stderr)
+            found = [ids[-block_size:]]
+        except ValueError as error:
+            found = [str(error)]
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(found)
+    if isinstance(found[0], str):
+        raise parallel.SameOnAllRanks(found[0])
+    return found[0]
+
+
+def sample(config, model, tokens, vocab_size, layout):
+    """Generate and, on rank 0, print."""
+    prompt = prompt_ids(config, tokens, block_size := model.config.block_size)
+    if RANK == 0 and len(prompt) + config.max_new_tokens > block_size:
+        print(f"past {block_size} tokens, a block, the window slides and each token takes longer", file=sys.stderr)
+    idx = torch.tensor([prompt] * config.num_samples, device=layout.device)
+    generator = torch.Generator(layout.device).manual_seed(config.seed)  # on every rank: all draw the same tokens
+    draw = partial(choose, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, generator=generator)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a character
+
+    def say(text):
+        if RANK == 0:
+            print(text, end="", flush=True)
+
+    say(b"".join(map(tokens.bytes_of, prompt)).decode("utf-8", "replace"))
+    samples = [[] for _ in range(config.num_samples)]
+    ended = [False] * config.num_samples
+    # ids that no text has, the padding of the vocabulary, are never drawn
+    for new in generate(
+        model, idx, config.max_new_tokens, lambda logits: draw(logits[:, :vocab_size]), layout.autocast
+    ):
+        for i, token in enumerate(new.tolist()):
+            ended[i] = ended[i] or token == tokens.end_of_text
+            if not ended[i]:
+                samples[i].append(token)
+                if i == 0:
+                    say(decoder.decode(tokens.bytes_of(token)))
+        if all(ended):
+            break
+    say(decoder.decode(b"", final=True) + "\n---------------\n")
+    for others in samples[1:]:
+        say(b"".join(map(tokens.bytes_of, prompt + others)).decode("utf-8", "replace") + "\n---------------\n")
+
+
+def main(argv):
+    if "--help" in argv or "-h" in argv:
+        print(__doc__, "Keys, as arguments --key=value or as lines of a config file:\n", describe(Config), sep="\n")
+        return
+    with parallel.clear_errors():
+        config = configure(Config, argv)
+        check(config)
+        saved, model_config, meta = load(config)
+        choice = parallel.choose_device(config.device, config.dtype, config.backend)
+        tokens = Tokens(meta)
+        layout = parallel.start(*choice, tp_size=WORLD_SIZE, timeout_s=600)
+        model = build(config, saved, model_config, layout)
+        sample(config, model, tokens, meta["vocab_size"], layout)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

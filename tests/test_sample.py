@@ -1,0 +1,337 @@
+"""Decoding and sample.py: the cache against the full forward, samplers against transformers', text in every layout."""
+
+import contextlib
+import json
+import re
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from launch import ROOT, ending, one_line_error, run_script, start, succeeded
+from spawn import run_ranks
+from test_model import PATTERNS, fake_group, rough  # noqa: F401  fake_group is a fixture
+from torch.distributed.tensor.debug import CommDebugMode
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+import checkpoint as ckpt
+import generation
+import sample
+from parallel import Layout
+from reduced_sync_model import GPT, GPTConfig, KVCache
+
+pytestmark = pytest.mark.timeout(120)
+SAMPLE = ROOT / "sample.py"
+CHARS = "\n ,.aeiou" + "bcdfghklmnprstvwyé€"  # two and three bytes in UTF-8
+SHAPE = dict(block_size=16, vocab_size=64, n_layer=4, n_head=4, n_embd=32, bias=True)
+
+
+def build(pattern="0101", n_shard=4, group=None, **changes):
+    torch.manual_seed(5)
+    return GPT(GPTConfig(**SHAPE | changes, n_shard=n_shard, sync_pattern=pattern), group).eval()
+
+
+def prompt(B, T=16):
+    return torch.randint(0, 64, (B, T), generator=torch.Generator().manual_seed(B))
+
+
+# --- invariant 7: decoding token by token is the full forward
+
+
+def check_decoding(model, B, run=None):
+    """Logits of a prefill of 5 tokens and of 11 decode steps against those of one forward pass."""
+    idx, run = prompt(B), model if run is None else run
+    with torch.no_grad():
+        expected = model(idx, targets=idx)[0]  # (B, 16, V)
+        cache = KVCache(model, B)
+        memory = [t.data_ptr() for pair in cache.layers for t in pair]
+        for unseen, last in [(idx[:, :5], 4), *((idx[:, t : t + 1], t) for t in range(5, 16))]:
+            logits, loss = run(unseen, cache=cache)
+            assert loss is None and logits.shape == (B, 1, 64) and cache.length == last + 1
+            torch.testing.assert_close(logits[:, 0], expected[:, last], rtol=0, atol=1e-5)
+    assert [t.data_ptr() for pair in cache.layers for t in pair] == memory
+
+
+@pytest.mark.parametrize("B", [2, 9])  # few rows and many
+@pytest.mark.parametrize("n_shard", [1, 2, 4])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_decoding_equals_the_full_forward(pattern, n_shard, B):
+    model = rough(build(pattern, n_shard))
+    assert torch.unique(model(prompt(2))[0]).numel() > 100  # a model that tells tokens apart
+    check_decoding(model, B)
+    check_decoding(build(pattern, n_shard, bias=False), B)
+
+
+def check_on_two_ranks(rank):
+    for pattern in PATTERNS:
+        for n_shard in (2, 4):
+            for B in (2, 9):
+                check_decoding(build(pattern, n_shard, dist.group.WORLD), B)
+                torch.testing.assert_close(
+                    build(pattern, n_shard, dist.group.WORLD)(prompt(B))[0], build(pattern, n_shard)(prompt(B))[0]
+                )
+
+
+def test_decoding_on_two_ranks():
+    run_ranks(2, check_on_two_ranks)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("n_shard", [1, 2])
+def test_compiled_decoding(n_shard):
+    model = build("01", n_shard, n_layer=2)
+    check_decoding(model, 2, generation.compiled(model))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_executed_all_reduces_of_a_decode_step(fake_group, pattern):  # noqa: F811
+    model = build(pattern, 4, fake_group)
+    cache = KVCache(model, 2)
+    with torch.no_grad():
+        for T in (5, 1, 1):
+            with CommDebugMode() as comm:
+                model(prompt(2, T), cache=cache)
+            assert comm.get_total_counts() == model.num_syncs
+
+
+def test_what_a_cache_cannot_hold():
+    model, cache = build(), KVCache(build(), 2)
+    model(prompt(2, 10), cache=cache)
+    with pytest.raises(ValueError, match="2 tokens behind the 10 in the cache"):
+        model(prompt(2, 2), cache=cache)
+    for _ in range(6):
+        model(prompt(2, 1), cache=cache)
+    with pytest.raises(ValueError, match="17 tokens is longer than block_size=16"):
+        model(prompt(2, 1), cache=cache)
+
+
+# --- choosing tokens
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+@pytest.mark.parametrize("top_k", [0, 1, 7, 200])
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 1.0])
+def test_samplers_are_those_of_transformers(temperature, top_k, top_p):
+    logits = 3 * torch.randn(200, 64, generator=torch.Generator().manual_seed(1))
+    scores = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    expected = torch.multinomial(scores.softmax(-1), 1, generator=torch.Generator().manual_seed(2)).squeeze(1)
+    chosen = generation.choose(logits, temperature, top_k, top_p, torch.Generator().manual_seed(2))
+    assert torch.equal(chosen, expected)
+    assert len(set(chosen.tolist())) > 10
+
+
+def test_temperature_0_takes_the_likeliest():
+    logits = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(generation.choose(logits, temperature=0, top_k=5, top_p=0.5), logits.argmax(-1))
+
+
+def draws():
+    return partial(generation.choose, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("length", [1, 9, 16, 30])
+def test_generating_is_nanogpts_loop(length):
+    """Also where the block is full: the window slides, and is computed anew."""
+    model, idx = rough(build("0101")), prompt(3, length)
+    expected, draw = idx, draws()
+    with torch.no_grad():
+        for _ in range(25):
+            logits, _ = model(expected[:, -16:])
+            expected = torch.cat((expected, draw(logits[:, -1])[:, None]), 1)
+    new = torch.stack(list(generation.generate(model, idx, 25, draws(), contextlib.nullcontext)), 1)
+    assert torch.equal(new, expected[:, length:]) and len(set(new.flatten().tolist())) > 5
+
+
+def test_bfloat16_decodes_as_float32_does():
+    model, autocast = rough(build("0101")), partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = model(prompt(2))[0]
+    generation.cast(model, torch.bfloat16)
+    assert len(list(generation.generate(model, prompt(2, 4), 14, draws(), autocast))) == 14
+    with torch.no_grad(), autocast():
+        cache = KVCache(model, 2)
+        model(prompt(2)[:, :15], cache=cache)
+        logits = model(prompt(2)[:, 15:], cache=cache)[0]
+    assert cache.layers[0][0].dtype == torch.bfloat16 and (logits - expected).norm() < 0.03 * expected.norm()
+
+
+# --- sample.py
+
+
+def save(folder, pattern="0101", n_shard=4, meta=None, **changes):
+    """A checkpoint of a random model that writes varied text; returns the folder."""
+    model = rough(build(pattern, n_shard, **changes))
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    rest = {"model_args": vars(model.config), "config": {}, "scaler": {}, "best_val_loss": 4.0}
+    rest |= dict.fromkeys(["step", "evaluated", "skipped", "bad_steps"], 0)
+    rest["data"] = meta or {"tokenizer": "char", "chars": CHARS, "vocab_size": len(CHARS)}
+    folder.mkdir(parents=True, exist_ok=True)
+    ckpt.save(ckpt.gather(model, optimizer) | rest, folder, is_best=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("sample") / "out")
+
+
+def arguments(out, **keys):
+    keys = dict(out_dir=out, start="he said", max_new_tokens=8, device="cpu") | keys
+    return [SAMPLE, *(f"--{key}={value}" for key, value in keys.items())]
+
+
+def under(nproc):
+    """Under torchrun a -- comes before the script, or --start would be taken for an option of torchrun's."""
+    return ["--"] if nproc else []
+
+
+def text_of(out, nproc=None, **keys):
+    return succeeded(run_script(under(nproc) + arguments(out, **keys), nproc))
+
+
+@pytest.mark.parametrize("pattern", ["2222", "0001"])
+def test_the_same_text_in_every_layout(tmp_path, pattern):
+    """20 tokens of 3 samples, past the end of the block."""
+    out = save(tmp_path / "out", pattern)
+    keys = dict(num_samples=3, max_new_tokens=20, temperature=1.1, top_p=0.95)
+    one = text_of(out, **keys)
+    samples = one.split("\n---------------\n")
+    assert len(samples) == 4 and samples[3] == "" and len(set(samples)) == 4
+    assert all(s.startswith("he said") and len(s) == 27 for s in samples[:3])
+    for nproc in (2, 4):
+        assert text_of(out, nproc, **keys) == one
+    assert text_of(out, **keys, seed=2) != one
+
+
+def test_ids_that_no_text_has_are_never_drawn(out):
+    """The model has 64 rows for 28 characters; at this temperature it draws evenly."""
+    drawn = text_of(out, temperature=1000.0, top_k=0, num_samples=50, start="a").replace("\n---------------\n", "")
+    assert set(drawn) == set(CHARS)
+
+
+def test_prompts(out, tmp_path):
+    (tmp_path / "prompt.txt").write_text("he said", encoding="utf-8")
+    expected = text_of(out)
+    assert text_of(out, start=f"FILE:{tmp_path}/prompt.txt") == expected
+    for nproc in (None, 2):
+        argv = under(nproc) + arguments(out, start="FILE:-")
+        with open(tmp_path / "prompt.txt") as stdin, ending(start(argv, nproc, stdin=stdin)) as process:
+            assert process.communicate(timeout=100)[0] == expected
+    long = "abo ut a hundred lines, or so. " * 3
+    process = run_script(arguments(out, start=long, temperature=0.0))
+    assert succeeded(process).startswith(long[-16:])
+    assert "the prompt has 93 tokens: its last 16, a block, are used\n" in process.stderr
+    assert "past 16 tokens, a block, the window slides and each token takes longer\n" in process.stderr
+    assert run_script(arguments(out, start="a", max_new_tokens=15)).stderr == ""
+
+
+def test_text_ends_at_end_of_text(out, capsys):
+    """Each sample by itself: the others go on, and nothing comes behind an end."""
+    saved = ckpt.load(out / "ckpt.pt")
+    model = build()
+    ckpt.restore(saved, model)
+    tokens = sample.Tokens(saved["data"])
+    config = sample.Config(start="a", num_samples=4, max_new_tokens=15, temperature=1.0)
+    layout = Layout(torch.device("cpu"), torch.float32)
+    sample.sample(config, model, tokens, len(CHARS), layout)
+    whole = capsys.readouterr().out.split("\n---------------\n")[:4]
+    end = whole[0][7]
+    tokens.end_of_text = CHARS.index(end)
+    sample.sample(config, model, tokens, len(CHARS), layout)
+    ended = capsys.readouterr().out.split("\n---------------\n")[:4]
+    assert ended == ["a" + text[1:].split(end)[0] for text in whole] and len(ended[0]) <= 7
+    assert {len(text) for text in ended} != {len(ended[0])}
+
+
+def test_text_appears_while_it_is_generated(out):
+    with ending(start(arguments(out, max_new_tokens=1_000_000))) as process:
+        end = time.monotonic() + 60
+        seen = ""
+        while len(seen) < 50 and time.monotonic() < end:
+            seen += process.stdout.read(10)
+        assert len(seen) >= 50 and process.poll() is None
+
+
+def test_gpt2(tmp_path):
+    """transformers takes a folder of that name for the hub's model: the true code path, with a small random model."""
+    shape = dict(vocab_size=50257, n_positions=32, n_embd=8, n_layer=2, n_head=2)
+    torch.manual_seed(0)
+    dense = GPT2LMHeadModel(GPT2Config(**shape)).eval()
+    dense.save_pretrained(tmp_path / "gpt2")
+    argv = [SAMPLE, "--init_from=gpt2", "--start=Hello", "--max_new_tokens=6", "--temperature=0", "--device=cpu"]
+    one = succeeded(run_script(argv, cwd=tmp_path))
+    assert one == succeeded(run_script([*under(2), *argv], nproc=2, cwd=tmp_path))
+    encoding = sample.corpus.gpt2_encoding()
+    idx = torch.tensor([encoding.encode("Hello")])
+    with torch.no_grad():
+        for _ in range(6):
+            idx = torch.cat((idx, dense(idx).logits[:, -1].argmax(-1, keepdim=True)), 1)
+    assert one == encoding.decode(idx[0].tolist()) + "\n---------------\n"
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (dict(num_samples=0), ["num_samples=0 must be at least 1"]),
+        (dict(max_new_tokens=0), ["max_new_tokens=0 must be at least 1"]),
+        (dict(temperature=-1.0), ["temperature=-1.0 must be at least 0"]),
+        (dict(temperature="1e999"), ["temperature=inf"]),
+        (dict(top_k=-1), ["top_k=-1 must be at least 0"]),
+        (dict(top_p=0.0), ["top_p=0.0 must be above 0 and at most 1"]),
+        (dict(top_p=1.5), ["top_p=1.5"]),
+        (dict(init_from="gpt5"), ["init_from='gpt5'", "resume, gpt2"]),
+        (dict(temperatur=1.0), ["unknown key 'temperatur'", "temperature"]),
+        (dict(start=""), ["the prompt is empty"]),
+        (dict(start="he said X"), ["does not know the character 'X'", "aeiou"]),
+        (dict(start="FILE:nowhere.txt"), ["FILE:nowhere.txt", "No such file"]),
+        (dict(out_dir="nowhere"), ["no checkpoint nowhere/ckpt.pt"]),
+        (dict(device="cuda:9"), ["cuda:9"]),
+    ],
+)
+def test_mistakes_are_one_line(out, capsys, keys, words):
+    argv = [str(argument) for argument in arguments(out, **keys)[1:]]
+    with pytest.raises(SystemExit) as ended:
+        sample.main(argv)
+    said = capsys.readouterr()
+    assert ended.value.code == 1 and said.out == "" and re.fullmatch(r"error: .*\n", said.err)
+    assert all(word in said.err for word in words), said.err
+
+
+@pytest.mark.parametrize(
+    "meta", [{}, {"tokenizer": "char"}, {"tokenizer": "char", "chars": "ab", "vocab_size": 3}, {"tokenizer": "bpe"}]
+)
+def test_a_checkpoint_that_does_not_say_its_tokens(tmp_path, meta):
+    out = save(tmp_path / "out", n_shard=2, meta={"vocab_size": 28} | meta)
+    one_line_error(run_script(arguments(out)), "cannot be used", "tokenizer")
+
+
+@pytest.mark.parametrize("vocab_size", [65, 0, "28", None])
+def test_a_vocabulary_that_is_not_the_models(tmp_path, vocab_size):
+    out = save(tmp_path / "out", meta={"tokenizer": "gpt2", "vocab_size": vocab_size})
+    with pytest.raises(ValueError, match="vocab_size"):
+        sample.load(sample.Config(out_dir=str(out)))
+
+
+def test_layouts_that_do_not_fit(out):
+    process = run_script([*under(3), *arguments(out)], nproc=3)
+    assert process.returncode == 1 and process.stdout == ""
+    said = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert said == [f"error: 3 processes do not divide the n_shard=4 of {out}/ckpt.pt"]
+
+
+def test_meta_json_of_real_data_is_understood(small_corpus):
+    meta = json.loads((small_corpus / "meta.json").read_text())
+    tokens = sample.Tokens(meta)
+    ids = np.fromfile(small_corpus / "val.bin", dtype="<u2")[:200].tolist()
+    text = b"".join(map(tokens.bytes_of, ids)).decode()
+    assert tokens.encode(text) == ids and len(set(text)) > 20
