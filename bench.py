@@ -1,141 +1,36 @@
-"""Measure what reduced syncs cost and buy.
+"""Measure what reduced syncs cost and buy, and predict what they would buy on other machines.
 
-$ python bench.py train                          # the 124M shapes on this machine, against transformers' GPT-2
+$ python bench.py train                          # training steps against transformers' GPT-2, at the 124M shape
+$ python bench.py decode --png=decode.png        # TTFT and TPOT for every sync pattern, tensor-parallel and not
+$ python bench.py predict --n_shard=8            # the cost model of latency.py with public figures of links
 
-Every candidate runs in processes of its own, one a tensor-parallel rank. Candidates take turns, a round each, so that a
-slow moment of the machine hits all alike, and all are launched anew several times in another order, since a process can
-be lucky or not with its memory. Figures are medians over all rounds.
+Every candidate runs in processes of its own, which take turns (candidates.py). Figures are medians over all rounds.
+
+decode prints, in milliseconds: TTFT, the time to the first token; TPOT, the time of each token after it; `run` and
+`bytes`, the all-reduces that really ran in a decode step and the size of each; `in-syncs`, the time spent in them;
+`no-syncs`, TPOT of the same model whose all-reduces send nothing (timing only: the no-communication bound);
+`bound/TPOT`, where bound is the time in which a rank reads its weights and cache once, at the bandwidth with which it
+sums its weights; `residual`, what a least-squares fit TPOT = compute + syncs x all_reduce leaves; `measured`, how
+far that line is off with both constants measured, as no-syncs and in-syncs; `model`, how far latency.py is off.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
-import os
 import resource
 import statistics
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
+import latency
 import parallel
 import reduced_sync_model as rsm
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Candidates
-
-
-@dataclass
-class Candidate:
-    """What is measured: `gpt2` (transformers') or one of our patterns with its n_shard and tp_size."""
-
-    name: str
-    pattern: str = ""  # empty: transformers' GPT-2
-    n_shard: int = 1
-    tp_size: int = 1
-    compile: bool = False
-
-    @property
-    def label(self):
-        tp = f" tp {self.tp_size}" if self.tp_size > 1 else ""
-        return f"{self.name}{tp}{' compiled' if self.compile else ''}"
-
-
-def parse(text, n_layer, tp_size=1, compiled=False):
-    """`gpt2`, or VARIANT@N_SHARD with VARIANT baseline, spd, grouped:LAYERS or a pattern -> Candidate."""
-    if text == "gpt2":
-        return Candidate(text, compile=compiled)
-    variant, _, n_shard = text.partition("@")
-    if not n_shard.isdecimal() or int(n_shard) < 1:
-        raise ValueError(f"{text!r}: a candidate is gpt2 or VARIANT@N_SHARD, such as grouped:3@2")
-    name, _, layers = variant.partition(":")
-    if name == "grouped" and layers.isdecimal():
-        pattern = rsm.grouped(n_layer, int(layers))
-    elif name in ("baseline", "spd") and not layers:
-        pattern = getattr(rsm, name)(n_layer)
-    else:
-        pattern = rsm.selective(n_layer, variant)
-    return Candidate(text, pattern, int(n_shard), tp_size, compiled)
-
-
-def measure(candidates, job, args):
-    """What `job` measures of the candidates in alternating rounds: [candidate][round][rank].
-
-    Raises RuntimeError if a process ends before its time.
-    """
-    results = [[] for _ in candidates]
-    for launch in range(args.launches):
-        order = [(i + launch) % len(candidates) for i in range(len(candidates))]
-        with tempfile.TemporaryDirectory() as folder:
-            launched = {i: start(candidates[i], job, f"{folder}/{i}", args) for i in order}
-            for _ in range(args.rounds):
-                for i in order:
-                    results[i].append(answers(launched[i], "measure"))
-            for ranks in launched.values():
-                answers(ranks, "end")
-    return results
-
-
-def start(candidate, job, store, args):
-    """Start a candidate's processes and let them build and warm up; returns a pipe for each rank."""
-    context = mp.get_context("spawn")
-    ranks = []
-    for rank in range(candidate.tp_size):
-        ours, theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, rank, candidate, job, store, args), daemon=True).start()
-        theirs.close()
-        ranks.append(ours)
-    answers(ranks, "measure")
-    return ranks
-
-
-def answers(ranks, message):
-    """Send `message` to all ranks and return their answers. Raises RuntimeError if a process ended instead."""
-    for pipe in ranks:
-        pipe.send(message)
-    try:
-        return [pipe.recv() for pipe in ranks]
-    except EOFError:
-        raise RuntimeError("a process ended; its error stands above") from None
-
-
-def serve(pipe, rank, candidate, job, store, args):
-    """A rank's process: build what `job` makes, then measure at each message until the last one."""
-    device, dtype, backend = parallel.choose_device(args.device, args.dtype)
-    if device == "cuda":
-        device = f"cuda:{rank}"
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // candidate.tp_size))
-    layout = parallel.Layout(torch.device(device), dtype, tp_size=candidate.tp_size)
-    if candidate.tp_size > 1:
-        if backend == "gloo":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=candidate.tp_size)
-        layout.tp_group = dist.group.WORLD
-    measured = job(candidate, layout, args)
-    while pipe.recv() == "measure":
-        pipe.send(measured())
-    if candidate.tp_size > 1:
-        dist.destroy_process_group()
-    pipe.send("ended")
-
-
-def build(candidate, layout, args):
-    """The model of a candidate with random weights, on its device."""
-    torch.manual_seed(0)
-    shape = dict(vocab_size=args.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
-    if not candidate.pattern:
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        return GPT2LMHeadModel(GPT2Config(**shape, n_positions=args.block_size, **no_dropout)).to(layout.device)
-    shape |= dict(block_size=args.block_size, n_shard=candidate.n_shard, sync_pattern=candidate.pattern)
-    return rsm.GPT(rsm.GPTConfig(**shape), layout.tp_group).to(layout.device)
+from candidates import Candidate, build, measure, parse, synchronize
+from measure_decode import Decoding, patterns_of
 
 
 def peak_memory(device, reset=False):
@@ -150,11 +45,6 @@ def peak_memory(device, reset=False):
     with contextlib.suppress(OSError), open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,29 +104,240 @@ def train(args):
     return table
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# decode: time to the first token (TTFT) and per token after it (TPOT)
+
+
+def summarize(rounds, case, n_forwards):
+    """One case in figures: medians over tokens and rounds, of the slowest rank; all-reduces over all ranks."""
+    ranks = [[one[rank][0][case] for one in rounds] for rank in range(len(rounds[0]))]
+    calls = [calls for rank in ranks for _, _, calls in rank]
+    count = len(calls[0]) // n_forwards
+    per_token = [sum(s for _, s in one[i : i + count]) for one in calls for i in range(count, len(one), count or 1)]
+    return {
+        "ttft_s": max(statistics.median(ttft for ttft, _, _ in rank) for rank in ranks),
+        "tpot_s": max(statistics.median(step for _, steps, _ in rank for step in steps) for rank in ranks),
+        "all_reduces": count,
+        "bytes": calls[0][-1][0] if count else 0,
+        "prefill_bytes": calls[0][0][0] if count else 0,
+        "in_all_reduces_s": statistics.median(per_token) if count else 0.0,
+    }
+
+
+def constants_of(rounds, B, T, args):
+    """(bytes/s that a rank streams, Accelerator, Link or None): medians of what all ranks measured."""
+    found = [constants for one in rounds for _, constants in one]
+    middle = {key: statistics.median(one[key] for one in found) for key in found[0]}
+    accelerator = latency.Accelerator(middle["bandwidth", B], middle["peak", B, T], middle["overhead", B], "measured")
+    link, n = None, len(rounds[0])
+    if n > 1:
+        sizes = [4 * B * t * args.n_embd for t in (1, T)]
+        base, per_byte, _ = latency.fit(sizes, [middle["all_reduce", B, t] for t in (1, T)])
+        link = latency.Link(base, 0.0, 2 * (n - 1) / n / per_byte, "measured")
+    return middle["stream"], accelerator, link
+
+
+def decode(args):
+    """TTFT and TPOT of every sync pattern at every tp_size, its all-reduces, and what bounds it; against rivals."""
+    for tp_size in args.tp_sizes:
+        if args.n_shard % tp_size or args.n_head % args.n_shard:
+            raise ValueError(f"tp_size={tp_size} must divide n_shard={args.n_shard}, and that n_head={args.n_head}")
+    if max(args.prompts) + args.new_tokens >= args.block_size:
+        raise ValueError(f"prompts of {max(args.prompts)} and {args.new_tokens} new tokens exceed --block_size")
+    if args.png and max(args.tp_sizes) < 2:
+        raise ValueError("--png draws TPOT against sync count at tp_size 2 or more; --tp_sizes names none")
+    patterns_of(args)
+    setups = {}  # tp_size: ours eager, the rival, and for one process ours compiled
+    for tp_size in args.tp_sizes:
+        ours = partial(Candidate, "ours", rsm.baseline(args.n_layer), args.n_shard, tp_size)
+        rival = Candidate("PyTorch's tensor parallelism" if tp_size > 1 else "transformers' generate", tp_size=tp_size)
+        setups[tp_size] = [ours(), rival] + ([ours(compile=True)] if tp_size == 1 and args.compile else [])
+    results = iter(measure([one for setup in setups.values() for one in setup], Decoding, args))
+    shape = latency.Shape(args.n_layer, args.n_embd, args.vocab_size)
+    shape.itemsize = parallel.choose_device(args.device, args.dtype)[1].itemsize
+    table = []
+    for tp_size, setup in setups.items():
+        measured = [next(results) for _ in setup]
+        for B, T in itertools.product(args.batch_sizes, args.prompts):
+            table.append(describe(tp_size, setup, measured, shape, B, T, args))
+            print_case(table[-1])
+    if args.png:
+        draw(table, args.png)
+    return table
+
+
+def describe(tp_size, setup, measured, shape, B, T, args):
+    """The figures of one tp_size, batch size and prompt length."""
+    figures = partial(summarize, n_forwards=args.new_tokens + 1)
+    stream, accelerator, link = constants_of(measured[0], B, T, args)
+    case = {"tp_size": tp_size, "batch_size": B, "prompt": T, "stream": stream, "rival": setup[1].name}
+    case |= {"accelerator": vars(accelerator), "link": link and vars(link)}
+    # a token in the middle of those decoded
+    case["bound_s"] = latency.bytes_read(shape, tp_size, B, T + args.new_tokens // 2) / stream
+    case |= {f"rival_{key}": value for key, value in figures(measured[1], (setup[1].name, True, B, T)).items()}
+    if len(setup) > 2:
+        compiled = figures(measured[2], (args.patterns[0], True, B, T))
+        case |= {f"compiled_{key}": value for key, value in compiled.items()}
+        stream = statistics.median(constants["stream"] for one in measured[2] for _, constants in one)
+        case["compiled_bound_s"] = case["bound_s"] * case["stream"] / stream
+    case["patterns"] = rows = []
+    for variant, pattern in patterns_of(args).items():
+        row = {"variant": variant, "pattern": pattern, "syncs": rsm.count_syncs(pattern)}
+        row |= figures(measured[0], (variant, True, B, T))
+        if tp_size > 1:
+            silent = figures(measured[0], (variant, False, B, T))
+            row |= {"silent_ttft_s": silent["ttft_s"], "silent_tpot_s": silent["tpot_s"]}
+        model = partial(latency.forward_seconds, shape, accelerator, link, tp_size, row["syncs"], B)
+        row |= {"model_ttft_s": model(T, T), "model_tpot_s": model(1, T + args.new_tokens // 2)}
+        rows.append(row)
+    if tp_size > 1:
+        syncs, tpots = [row["syncs"] for row in rows], [row["tpot_s"] for row in rows]
+        case["fit_compute_s"], case["fit_all_reduce_s"], residuals = latency.fit(syncs, tpots)
+        case["compute_s"] = statistics.median(row["silent_tpot_s"] for row in rows)
+        case["all_reduce_s"] = sum(row["in_all_reduces_s"] for row in rows) / sum(syncs)
+        for row, residual in zip(rows, residuals, strict=True):
+            row["residual_s"] = residual
+            row["line_s"] = case["compute_s"] + row["syncs"] * case["all_reduce_s"]
+    return case
+
+
+def print_case(case):
+    """One case as a table, in milliseconds."""
+    many, bound = case["tp_size"] > 1, 1000 * case["bound_s"]
+    print(f"\ntp_size {case['tp_size']}, batch {case['batch_size']}, prompt {case['prompt']}")
+    print(f"a rank streams {case['stream'] / 1e9:.1f} GB/s: its weights and cache take {bound:.2f} ms a token")
+    print(f"{case['rival']}: TTFT {1000 * case['rival_ttft_s']:.2f}, TPOT {1000 * case['rival_tpot_s']:.2f}")
+    if "compiled_tpot_s" in case:
+        share, tpot = case["compiled_bound_s"] / case["compiled_tpot_s"], 1000 * case["compiled_tpot_s"]
+        variant = case["patterns"][0]["variant"]
+        times = f"TTFT {1000 * case['compiled_ttft_s']:.2f}, TPOT {tpot:.2f}, bound/TPOT {share:.2f}"
+        print(f"ours, {variant} compiled: {times}")
+    if many:
+        for kind, key in (("least squares", "fit_"), ("as measured", "")):
+            compute, all_reduce = 1000 * case[f"{key}compute_s"], 1000 * case[f"{key}all_reduce_s"]
+            print(f"TPOT, {kind}: {compute:.2f} + syncs x {all_reduce:.3f}")
+    columns = "variant syncs run bytes TTFT model TPOT model bound/TPOT".split()
+    columns += "in-syncs no-syncs residual measured".split() if many else []
+    print("".join(f"{name:>11}" if i else f"{name:14}" for i, name in enumerate(columns)))
+    for row in case["patterns"]:
+        cells = [row["syncs"], row["all_reduces"], row["bytes"]]
+        for key in ("ttft", "tpot"):
+            cells += [f"{1000 * row[f'{key}_s']:.2f}", f"{100 * (row[f'model_{key}_s'] / row[f'{key}_s'] - 1):+.1f}%"]
+        cells.append(f"{case['bound_s'] / row['tpot_s']:.2f}")
+        if many:
+            cells += [f"{1000 * row[key]:.2f}" for key in ("in_all_reduces_s", "silent_tpot_s", "residual_s")]
+            cells.append(f"{100 * (row['line_s'] / row['tpot_s'] - 1):+.1f}%")
+        print(f"{row['variant']:14}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
+
+
+def draw(table, path):
+    """A PNG of TPOT against sync count at tp_size 2 or more: measured points, fit and bounds. Raises OSError."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    cases = [case for case in table if case["tp_size"] > 1]
+    figure, panels = plt.subplots(1, len(cases), figsize=(6 * len(cases), 4.5), layout="constrained", squeeze=False)
+    for axes, case in zip(panels[0], cases, strict=True):
+        syncs = [row["syncs"] for row in case["patterns"]]
+        for key, style, label in (("tpot_s", "o", "measured"), ("silent_tpot_s", "x", "all-reduces send nothing")):
+            axes.plot(syncs, [1000 * row[key] for row in case["patterns"]], style, label=label)
+        ends = [0, max(syncs)]
+        fitted = [1000 * (case["fit_compute_s"] + n * case["fit_all_reduce_s"]) for n in ends]
+        axes.plot(ends, fitted, "-", color="tab:blue", linewidth=1, label="fit: compute + syncs x all-reduce")
+        axes.axhline(1000 * case["bound_s"], color="0.4", linestyle=":", label="memory-bandwidth bound")
+        alone = next((c for c in table if c["tp_size"] == 1 and c["batch_size"] == case["batch_size"]), None)
+        if alone:
+            one = 1000 * alone["patterns"][0]["tpot_s"]
+            axes.axhline(one, color="tab:green", linestyle="--", label="one process, all cores")
+        title = f"tp_size {case['tp_size']}, batch {case['batch_size']}, prompt {case['prompt']}"
+        axes.set(xlabel="sync points in a forward pass", ylabel="time per token (ms)", title=title, ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130, format="png")
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# predict: latency.py with public figures
+
+
+def predict(args):
+    """PREDICTED time per token and to the first token on named links, by the cost model of latency.py."""
+    shape = latency.Shape(args.n_layer, args.n_embd, args.vocab_size, args.itemsize)
+    accelerator = latency.ACCELERATORS[args.accelerator]
+    setting = f"tp_size {args.n_shard}, batch {args.batch_size}, prompt {args.prompt}"
+    print(f"PREDICTED, not measured: {args.accelerator}, {setting}")
+    print(f"{'link':16}{'variant':14}{'syncs':>6}{'TTFT ms':>10}{'TPOT ms':>10}{'faster':>8}{'bound':>8}")
+    table = []
+    for name in args.links or latency.LINKS:
+        first = None
+        for variant, pattern in patterns_of(args).items():
+            syncs = rsm.count_syncs(pattern)
+            model = partial(latency.forward_seconds, shape, accelerator, latency.LINKS[name], args.n_shard)
+            ttft = model(syncs, args.batch_size, args.prompt, args.prompt)
+            tpot, bound = (model(n, args.batch_size, 1, args.prompt) for n in (syncs, 0))
+            first = first or tpot
+            line = f"{name:16}{variant:14}{syncs:6}{1000 * ttft:10.3f}{1000 * tpot:10.3f}"
+            print(f"{line}{first / tpot:7.2f}x{first / bound:7.2f}x")
+            row = {"predicted": True, "link": name, "variant": variant, "syncs": syncs, "ttft_s": ttft, "tpot_s": tpot}
+            table.append(row | {"no_communication_tpot_s": bound})
+    print("faster: than the first variant on this link; bound: the same without any communication. Sources:")
+    for name in args.links or latency.LINKS:
+        print(f"  {name}: {latency.LINKS[name].source}")
+    print(f"  {args.accelerator}: {accelerator.source}")
+    return table
+
+
+EVERY = ["baseline", "spd", "110111011101", "grouped:2", "grouped:3", "grouped:4", "grouped:6", "grouped:12"]
+
+
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("train", help=train.__doc__, description=train.__doc__)
+    jobs = {"train": train, "decode": decode, "predict": predict}
+    for name, job in jobs.items():
+        command = commands.add_parser(name, help=job.__doc__, description=job.__doc__)
+        n_layer, n_embd = (24, 2048) if name == "predict" else (12, 768)
+        command.add_argument("--n_layer", type=int, default=n_layer, help="default: %(default)s")
+        command.add_argument("--n_embd", type=int, default=n_embd, help="default: %(default)s")
+        command.add_argument("--vocab_size", type=int, default=50304)
+        command.add_argument("--json", help="write the results there as well")
+    command = commands.choices["train"]
     command.add_argument("candidates", nargs="*", default=["gpt2", "baseline@1", "grouped:3@2", "grouped:3@4"])
     command.add_argument("--mode", choices=["eager", "compiled", "both"], default="both")
     command.add_argument("--tp_size", type=int, default=1, help="ranks of our candidates (default: %(default)s)")
     command.add_argument("--batch_size", type=int, default=4)
     command.add_argument("--steps", type=int, default=1, help="training steps in a round")
-    for command in commands.choices.values():
+    for name in ("decode", "predict"):
+        command = commands.choices[name]
+        every = [one for one in EVERY if name == "decode" or not one.isdecimal()]
+        command.add_argument("patterns", nargs="*", default=every, help="baseline, spd, grouped:LAYERS or a pattern")
+        command.add_argument("--n_shard", type=int, default=2 if name == "decode" else 8)
+    command.add_argument("--links", nargs="+", choices=latency.LINKS, help="default: all")
+    command.add_argument("--accelerator", choices=latency.ACCELERATORS, default="h100")
+    command.add_argument("--batch_size", type=int, default=1)
+    command.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (default: %(default)s)")
+    command.add_argument("--itemsize", type=int, default=2, help="bytes of a weight (default: %(default)s)")
+    command = commands.choices["decode"]
+    command.add_argument("--tp_sizes", type=int, nargs="+", default=[1, 2])
+    command.add_argument("--batch_sizes", type=int, nargs="+", default=[1])
+    command.add_argument("--prompts", type=int, nargs="+", default=[128], help="tokens of the prompts")
+    command.add_argument("--new_tokens", type=int, default=16, help="tokens decoded after the first one")
+    command.add_argument("--compile", action="store_true", help="the first variant in one process compiled, too")
+    command.add_argument("--png", help="where a figure of TPOT against sync count goes, if anywhere")
+    for name in ("train", "decode"):
+        command = commands.choices[name]
         command.add_argument("--rounds", type=int, default=5, help="of each launch (default: %(default)s)")
-        command.add_argument("--launches", type=int, default=3, help="default: %(default)s")
-        command.add_argument("--n_layer", type=int, default=12)
+        command.add_argument("--launches", type=int, default=3 if name == "train" else 1, help="default: %(default)s")
         command.add_argument("--n_head", type=int, default=12)
-        command.add_argument("--n_embd", type=int, default=768)
-        command.add_argument("--vocab_size", type=int, default=50304)
         command.add_argument("--block_size", type=int, default=256)
         command.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
         command.add_argument("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on CUDA, float32 on CPU)")
-        command.add_argument("--json", help="write the results there as well")
     args = parser.parse_args(argv)
     try:
-        results = {"train": train}[args.command](args)
+        results = jobs[args.command](args)
         if args.json:
             with open(args.json, "w", encoding="utf-8") as file:
                 json.dump({"settings": vars(args), "results": results}, file, indent=1)

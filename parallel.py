@@ -76,12 +76,26 @@ def start(device, dtype, backend, tp_size, timeout_s):
             store = dist.PrefixStore(f"restart {RESTART_COUNT}", store)
         dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=timeout)
         shape = (WORLD_SIZE // tp_size, tp_size)
+        if layout.device.type == "cpu":
+            bind_to_cores(LOCAL_RANK, int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE)))
         mesh = dist.init_device_mesh(layout.device.type, shape, mesh_dim_names=("dp", "tp"))
         layout.dp_size, layout.tp_size = shape
         layout.dp_rank = mesh.get_local_rank("dp")
         layout.dp_group = mesh.get_group("dp") if layout.dp_size > 1 else None
         layout.tp_group = mesh.get_group("tp") if layout.tp_size > 1 else None
     return layout
+
+
+def bind_to_cores(local_rank, local_size):
+    """Give this rank's main thread cores of its own, and gloo's threads, which stay free, precedence over it.
+
+    Left to the scheduler they wait behind a main thread for up to a tick of its clock, 4 ms: 5x an all-reduce. Call it
+    once the process group exists; it does nothing where there are fewer cores than ranks, or no way to bind.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    if share := len(cores) // local_size:
+        os.sched_setaffinity(0, cores[local_rank * share : (local_rank + 1) * share])
+        os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + 5)
 
 
 def sum_over_world(values, device):

@@ -123,7 +123,7 @@ def few_rows(x):
 
 def multiply_few(x, weight):
     """x (S, n, C) times weight (S, out, C) -> (S, n, out), for few rows n."""
-    if torch.compiler.is_compiling():  # becomes one loop over the matrix, on all threads
+    if torch.compiler.is_compiling() and x.size(1) == 1:  # becomes one loop over the matrix, on all threads
         return (weight[:, :, None] * x[:, None]).sum(-1).mT
     if len(weight) == 1 and weight.is_contiguous() and weight.size(1) % 4 == 0:  # a batch is spread over the threads
         y = torch.bmm(x.expand(4, -1, -1), weight.squeeze(0).unflatten(0, (4, -1)).mT)  # (4, n, out/4)
@@ -158,8 +158,9 @@ class ColumnParallel(nn.Module):
             y = F.linear(h, weight.squeeze(0), bias)
             return y if y.dim() == 4 else y.unsqueeze(0)
         h = F.layer_norm(h, (C,))
-        if h.dim() == 3 and not few_rows(h):
-            # One input: the dense model's product. The gains and biases, which differ, fold into the matrix.
+        if h.dim() == 3 and h.size(0) * h.size(1) >= C:
+            # One input: the dense model's product. The gains and biases, which differ, fold into the matrix, which is
+            # the smaller work where there are more tokens than channels.
             if bias is not None:
                 bias = (bias + torch.einsum("soc,sc->so", weight, norm.bias)).flatten()
             weight = (weight * norm.weight[:, None, :]).flatten(0, 1)  # (S*out, C)

@@ -1,0 +1,142 @@
+"""Models to be timed against each other, each in processes of its own, one a tensor-parallel rank.
+
+Candidates take turns, a round each, so that a slow moment of the machine hits all alike, and all can be launched anew
+several times in another order, since a process can be lucky or not with its memory.
+"""
+
+import os
+import tempfile
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import parallel
+import reduced_sync_model as rsm
+
+
+@dataclass
+class Candidate:
+    """What is measured: `gpt2` (transformers') or one of our patterns with its n_shard and tp_size."""
+
+    name: str
+    pattern: str = ""  # empty: transformers' GPT-2
+    n_shard: int = 1
+    tp_size: int = 1
+    compile: bool = False
+
+    @property
+    def label(self):
+        tp = f" tp {self.tp_size}" if self.tp_size > 1 else ""
+        return f"{self.name}{tp}{' compiled' if self.compile else ''}"
+
+
+def parse(text, n_layer, tp_size=1, compiled=False):
+    """`gpt2`, or VARIANT@N_SHARD with VARIANT baseline, spd, grouped:LAYERS or a pattern -> Candidate."""
+    if text == "gpt2":
+        return Candidate(text, compile=compiled)
+    variant, _, n_shard = text.partition("@")
+    if not n_shard.isdecimal() or int(n_shard) < 1:
+        raise ValueError(f"{text!r}: a candidate is gpt2 or VARIANT@N_SHARD, such as grouped:3@2")
+    name, _, layers = variant.partition(":")
+    if name == "grouped" and layers.isdecimal():
+        pattern = rsm.grouped(n_layer, int(layers))
+    elif name in ("baseline", "spd") and not layers:
+        pattern = getattr(rsm, name)(n_layer)
+    else:
+        pattern = rsm.selective(n_layer, variant)
+    return Candidate(text, pattern, int(n_shard), tp_size, compiled)
+
+
+def measure(candidates, job, args):
+    """What `job` measures of the candidates in alternating rounds: [candidate][round][rank].
+
+    Raises ValueError for what cannot be built, RuntimeError if a process ends before its time.
+    """
+    device, _, _ = parallel.choose_device(args.device, args.dtype)
+    for candidate in candidates:
+        if device.startswith("cuda") and candidate.tp_size > torch.cuda.device_count():
+            raise ValueError(f"{candidate.label} needs {candidate.tp_size} GPUs; here are {torch.cuda.device_count()}")
+        config_of(candidate, args)
+    results = [[] for _ in candidates]
+    for launch in range(args.launches):
+        order = [(i + launch) % len(candidates) for i in range(len(candidates))]
+        with tempfile.TemporaryDirectory() as folder:
+            launched = {i: start(candidates[i], job, f"{folder}/{i}", args) for i in order}
+            for _ in range(args.rounds):
+                for i in order:
+                    results[i].append(answers(launched[i], "measure"))
+            for ranks in launched.values():
+                answers(ranks, "end")
+    return results
+
+
+def start(candidate, job, store, args):
+    """Start a candidate's processes and let them build and warm up; returns a pipe for each rank."""
+    context = mp.get_context("spawn")
+    ranks = []
+    for rank in range(candidate.tp_size):
+        ours, theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, rank, candidate, job, store, args), daemon=True).start()
+        theirs.close()
+        ranks.append(ours)
+    answers(ranks, "measure")
+    return ranks
+
+
+def answers(ranks, message):
+    """Send `message` to all ranks and return their answers. Raises RuntimeError if a process ended instead."""
+    for pipe in ranks:
+        pipe.send(message)
+    try:
+        return [pipe.recv() for pipe in ranks]
+    except (EOFError, ConnectionError):
+        raise RuntimeError("a process ended; its error stands above") from None
+
+
+def serve(pipe, rank, candidate, job, store, args):
+    """A rank's process: build what `job` makes, then measure at each message until the last one."""
+    device, dtype, backend = parallel.choose_device(args.device, args.dtype)
+    if device == "cuda":
+        device = f"cuda:{rank}"
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // candidate.tp_size))
+    layout = parallel.Layout(torch.device(device), dtype, tp_size=candidate.tp_size)
+    if candidate.tp_size > 1:
+        if backend == "gloo":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=candidate.tp_size)
+        layout.tp_group = dist.group.WORLD
+        if layout.device.type == "cpu":
+            parallel.bind_to_cores(rank, candidate.tp_size)
+    measured = job(candidate, layout, args)
+    while pipe.recv() == "measure":
+        pipe.send(measured())
+    if candidate.tp_size > 1:
+        dist.destroy_process_group()
+    pipe.send("ended")
+
+
+def config_of(candidate, args):
+    """The GPTConfig of one of our candidates, or the sizes of transformers' in its terms. Raises ValueError."""
+    sizes = {key: getattr(args, key) for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
+    return rsm.GPTConfig(**sizes, n_shard=candidate.n_shard, sync_pattern=candidate.pattern)
+
+
+def build(candidate, layout, args):
+    """The model of a candidate with random weights, on its device."""
+    torch.manual_seed(0)
+    if candidate.pattern:
+        return rsm.GPT(config_of(candidate, args), layout.tp_group).to(layout.device)
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = dict(vocab_size=args.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
+    no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    return GPT2LMHeadModel(GPT2Config(**shape, n_positions=args.block_size, **no_dropout)).to(layout.device)
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
