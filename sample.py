@@ -3,8 +3,9 @@
 $ python sample.py --out_dir=out-spd-12sync --start="To be"
 $ python sample.py --init_from=gpt2 --start=FILE:prompt.txt --num_samples=3      # FILE:- is standard input
 
-With real tensor parallelism, any number of processes that divides the model's n_shard; the text is the same:
-$ torchrun --standalone --nproc_per_node=2 sample.py --out_dir=out-spd-12sync --start="To be"
+With real tensor parallelism, any number of processes that divides the model's n_shard; the text is the same. The `--`
+keeps torchrun from taking --start for an option of its own:
+$ torchrun --standalone --nproc_per_node=2 -- sample.py --out_dir=out-spd-12sync --start="To be"
 
 The first sample appears as it is generated, the others, computed in the same batch, behind it. Keys as in nanoGPT.
 """
