@@ -115,7 +115,7 @@ def load(path):
 
 def check_model(checkpoint, config, path):
     """Raise ValueError unless the checkpoint holds the model of GPTConfig `config`, naming the fields that differ."""
-    saved = checkpoint["model_args"]
+    saved = {"parallel_block": False, "merge": "sum", "overlap": ""} | checkpoint["model_args"]  # older ones lack them
     wanted = dataclasses.asdict(config) | {"dropout": saved.get("dropout")}  # dropout is no part of the weights
     differing = [f"{key}={saved.get(key)!r}, not {value!r}" for key, value in wanted.items() if saved.get(key) != value]
     if differing:

@@ -10,7 +10,10 @@ attention and every MLP. Here a sync pattern, one character per layer, says wher
     0  not at all
 
 Between two sync points a shard sees the last synced stream x plus its own local delta d; a sync adds the sum of all
-deltas to x. All of torch.distributed is in the section "Collectives"; where it is called, see Block.forward.
+deltas to x. All of torch.distributed is in the section "Collectives"; where it is called, see Block and Stream.
+
+Other ways to wait less, each an option of GPTConfig: parallel_block (attention and MLP read the same stream), merge
+(what a sync makes of the deltas) and overlap (an all-reduce is in flight while the next sublayer runs).
 
 Shapes: B batch, T time, C n_embd, S shards on this rank (n_shard / tp_size), D head size. A tensor with a leading S is
 per shard. `model = GPT(GPTConfig(n_shard=2, sync_pattern=spd(12)))` needs no launcher and no process group.
@@ -107,6 +110,32 @@ def copy_to_ranks(x, group):
 def sum_over_ranks(x, group):
     """g: all-reduce forward, identity backward."""
     return x if group is None else _SumOverRanks.apply(x, group)
+
+
+class _Arrived(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, total):
+        return total.view_as(total)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def start_sum_over_ranks(x, group):
+    """g in two halves: this one starts the all-reduce and returns what finish_sum_over_ranks takes."""
+    if group is None:
+        return x, None, None
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    return x, total, dist.all_reduce(total, group=group, async_op=True)
+
+
+def finish_sum_over_ranks(x, total, work):
+    """Wait for the sum of `x` over the ranks. Its backward is g's: identity."""
+    if work is None:
+        return x
+    work.wait()
+    return _Arrived.apply(x, total)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,52 +276,85 @@ def add(d, y):
     return y.to(torch.promote_types(y.dtype, torch.float32)) if d is None else d + y
 
 
-def read(x, x_in, d, group):
-    """What the shards see: (x_in, h), where x_in is f(x), made once where a region starts, and h is x_in + d."""
-    if d is None:
-        x_in = copy_to_ranks(x, group)
-        return x_in, x_in  # h is (B, T, C): all shards see the same
-    return x_in, x_in + d  # h is (S, B, T, C) per shard
+class Stream:
+    """The residual stream of a forward pass: what was synced, and what each shard has added to it since.
 
-
-def sync(x, d, y, group):
-    """One sync point: x (B, T, C) plus the sum of all shards' deltas.
-
-    d (S, B, T, C) or None are the local deltas, y (B, T, C) the last sublayer's output summed over this rank's shards.
+    x (B, T, C) is the synced stream and x_in what the shards read of it, f(x); d (S, B, T, C) are their local deltas,
+    None where they are zero; late is the sum of a sync in flight, None where there is none.
     """
-    return x + sum_over_ranks(add(None, y) if d is None else d.sum(0) + y, group)
+
+    def __init__(self, x, config, tp_group):
+        self.x, self.tp_group, self.overlap = x, tp_group, config.overlap
+        self.desync, self.n_shard = config.merge == "desync", config.n_shard
+        self.x_in = self.d = self.late = None
+
+    def read(self):
+        """x + d, what the shards see: (B, T, C) where all see the same, else (S, B, T, C) per shard."""
+        if self.x_in is None:
+            self.x_in = copy_to_ranks(self.x, self.tp_group)
+        return self.x_in if self.d is None else self.x_in + self.d
+
+    def keep(self, y):
+        """No sync: y (S, B, T, C) stays with its shard."""
+        self.arrive()
+        self.d = add(self.d, y)
+
+    def sync(self, y):
+        """A sync point: x plus the sum of all shards' deltas, of which y (B, T, C), of this rank's shards, is the last.
+
+        With merge="desync" the deltas before y count by their mean (arXiv 2501.06589v1). With overlap x has the sum one
+        sublayer later: until then a shard sees nothing of it ("ladder", arXiv 2501.06589) or its own part ("delayed",
+        for which y is per shard).
+        """
+        self.arrive()
+        if self.overlap == "delayed":
+            self.d = add(self.d, y)
+            delta = self.d.sum(0)
+        else:
+            before = None if self.d is None else self.d.sum(0)
+            if self.desync and before is not None:
+                before = before / self.n_shard
+            delta, self.d = add(before, y), None
+        if self.overlap:
+            self.late = start_sum_over_ranks(delta, self.tp_group)
+        else:
+            self.x, self.x_in = self.x + sum_over_ranks(delta, self.tp_group), None
+
+    def arrive(self):
+        """Where a sync is in flight, wait for it; its sum takes the place of the shards' own parts."""
+        if self.late is not None:
+            self.x, self.x_in = self.x + finish_sum_over_ranks(*self.late), None
+            self.d = self.late = None
 
 
 class Block(nn.Module):
-    def __init__(self, config, n_local, syncs, tp_group):
+    def __init__(self, config, n_local, syncs):
         super().__init__()
-        self.tp_group = tp_group
         self.sync_after_attn = syncs in "2a"
         self.sync_after_mlp = syncs in "21"
+        self.parallel = config.parallel_block
+        self.per_shard = config.overlap == "delayed"  # a sync needs each shard's part, not only their sum
         self.ln_1 = LayerNorm(n_local, config.n_embd, config.bias)
         self.attn = CausalSelfAttention(config, n_local)
         self.ln_2 = LayerNorm(n_local, config.n_embd, config.bias)
         self.mlp = MLP(config, n_local)
 
-    def forward(self, x, x_in, d, past=None):
-        """x (B, T, C) is the synced stream, x_in what the shards read of it, d (S, B, T, C) their local deltas.
-
-        d is None just after a sync. `past` is this layer's part of a KVCache. Returns the first three after this layer.
-        """
-        x_in, h = read(x, x_in, d, self.tp_group)
-        y = self.attn(self.ln_1, h, summed=self.sync_after_attn, past=past)
+    def forward(self, stream, past=None):
+        """Add this layer to the Stream; `past` is its part of a KVCache."""
+        h = stream.read()
+        y = self.attn(self.ln_1, h, summed=self.sync_after_attn and not self.per_shard, past=past)
         if self.sync_after_attn:
-            x, d = sync(x, d, y, self.tp_group), None
+            stream.sync(y)
         else:
-            d = add(d, y)
+            stream.keep(y)
 
-        x_in, h = read(x, x_in, d, self.tp_group)
-        y = self.mlp(self.ln_2, h, summed=self.sync_after_mlp)
+        if not self.parallel:  # else the MLP reads what the attention has read
+            h = stream.read()
+        y = self.mlp(self.ln_2, h, summed=self.sync_after_mlp and not self.per_shard)
         if self.sync_after_mlp:
-            x, d = sync(x, d, y, self.tp_group), None
+            stream.sync(y)
         else:
-            d = add(d, y)
-        return x, x_in, d
+            stream.keep(y)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,6 +389,9 @@ class GPTConfig:
     bias: bool = True  # in the linear layers and layer norms, as in GPT-2
     n_shard: int = 1
     sync_pattern: str = ""  # one of 2 1 0 a per layer; empty: the baseline
+    parallel_block: bool = False  # attention and MLP read the same stream (GPT-J; PaLM, arXiv 2204.02311)
+    merge: str = "sum"  # of the deltas at a sync; or desync: the mean of those before the last sublayer
+    overlap: str = ""  # ladder or delayed: a sync's all-reduce is in flight while the next sublayer runs
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_shard"):
@@ -339,6 +404,15 @@ class GPTConfig:
         if self.n_head % self.n_shard:
             raise ValueError(f"n_head={self.n_head} is not divisible by n_shard={self.n_shard}")
         self.sync_pattern = selective(self.n_layer, self.sync_pattern or baseline(self.n_layer))
+        for name, allowed in {"merge": ("sum", "desync"), "overlap": ("", "ladder", "delayed")}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(map(repr, allowed))}")
+        if self.parallel_block and set(self.sync_pattern) - set("10"):
+            raise ValueError(f"sync_pattern={self.sync_pattern}: with parallel_block only 1 and 0, one sync a layer")
+        if self.parallel_block + (self.merge != "sum") + (self.overlap != "") > 1:
+            raise ValueError("parallel_block, merge='desync' and overlap are alternatives: choose one of them")
+        if self.overlap and count_syncs(self.sync_pattern) < 2:
+            raise ValueError(f"overlap={self.overlap!r}: a single sync, the last, has nothing to hide behind")
 
 
 class GPT(nn.Module):
@@ -360,6 +434,7 @@ class GPT(nn.Module):
             )
         self.tp_group = tp_group if self.tp_size > 1 else None
         self.num_syncs = count_syncs(config.sync_pattern)
+        self.num_hidden_syncs = self.num_syncs - 1 if config.overlap else 0  # nothing runs behind the last one
         n_local = config.n_shard // self.tp_size
         first = n_local * (tp_group.rank() if self.tp_group is not None else 0)
         self.local_shards = slice(first, first + n_local)
@@ -369,7 +444,7 @@ class GPT(nn.Module):
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.block_size, config.n_embd),
                 drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList([Block(config, n_local, syncs, self.tp_group) for syncs in config.sync_pattern]),
+                h=nn.ModuleList([Block(config, n_local, syncs) for syncs in config.sync_pattern]),
                 ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
             )
         )
@@ -394,9 +469,11 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens behind the {held} in the cache: decoding takes one at a time")
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[held : held + T]  # (B, T, C)
         x = self.transformer.drop(x)
-        x_in = d = None
+        stream = Stream(x, self.config, self.tp_group)
         for i, block in enumerate(self.transformer.h):
-            x, x_in, d = block(x, x_in, d, None if cache is None else (*cache.layers[i], held))
+            block(stream, None if cache is None else (*cache.layers[i], held))
+        stream.arrive()
+        x = stream.x
         if cache is not None:
             cache.length += T
         if targets is None:
@@ -441,11 +518,12 @@ class GPT(nn.Module):
         return flops_per_token * c.block_size * fwdbwd_per_iter / self.tp_size / dt / peak
 
     @classmethod
-    def from_pretrained(cls, model_type, n_shard=1, sync_pattern="", block_size=None, dropout=0.0, tp_group=None):
+    def from_pretrained(cls, model_type, tp_group=None, block_size=None, **choices):
         """OpenAI's weights ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder of save_pretrained) in shards.
 
-        block_size crops the position embedding. With dropped syncs it is another function than GPT-2: a place to train
-        from. Raises ValueError or OSError where the weights cannot be had or do not fit.
+        block_size crops the position embedding; `choices` are GPTConfig's fields from dropout on, but bias. With
+        dropped syncs it is another function than GPT-2: a place to train from. Raises ValueError or OSError where the
+        weights cannot be had or do not fit.
         """
         from transformers import GPT2LMHeadModel
 
@@ -458,10 +536,8 @@ class GPT(nn.Module):
             n_layer=hf.config.n_layer,
             n_head=hf.config.n_head,
             n_embd=hf.config.n_embd,
-            dropout=dropout,
             bias=True,
-            n_shard=n_shard,
-            sync_pattern=sync_pattern,
+            **choices,
         )
         dense = {}
         for name, tensor in hf.state_dict().items():
@@ -534,9 +610,11 @@ def dense_to_shards(dense, config):
 def shards_to_dense(shards, config):
     """State dict of the whole sharded model -> the dense GPT-2 that computes the same.
 
-    Raises ValueError if the pattern drops a sync: then there is none. A norm whose gains differ from shard to shard
-    folds into the matrix behind it.
+    Raises ValueError if there is none, as the pattern drops a sync or the block is another one. A norm whose gains
+    differ from shard to shard folds into the matrix behind it.
     """
+    if config.parallel_block or config.overlap:
+        raise ValueError("a model with parallel_block or overlap equals no GPT-2")
     if config.sync_pattern != baseline(config.n_layer) and config.n_shard > 1:
         raise ValueError(f"sync_pattern={config.sync_pattern}: only all-2 (or n_shard=1) equals a dense model")
     shards = dict(shards)

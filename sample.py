@@ -87,7 +87,7 @@ def build(config, saved, model_config, layout):
         ckpt.restore(saved, model)
     else:
         try:
-            model = rsm.GPT.from_pretrained(config.init_from, n_shard=WORLD_SIZE, tp_group=layout.tp_group)
+            model = rsm.GPT.from_pretrained(config.init_from, layout.tp_group, n_shard=WORLD_SIZE)
         except (OSError, ValueError) as error:
             raise parallel.SameOnAllRanks(f"init_from={config.init_from!r}: {error}") from None
     cast(model.eval().to(layout.device), layout.dtype)

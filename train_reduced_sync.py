@@ -65,6 +65,9 @@ class Config:
     architecture: str = option("baseline", "baseline, spd, grouped (layers_per_group) or selective (sync_pattern)")
     layers_per_group: int = option(0, "grouped: layers between two syncs")
     sync_pattern: str = option("", "selective: one of 2 1 0 a per layer")
+    parallel_block: bool = option(False, "attention and MLP read the same stream; patterns of 1 and 0")
+    merge: str = option("sum", "what a sync adds: the sum of the shards' deltas, or desync: their mean before the last")
+    overlap: str = option("", "ladder or delayed: a sync is in flight while the next sublayer runs")
     n_shard: int = option(2, "shards that the transformer is cut into: part of the architecture")
     n_layer: int = option(12, "layers")
     n_head: int = option(12, "attention heads of the whole model")
@@ -199,6 +202,8 @@ def describe_run(config, model, layout, step):
         "sync_pattern": pattern,
         "drawn": rsm.draw_pattern(pattern),
         "syncs": f"{model.num_syncs} of {most} ({100 * (1 - model.num_syncs / most):.1f}% fewer)",
+        "blocking syncs": model.num_syncs - model.num_hidden_syncs,
+        "hidden syncs": model.num_hidden_syncs,
         "parameters": f"{n_params / 1e6:.2f}M ({n_params})",
         "layout": f"dp {layout.dp_size} x tp {layout.tp_size}, {config.n_shard // layout.tp_size} shards a rank",
         "sync payload": f"float32, {payload} bytes"
@@ -286,7 +291,7 @@ def prepare(config):
         config.n_layer, config.n_head, config.n_embd = rsm.GPT2_SHAPES[config.init_from]
         config.bias = True
     check(config)
-    model_args = "block_size n_layer n_head n_embd dropout bias n_shard".split()
+    model_args = "block_size n_layer n_head n_embd dropout bias n_shard parallel_block merge overlap".split()
     model_config = rsm.GPTConfig(**{key: getattr(config, key) for key in model_args}, sync_pattern=sync_pattern(config))
     choice = parallel.choose_device(config.device, config.dtype, config.backend)
     corpus = Corpus(config.dataset, config.block_size)
@@ -309,9 +314,10 @@ def train(config, choice, corpus, model_config, saved):
     stop = StopSignal()
     torch.manual_seed(config.seed)
     if config.init_from in rsm.GPT2_SHAPES:
-        shape = {"block_size": config.block_size, "dropout": config.dropout, "tp_group": layout.tp_group}
+        keys = "block_size dropout n_shard sync_pattern parallel_block merge overlap".split()
+        choices = {key: getattr(model_config, key) for key in keys}
         try:
-            model = rsm.GPT.from_pretrained(config.init_from, config.n_shard, model_config.sync_pattern, **shape)
+            model = rsm.GPT.from_pretrained(config.init_from, layout.tp_group, **choices)
         except OSError as error:
             raise parallel.SameOnAllRanks(f"init_from={config.init_from!r}: {error}") from None
     else:

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 
-def logits(dense, idx, n_layer, n_head, n_shard, pattern):
+def logits(dense, idx, n_layer, n_head, n_shard, sync_pattern, parallel_block=False, merge="sum", overlap=""):
     """Logits (B, T, vocab) of the dense state dict (nanoGPT's names) run as n_shard shards with the sync pattern."""
     T = idx.shape[1]
     heads = n_head // n_shard
@@ -49,11 +49,26 @@ def logits(dense, idx, n_layer, n_head, n_shard, pattern):
         bias = w(layer, "mlp.c_proj.bias")
         return out if bias is None else out + bias / n_shard
 
+    late = None  # what a sync that is not waited for will have added to x
     for layer in range(n_layer):
-        for sublayer, syncs in ((attention, "2a"), (mlp, "21")):
-            streams = [h + sublayer(layer, shard, h) for shard, h in enumerate(streams)]
-            if pattern[layer] in syncs:
-                x = x + sum(h - x for h in streams)
+        units = [((attention, mlp), "21")] if parallel_block else [((attention,), "2a"), ((mlp,), "21")]
+        for sublayers, syncs in units:
+            outputs = [sum(sublayer(layer, shard, h) for sublayer in sublayers) for shard, h in enumerate(streams)]
+            if late is not None:
+                x, late = x + late, None
                 streams = [x] * n_shard
+            after = [h + y for h, y in zip(streams, outputs, strict=True)]
+            if sync_pattern[layer] not in syncs:
+                streams = after
+            elif merge == "desync":
+                x = sum(streams) / n_shard + sum(outputs)
+                streams = [x] * n_shard
+            elif overlap:
+                late = sum(h - x for h in after)
+                streams = after if overlap == "delayed" else [x] * n_shard
+            else:
+                x = x + sum(h - x for h in after)
+                streams = [x] * n_shard
+    x = x if late is None else x + late
     final = F.layer_norm(x, (C,), dense["transformer.ln_f.weight"], dense.get("transformer.ln_f.bias"))
     return final @ dense["transformer.wte.weight"].T

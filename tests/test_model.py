@@ -17,6 +17,14 @@ from reduced_sync_model import GPT, GPTConfig, baseline, grouped, selective, spd
 
 torch.set_num_threads(1)  # the tensors are tiny
 PATTERNS = ["2222", "1111", "0101", "0001", "1101", "a2a1", "0a02", "a001"]  # every kind, for 4 layers
+RIVALS = [
+    dict(sync_pattern="1111", parallel_block=True),
+    dict(sync_pattern="0101", parallel_block=True),
+    dict(sync_pattern="0101", merge="desync"),
+    dict(sync_pattern="a011", merge="desync"),
+    *(dict(sync_pattern=p, overlap=rule) for p in ("2222", "1111", "0a21") for rule in ("ladder", "delayed")),
+]
+VARIANTS = [dict(sync_pattern=p) for p in PATTERNS] + RIVALS
 SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=4, n_head=4, n_embd=32, bias=True)
 
 
@@ -82,7 +90,19 @@ def test_groups_must_fill_the_model():
 
 @pytest.mark.parametrize(
     "change",
-    [dict(n_shard=3), dict(n_head=3), dict(n_shard=0), dict(dropout=1.0), dict(sync_pattern="22"), dict(n_layer=0)],
+    [
+        *(
+            dict(n_shard=3),
+            dict(n_head=3),
+            dict(n_shard=0),
+            dict(dropout=1.0),
+            dict(sync_pattern="22"),
+            dict(n_layer=0),
+        ),
+        *(dict(merge="mean"), dict(overlap="async"), dict(sync_pattern="1a01", parallel_block=True)),
+        *(dict(overlap="ladder", merge="desync"), dict(parallel_block=True, merge="desync", sync_pattern="1111")),
+        dict(overlap="ladder", sync_pattern="0001"),
+    ],
 )
 def test_impossible_shapes_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
@@ -119,19 +139,55 @@ def test_one_shard_is_transformers_gpt2(gpt2, pattern):
     against_gpt2(gpt2, 1, pattern)
 
 
+@pytest.mark.parametrize("n_shard", [1, 2, 4])
+def test_parallel_block_and_ladder_against_transformers_layers(gpt2, n_shard):
+    """The rules as their papers give them, on the sublayers of a dense GPT-2: with all syncs no shard is seen."""
+    theirs, folder = gpt2
+    x, _ = batch()
+    sublayers = []
+    for block in theirs.transformer.h:
+        sublayers.append(lambda h, b=block: b.attn(b.ln_1(h))[0])
+        sublayers.append(lambda h, b=block: b.mlp(b.ln_2(h)))
+
+    def head(h):
+        return theirs.lm_head(theirs.transformer.ln_f(h))
+
+    start = h = theirs.transformer.wte(x) + theirs.transformer.wpe.weight[: x.size(1)]
+    for attention, mlp in zip(sublayers[::2], sublayers[1::2], strict=True):
+        h = h + attention(h) + mlp(h)
+    ours = GPT.from_pretrained(folder, n_shard=n_shard, sync_pattern="1111", parallel_block=True)
+    torch.testing.assert_close(ours(x, x)[0], head(h), rtol=1e-5, atol=1e-5)
+
+    before, h = start, start  # arXiv 2501.06589: x[i+1] = x[i] + h(x[i-1])
+    for sublayer in sublayers:
+        before, h = h, h + sublayer(before)
+    ours = GPT.from_pretrained(folder, n_shard=n_shard, sync_pattern="2222", overlap="ladder")
+    torch.testing.assert_close(ours(x, x)[0], head(h), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_shard, choice", [(1, "delayed"), (1, "desync"), (4, "desync")])
+def test_rivals_that_are_plain_gpt2(gpt2, n_shard, choice):
+    """One shard has all parts at once, and where all syncs are made nothing is left to average."""
+    theirs, folder = gpt2
+    x, _ = batch()
+    key = "merge" if choice == "desync" else "overlap"
+    ours = GPT.from_pretrained(folder, n_shard=n_shard, sync_pattern="2222", **{key: choice})
+    torch.testing.assert_close(ours(x, x)[0], theirs(x).logits, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("n_shard", [2, 4])
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_dropped_syncs_against_the_oracle(pattern, n_shard, bias):
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_variants_against_the_oracle(variant, n_shard, bias):
     torch.manual_seed(0)
     dense_model = rough(GPT(dataclasses.replace(SMALL, bias=bias))).double()
     dense = rsm.shards_to_dense(dict(dense_model.named_parameters()), dense_model.config)
-    config = dataclasses.replace(SMALL, bias=bias, n_shard=n_shard, sync_pattern=pattern)
+    config = dataclasses.replace(SMALL, bias=bias, n_shard=n_shard, **variant)
     model = GPT(config).double()
     model.load_state_dict(rsm.dense_to_shards(dense, config), strict=False)
     x, y = batch()
     logits, loss = model(x, y)
-    expected = oracle.logits(dense, x, 4, 4, n_shard, pattern)
+    expected = oracle.logits(dense, x, 4, 4, n_shard, **variant)
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
 
     loss.backward()
@@ -151,15 +207,14 @@ def test_dropped_syncs_against_the_oracle(pattern, n_shard, bias):
         torch.testing.assert_close(ours, gradient, rtol=1e-8, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_a_dropped_sync_changes_the_function():
-    """Guards the tests above: the patterns really are different functions once n_shard is above 1."""
-    torch.manual_seed(0)
+def test_variants_are_different_functions():
+    """Guards the tests above: they really differ once n_shard is above 1."""
     x, y = batch()
     losses = set()
-    for pattern in PATTERNS:
+    for variant in VARIANTS:
         torch.manual_seed(0)
-        losses.add(round(rough(GPT(dataclasses.replace(SMALL, n_shard=2, sync_pattern=pattern)))(x, y)[1].item(), 5))
-    assert len(losses) == len(PATTERNS)
+        losses.add(round(rough(GPT(dataclasses.replace(SMALL, n_shard=2, **variant)))(x, y)[1].item(), 5))
+    assert len(losses) == len(VARIANTS)
 
 
 # --- converters and initial weights
@@ -211,6 +266,9 @@ def test_no_dense_model_for_dropped_syncs():
     model = GPT(dataclasses.replace(SMALL, n_shard=2, sync_pattern=spd(4)))
     with pytest.raises(ValueError, match="sync_pattern=1111"):
         rsm.shards_to_dense(dict(model.named_parameters()), model.config)
+    model = GPT(dataclasses.replace(SMALL, overlap="ladder"))
+    with pytest.raises(ValueError, match="overlap"):
+        rsm.shards_to_dense(dict(model.named_parameters()), model.config)
 
 
 def test_from_pretrained_crops_positions_and_refuses_more(gpt2):
@@ -232,18 +290,26 @@ def fake_group():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("n_shard", [2, 4])
-def test_executed_all_reduces(fake_group, pattern, n_shard):
-    model = GPT(dataclasses.replace(SMALL, n_shard=n_shard, sync_pattern=pattern), fake_group)
+def test_executed_all_reduces(fake_group, variant, n_shard):
+    model = GPT(dataclasses.replace(SMALL, n_shard=n_shard, **variant), fake_group)
     x, y = batch()
     with CommDebugMode() as comm:
         _, loss = model(x, y)
-    assert comm.get_total_counts() == model.num_syncs == rsm.count_syncs(pattern)
+    assert comm.get_total_counts() == model.num_syncs == rsm.count_syncs(variant["sync_pattern"])
     with CommDebugMode() as comm:
         loss.backward()
-    assert comm.get_total_counts() == model.num_syncs
+    # With overlap, what arrives behind the last sublayer is read by no shard: one f less where two syncs end the model.
+    unread = "overlap" in variant and variant["sync_pattern"][-1] == "2"
+    assert comm.get_total_counts() == model.num_syncs - unread
     assert all("allreduce" in str(op).replace("_", "") for op in comm.get_comm_counts())
+
+
+def test_hidden_syncs():
+    for variant in VARIANTS:
+        model = GPT(dataclasses.replace(SMALL, n_shard=2, **variant))
+        assert model.num_hidden_syncs == (model.num_syncs - 1 if "overlap" in variant else 0)
 
 
 def test_layouts_that_cannot_be_are_refused(fake_group):

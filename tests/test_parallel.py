@@ -6,16 +6,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from spawn import run_ranks
-from test_model import PATTERNS, SMALL, batch, rough
+from test_model import SMALL, VARIANTS, batch, rough
 
 import parallel
 import reduced_sync_model as rsm
 from reduced_sync_model import GPT
 
 
-def whole_and_part(pattern, group, n_shard=4, n_layer=4):
+def whole_and_part(sync_pattern, group, n_shard=4, **rival):
     """The same float64 model twice: all shards in this process, and this rank's part of them on the group."""
-    config = dataclasses.replace(SMALL, n_layer=n_layer, n_shard=n_shard, sync_pattern=pattern)
+    config = dataclasses.replace(SMALL, n_layer=len(sync_pattern), n_shard=n_shard, sync_pattern=sync_pattern, **rival)
     torch.manual_seed(0)
     whole = rough(GPT(config)).double()
     part = GPT(config, group).double()
@@ -24,10 +24,10 @@ def whole_and_part(pattern, group, n_shard=4, n_layer=4):
     return whole, part
 
 
-def check_same_function(rank, patterns):
+def check_same_function(rank, variants):
     x, y = batch()
-    for pattern in patterns:
-        whole, part = whole_and_part(pattern, dist.group.WORLD)
+    for variant in variants:
+        whole, part = whole_and_part(**variant, group=dist.group.WORLD)
         expected, loss = whole(x, y)[1], part(x, y)[1]
         expected.backward()
         loss.backward()
@@ -35,13 +35,13 @@ def check_same_function(rank, patterns):
         for name, parameter in part.named_parameters():
             gradient = part.local_part(name, whole.get_parameter(name).grad)
             error = (parameter.grad - gradient).norm() / gradient.norm()
-            assert error <= 1e-10, f"{pattern}: gradient of {name} is off by {error:.1e}"
+            assert error <= 1e-10, f"{variant}: gradient of {name} is off by {error:.1e}"
 
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_tp_size_changes_neither_loss_nor_gradients(tp_size):
-    run_ranks(tp_size, check_same_function, PATTERNS)
+    run_ranks(tp_size, check_same_function, VARIANTS)
 
 
 def check_initial_weights(rank):
@@ -96,7 +96,7 @@ def check_average_gradients(rank):
 def check_compiled(rank, pattern, backend):
     """torch.compile with TP, without graph breaks at the all-reduces."""
     x, y = batch()
-    whole, part = whole_and_part(pattern, dist.group.WORLD, n_layer=len(pattern))
+    whole, part = whole_and_part(pattern, dist.group.WORLD)
     expected, loss = whole(x, y)[1], torch.compile(part, fullgraph=True, backend=backend)(x, y)[1]
     expected.backward()
     loss.backward()

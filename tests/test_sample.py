@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from launch import ROOT, ending, one_line_error, run_script, start, succeeded
 from spawn import run_ranks
-from test_model import PATTERNS, fake_group, rough  # noqa: F401  fake_group is a fixture
+from test_model import VARIANTS, fake_group, rough  # noqa: F401  fake_group is a fixture
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -29,9 +29,9 @@ CHARS = "\n ,.aeiou" + "bcdfghklmnprstvwyé€"  # two and three bytes in UTF-8
 SHAPE = dict(block_size=16, vocab_size=64, n_layer=4, n_head=4, n_embd=32, bias=True)
 
 
-def build(pattern="0101", n_shard=4, group=None, **changes):
+def build(sync_pattern="0101", n_shard=4, group=None, **changes):
     torch.manual_seed(5)
-    return GPT(GPTConfig(**SHAPE | changes, n_shard=n_shard, sync_pattern=pattern), group).eval()
+    return GPT(GPTConfig(**SHAPE | changes, n_shard=n_shard, sync_pattern=sync_pattern), group).eval()
 
 
 def prompt(B, T=16):
@@ -57,22 +57,21 @@ def check_decoding(model, B, run=None):
 
 @pytest.mark.parametrize("B", [2, 9])  # few rows and many
 @pytest.mark.parametrize("n_shard", [1, 2, 4])
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_decoding_equals_the_full_forward(pattern, n_shard, B):
-    model = rough(build(pattern, n_shard))
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_decoding_equals_the_full_forward(variant, n_shard, B):
+    model = rough(build(n_shard=n_shard, **variant))
     assert torch.unique(model(prompt(2))[0]).numel() > 100  # a model that tells tokens apart
     check_decoding(model, B)
-    check_decoding(build(pattern, n_shard, bias=False), B)
+    check_decoding(build(n_shard=n_shard, **variant, bias=False), B)
 
 
 def check_on_two_ranks(rank):
-    for pattern in PATTERNS:
+    for variant in VARIANTS:
         for n_shard in (2, 4):
+            part = build(n_shard=n_shard, group=dist.group.WORLD, **variant)
             for B in (2, 9):
-                check_decoding(build(pattern, n_shard, dist.group.WORLD), B)
-                torch.testing.assert_close(
-                    build(pattern, n_shard, dist.group.WORLD)(prompt(B))[0], build(pattern, n_shard)(prompt(B))[0]
-                )
+                check_decoding(part, B)
+                torch.testing.assert_close(part(prompt(B))[0], build(n_shard=n_shard, **variant)(prompt(B))[0])
 
 
 def test_decoding_on_two_ranks():
@@ -86,9 +85,9 @@ def test_compiled_decoding(n_shard):
     check_decoding(model, 2, generation.compiled(model))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_executed_all_reduces_of_a_decode_step(fake_group, pattern):  # noqa: F811
-    model = build(pattern, 4, fake_group)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_executed_all_reduces_of_a_decode_step(fake_group, variant):  # noqa: F811
+    model = build(group=fake_group, **variant)
     cache = KVCache(model, 2)
     with torch.no_grad():
         for T in (5, 1, 1):

@@ -90,6 +90,11 @@ def pretend(monkeypatch, world_size, local_world_size=None):
         (dict(architecture="selective", sync_pattern="1131"), ["sync_pattern='1131'", "2, 1, 0 and a"]),
         (dict(architecture="selective", sync_pattern="111a"), ["sync_pattern='111a'", "1 or 2"]),
         (dict(architecture="selective", sync_pattern="0110"), ["sync_pattern='0110'", "1 or 2"]),
+        (dict(parallel_block=True, architecture="baseline"), ["sync_pattern=2222", "parallel_block", "1 and 0"]),
+        (dict(overlap="later"), ["overlap='later'", "ladder", "delayed"]),
+        (dict(merge="mean"), ["merge='mean'", "sum", "desync"]),
+        (dict(merge="desync", overlap="ladder"), ["alternatives"]),
+        (dict(layers_per_group=4, overlap="ladder"), ["overlap='ladder'", "single sync"]),
         (dict(dataset="no_such_data"), ["no_such_data", "prepare"]),
         (dict(dropout=1.0), ["dropout=1.0", "below 1"]),
         (dict(dropout=-0.1), ["dropout=-0.1", "at least 0"]),
@@ -214,11 +219,13 @@ def layouts(small_corpus, tmp_path_factory):
     wide = factorised(small_corpus, "wide", batch_size=4, gradient_accumulation_steps=2, eval_iters=2)
     alone = [wide, factorised(small_corpus, "bfloat16", dtype="bfloat16")]
     alone += [factorised(small_corpus, f"dropout-{i}", dropout=0.2) for i in range(2)]
+    alone += [factorised(small_corpus, "ladder", overlap="ladder")]
     succeeded(run_script([RANKS_AGREE, *chain(alone)], cwd=folder))
     two = [factorised(small_corpus, "dp2"), factorised(small_corpus, "tp2", tp_size=2)]
     two += [factorised(small_corpus, "float16", tp_size=2, dtype="float16")]
+    two += [factorised(small_corpus, "ladder-tp2", overlap="ladder", tp_size=2)]
     out = succeeded(run_script([RANKS_AGREE, *chain(two)], nproc=2, cwd=folder))
-    assert out.count("2 ranks agree\n") == 3
+    assert out.count("2 ranks agree\n") == 4
     four = factorised(small_corpus, "dp2-tp2", tp_size=2)
     out = succeeded(run_script([RANKS_AGREE, *four], nproc=4, cwd=folder))
     assert out.count("4 ranks agree\n") == 1
@@ -267,6 +274,16 @@ def test_the_same_global_batch_at_any_layout(layouts, name):
     assert_same_to_the_last_digit(log_lines(layouts / f"out-{name}"), expected)
     norms = [row[4] for row in read_log(layouts / f"out-{name}" / "log.txt").iterations]
     assert min(norms) > 2 * CLIP
+
+
+def test_overlap_trains_the_same_on_two_ranks(layouts):
+    """With an all-reduce that really is in flight, and a header that says what is hidden."""
+    lines = log_lines(layouts / "out-ladder")
+    assert_same_to_the_last_digit(log_lines(layouts / "out-ladder-tp2"), lines)
+    assert lines != log_lines(layouts / "out-1x1")
+    header = read_log(layouts / "out-ladder-tp2" / "log.txt").header
+    assert (header["blocking syncs"], header["hidden syncs"]) == ("1", "1")
+    assert read_log(layouts / "out-1x1" / "log.txt").header["hidden syncs"] == "0"
 
 
 @pytest.mark.parametrize("name", ["dp2", "tp2", "dp2-tp2"])
