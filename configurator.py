@@ -10,6 +10,7 @@ config file is the file's own; every other name must be a key, and its value mus
 import ast
 import dataclasses
 import os
+import reprlib
 import types
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def _run_file(cls, path, values):
     for key, value in namespace.items():
         own = key.startswith("_") or isinstance(value, types.ModuleType) or callable(value)
         if key in values or not own:
-            result[key] = _checked(cls, key, value, f"config file {path}: {key}={value!r}")
+            result[key] = _checked(cls, key, value, f"config file {path}: {key}={reprlib.repr(value)}")
     return result
 
 

@@ -1,0 +1,75 @@
+"""The full study: 124M parameters on OpenWebText, for eight GPUs.
+
+    python data/openwebtext/prepare.py
+    python study.py config/study_124m.py
+
+An estimate, not a measurement: a run is 20,000 steps x 491,520 tokens = 9.83 B tokens, 79 a parameter. A token takes
+6 x 124 M + 12 x 12 x 768 x 1024 = 0.86 Gflop, a run 8.4e18 flop: 5.9 GPU-hours at 40 % of an H100's 989 Tflop/s, or 44
+minutes on eight. The 38 full runs and the 9 of a quarter of the steps below: about 240 GPU-hours, 30 hours of an
+eight-GPU machine. The learning rates come first: stop there, look, and set _base for what follows.
+"""
+
+out_dir = "out-124m"
+processes = 8  # all GPUs a run, each a data-parallel replica; 1: eight runs at once
+
+_base = dict(max_iters=20000, n_layer=12, n_head=12, n_embd=768, n_shard=2, eval_iters=0, seed=1)
+_grouped = {f"grouped-{12 // n}sync": dict(architecture="grouped", layers_per_group=n) for n in (2, 3, 4, 6, 12)}
+_headline = dict(
+    baseline=dict(architecture="baseline"),
+    spd=dict(architecture="spd"),
+    parallel=dict(architecture="spd", parallel_block=True),
+    **_grouped,
+)
+_controls = {  # dense, all syncs made, the parameters of 12 x 768 within 2 %
+    "6x1008": dict(n_layer=6, n_embd=1008, n_head=14),
+    "3x1280": dict(n_layer=3, n_embd=1280, n_head=20),
+    "2x1440": dict(n_layer=2, n_embd=1440, n_head=20),
+    "1x1728": dict(n_layer=1, n_embd=1728, n_head=24),
+}
+_rivals = {
+    "ladder": dict(overlap="ladder"),
+    "delayed": dict(overlap="delayed"),
+    "grouped-6sync-desync": dict(**_grouped["grouped-6sync"], merge="desync"),
+    "grouped-4sync-desync": dict(**_grouped["grouped-4sync"], merge="desync"),
+}
+_selective = {  # where twelve, nine, six and four syncs go
+    "9-even": "110111011101",
+    "9-late": "000111111111",
+    "9-early": "111111110001",
+    "6-early": "111110000001",
+    "6-late": "000000111111",
+    "4-early": "111000000001",
+    "4-late": "000000001111",
+    "12-after-attention": "aaaaaaaaaaa1",
+}
+
+
+def _runs(variants, suffix="", **keys):
+    return [dict(_base, **keys | variant, name=name + suffix) for name, variant in variants.items()]
+
+
+runs = [
+    # a learning rate for the baseline, the most desynced and a control, at a quarter of the steps
+    *(
+        run
+        for lr in (3e-4, 6e-4, 1.2e-3)
+        for run in _runs(
+            {"baseline": {}, "grouped-1sync": _grouped["grouped-1sync"], "2x1440": _controls["2x1440"]},
+            f"-lr{lr:g}",
+            learning_rate=lr,
+            min_lr=lr / 10,
+            max_iters=5000,
+        )
+    ),
+    *_runs(_headline),
+    *_runs(_controls, "-control"),
+    *_runs(_headline, "-nshard4", n_shard=4),
+    *(
+        run
+        for seed in (2, 3)
+        for run in _runs({"baseline": {}, "grouped-4sync": _grouped["grouped-4sync"]}, f"-seed{seed}", seed=seed)
+    ),
+    *_runs(_rivals),
+    *_runs({f"selective-{name}": dict(architecture="selective", sync_pattern=p) for name, p in _selective.items()}),
+    *_runs({name: _headline[name] for name in ("baseline", "spd", "grouped-4sync")}, "-nshard8", n_shard=8, n_head=16),
+]

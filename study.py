@@ -1,0 +1,224 @@
+"""Run a study: train the runs that a study file lists, those that are missing, then compare them all.
+
+$ python study.py config/study_cpu.py
+$ python study.py config/study_cpu.py --out_dir=out-mine
+
+A study file is a config file whose keys are those of Study, below. Each run is an ordinary train_reduced_sync.py run in
+its own folder, out_dir/NAME; runs start in the order of the file, as many at once as there are cores, or GPUs, for
+`processes` each. Finished ones are left alone and started ones go on from their checkpoint, so the same command goes on
+after a stop of any kind: Ctrl-C (twice ends at once), a kill, another study.py that holds some of the runs.
+"""
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import compare
+from configurator import configure, describe, option
+from run_log import read_log
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class Study:
+    """Every key of a study file."""
+
+    out_dir: str = option("out-study", "folder for the runs' folders and the comparison")
+    runs: list = option(None, "a dict a run: name, max_iters, n_layer, n_embd, other training keys")  # noqa: RUF009
+    processes: int = option(1, "processes a run; above 1 each run is started by torchrun")
+    tolerance: float = option(2.0, "percent above the baseline that count as equal, for compare.py")
+
+
+def check(study):
+    """Raise ValueError for a study that cannot be run."""
+    if study.processes < 1:
+        raise ValueError(f"processes={study.processes} must be at least 1")
+    if not study.runs:
+        raise ValueError("runs is empty: a study lists one dict a run")
+    names = []
+    for run in study.runs:
+        if not isinstance(run, dict) or not isinstance(run.get("name"), str) or not run["name"]:
+            raise ValueError(f"a run is a dict with a name, not {run!r}")
+        names.append(run["name"])
+        if Path(run["name"]).name != run["name"]:
+            raise ValueError(f"run {run['name']!r}: its name is that of a folder in out_dir, without a /")
+        for key in ("max_iters", "n_layer", "n_embd"):
+            if type(run.get(key)) is not int or run[key] < 1:
+                raise ValueError(f"run {run['name']!r}: {key}={run.get(key)!r} must be a positive integer")
+        if "out_dir" in run:
+            raise ValueError(f"run {run['name']!r}: out_dir is the study's own; give the run a name")
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"several runs are named {', '.join(sorted(twice))}")
+
+
+class Run:
+    """One run of the study: where it stands, its process while it has one, and why it failed if it did."""
+
+    def __init__(self, study, keys):
+        self.study, self.name = study, keys["name"]
+        self.keys = {key: value for key, value in keys.items() if key != "name"}
+        self.out_dir = Path(study.out_dir) / self.name
+        self.process = self.slot = self.failure = None
+        self.work = keys["max_iters"] * keys["n_layer"] * keys["n_embd"] ** 2  # about its share of the time
+
+    def steps(self):
+        """Updates logged, and whether the last evaluation is there. Raises ValueError for the log of another run."""
+        try:
+            log = read_log(self.out_dir / "log.txt")
+        except FileNotFoundError:
+            return 0, False
+        config = log.header.get("config", {})
+        for key, value in self.keys.items():
+            if config and config.get(key) != value:
+                found = f"{self.out_dir} holds a run with {key}={config.get(key)!r}, not {value!r}"
+                raise ValueError(f"{found}: rename the run, or remove the folder")
+        done = max([step for step, *_ in log.iterations] + [step for step, *_ in log.evaluations], default=0)
+        return done, any(step == self.keys["max_iters"] for step, *_ in log.evaluations)
+
+    def is_held(self):
+        """Whether a live process that is not ours trains it."""
+        with contextlib.suppress(FileNotFoundError), open(self.out_dir / ".lock") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def start(self, slot, gpus):
+        """Start or resume it on `slot`, the GPUs or cores of a run."""
+        command = [sys.executable, str(HERE / "train_reduced_sync.py")]
+        if self.study.processes > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.study.processes}"]
+            command[1:1] = launcher
+        command += [f"--{key}={value}" for key, value in self.keys.items()]
+        command += [f"--out_dir={self.out_dir}"]
+        if (self.out_dir / "ckpt.pt").exists():
+            command += ["--init_from=resume"]
+        environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot)
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        with open(self.out_dir / "output.txt", "w") as output:
+            # a group of its own: a terminal's Ctrl-C reaches it through this process alone
+            self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, process_group=0)
+        self.slot = slot
+
+    def ended(self):
+        """Whether its process has ended; `failure` then says why, where it did not finish or stop as asked."""
+        if self.process.poll() is None:
+            return False
+        lines = (self.out_dir / "output.txt").read_text(errors="replace").strip().splitlines()
+        if self.process.returncode:
+            errors = [line for line in lines if line.startswith(("error: ", "rank "))]
+            self.failure = (errors or lines or [f"exit status {self.process.returncode}"])[-1]
+        self.process = None
+        return True
+
+
+def slots(processes):
+    """(the GPUs or cores for each of the runs that go on at once, as lists of strings; whether they are GPUs)."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = torch.cuda.device_count()
+    units = (visible.split(",") if visible else list(map(str, range(gpus)))) if gpus else []
+    units = units or list(map(str, sorted(os.sched_getaffinity(0))))
+    if len(units) < processes and gpus:
+        raise ValueError(f"processes={processes}, but there are {len(units)} GPUs")
+    return [units[i : i + processes] for i in range(0, max(1, len(units) - processes + 1), processes)], bool(gpus)
+
+
+def run_missing(runs, free, gpus):
+    """Train what has not finished. Returns whether it was interrupted; failures are the runs' own."""
+    interrupts = []
+
+    def interrupt(number, frame):
+        interrupts.append(number)
+        for run in runs:
+            if run.process is not None:
+                run.process.send_signal(number)  # the second one ends a run without saving
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    done = {run.name: run.steps() for run in runs}
+    waiting = [run for run in runs if not done[run.name][1]]
+    running = []
+    total, past = sum(run.work for run in runs), sum(_work_done(run, done) for run in runs)
+    print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished already, {len(free)} at once", flush=True)
+    bar = tqdm(total=1, initial=past / total, disable=None, bar_format="{percentage:5.1f}% |{bar}| {postfix}")
+    begin = time.monotonic()
+    while waiting or running:
+        for run in [run for run in running if run.ended()]:
+            running.remove(run)
+            free.append(run.slot)
+            done[run.name] = run.steps()
+            line = f"{run.name}: failed: {run.failure}" if run.failure else f"{run.name}: stopped, goes on next time"
+            if done[run.name][1]:
+                line = f"{run.name}: finished ({sum(finished for _, finished in done.values())} of {len(runs)})"
+            bar.write(f"{line}{_left(runs, done, total, past, begin)}", file=sys.stdout)
+            sys.stdout.flush()
+        for run in list(waiting) if not interrupts else ():
+            if free and not run.is_held():
+                waiting.remove(run)
+                run.start(free.pop(0), gpus)
+                running.append(run)
+        if interrupts and not running:
+            break
+        for run in running:
+            done[run.name] = run.steps()
+        bar.n = sum(_work_done(run, done) for run in runs) / total
+        names = ", ".join(f"{run.name} {done[run.name][0]}/{run.keys['max_iters']}" for run in running)
+        bar.set_postfix_str(f"{names or 'waiting for another study.py'}{_left(runs, done, total, past, begin)}")
+        time.sleep(1)
+    bar.close()
+    return bool(interrupts)
+
+
+def _work_done(run, done):
+    return run.work * done[run.name][0] / run.keys["max_iters"]
+
+
+def _left(runs, done, total, past, begin):
+    """The time left, by the work done since `begin`."""
+    now = sum(_work_done(run, done) for run in runs)
+    if now <= past:
+        return ""
+    minutes = (total - now) * (time.monotonic() - begin) / (now - past) / 60
+    return f", about {minutes / 60:.1f} h left" if minutes > 90 else f", about {minutes:.0f} min left"
+
+
+def main(argv):
+    if "--help" in argv or "-h" in argv or not argv:
+        print(__doc__, "Keys:\n", describe(Study), sep="\n")
+        return 0
+    try:
+        study = configure(Study, argv)
+        check(study)
+        runs = [Run(study, keys) for keys in study.runs]
+        interrupted = run_missing(runs, *slots(study.processes))
+        finished = [run.out_dir for run in runs if run.steps()[1]]
+        if interrupted:
+            print(f"stopped, {len(finished)} of {len(runs)} runs finished; the same command goes on", file=sys.stderr)
+            return 130
+        if finished:
+            arms = compare.load_runs(finished)
+            compare.report(arms, study.tolerance, f"{study.out_dir}/comparison.png", f"{study.out_dir}/table.csv")
+        for run in runs:
+            if run.failure:
+                print(f"error: {run.name}: {run.failure}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return int(any(run.failure for run in runs))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,139 @@
+"""study.py: the study files, runs that are missing, interrupted, held by others, or impossible."""
+
+import fcntl
+import os
+import signal
+import time
+
+import pytest
+from launch import ROOT, ending, one_line_error, run_script, start, succeeded
+
+import reduced_sync_model as rsm
+import study
+import train_reduced_sync as script
+from configurator import configure
+from run_log import read_log
+
+pytestmark = pytest.mark.timeout(200)
+STUDY = ROOT / "study.py"
+FILES = sorted((ROOT / "config").glob("study_*.py"))
+TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=2, gradient_accumulation_steps=1)
+TINY |= dict(max_iters=10, eval_interval=5, eval_iters=2, log_interval=1, warmup_iters=2, device="cpu")
+
+
+def write(folder, corpus, *runs, **keys):
+    """A study file of tiny runs; returns its path."""
+    runs = [TINY | {"dataset": str(corpus)} | run for run in runs]
+    lines = [f"{key} = {value!r}" for key, value in ({"out_dir": str(folder / "out"), "runs": runs} | keys).items()]
+    (folder / "study.py").write_text("\n".join(lines))
+    return folder / "study.py"
+
+
+def headers(folder, name):
+    return [line for line in (folder / "out" / name / "log.txt").read_text().splitlines() if "# syncs" in line]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_study_files(path, small_corpus, tmp_path):
+    """Every run can be built, and the dense controls have the parameters of a deep model within 2 %."""
+    listed = configure(study.Study, [str(path)])
+    study.check(listed)
+    sizes = {}
+    for keys in listed.runs:
+        arguments = [f"--{key}={value}" for key, value in keys.items() if key not in ("name", "dataset")]
+        arguments += [f"--dataset={small_corpus}", f"--out_dir={tmp_path / keys['name']}", "--device=cpu"]
+        _, _, model_config, _ = script.prepare(configure(script.Config, [*arguments, "--block_size=64"]))
+        c = model_config
+        n_params = 12 * c.n_layer * c.n_embd**2 + (50304 if path.stem == "study_124m" else 128) * c.n_embd
+        sizes[keys["name"]] = (n_params, c)
+    deep = [n for n, c in sizes.values() if c.n_embd / c.n_layer == 64]
+    controls = {name: (n, c) for name, (n, c) in sizes.items() if c.n_embd / c.n_layer > 64}
+    assert len(controls) >= 2
+    for name, (n, c) in controls.items():
+        assert set(c.sync_pattern) == {"2"} and min(abs(n / one - 1) for one in deep) < 0.02, name
+    assert all(rsm.count_syncs(c.sync_pattern) <= 2 * c.n_layer for _, c in sizes.values())
+
+
+def test_a_study_is_resumed_and_never_runs_twice(small_corpus, tmp_path):
+    runs = [dict(name="base-1", seed=1), dict(name="base-2", seed=2), dict(name="spd", architecture="spd", seed=1)]
+    path = write(tmp_path, small_corpus, *runs)
+    out = succeeded(run_script([STUDY, path], cwd=tmp_path))
+    assert "base-1: finished" in out and "(3 of 3)" in out
+    assert "base-1 and 1 more" in out and ("fewest syncs" in out or "no variant is within" in out)
+    assert (tmp_path / "out/comparison.png").exists() and (tmp_path / "out/table.csv").exists()
+    before = (tmp_path / "out/spd/log.txt").read_bytes()
+    write(tmp_path, small_corpus, *runs, dict(name="one", architecture="grouped", layers_per_group=2, seed=1))
+    out = succeeded(run_script([STUDY, path], cwd=tmp_path))
+    assert "4 runs, 3 finished already" in out and "one: finished (4 of 4)" in out and "spd: finished" not in out
+    assert (tmp_path / "out/spd/log.txt").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_study_goes_on(small_corpus, tmp_path, number):
+    """Stopped as asked its run saves; killed, it leaves a run that another study.py waits for instead of failing."""
+    path = write(tmp_path, small_corpus, dict(name="long", max_iters=3000, eval_interval=1500, checkpoint_interval=100))
+    log = tmp_path / "out/long/log.txt"
+    with ending(start([STUDY, path], cwd=tmp_path)) as process:
+        end = time.monotonic() + 60
+        while not (log.exists() and "iter 150:" in log.read_text()):
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert study.Run(study.Study(out_dir=str(tmp_path / "out")), dict(TINY, name="long")).is_held()
+    else:
+        assert process.returncode == 130 and "the same command goes on" in err and err.count("\n") == 1, err
+    out = succeeded(run_script([STUDY, path], cwd=tmp_path))
+    assert "Baseline" in out
+    assert [row[0] for row in read_log(log).evaluations] == [0, 1500, 3000]
+    assert [row[0] for row in read_log(log).iterations] == list(range(3000))
+    assert len(headers(tmp_path, "long")) == (1 if number == signal.SIGKILL else 2)
+
+
+def test_a_run_that_fails_is_said_and_the_others_go_on(small_corpus, tmp_path):
+    path = write(tmp_path, small_corpus, dict(name="bad", n_shard=3), dict(name="good"))
+    process = run_script([STUDY, path], cwd=tmp_path)
+    one_line_error(process, "bad:", "n_head=2 is not divisible by n_shard=3")
+    assert "good: finished (1 of 2)" in process.stdout
+
+
+def test_under_torchrun(small_corpus, tmp_path):
+    path = write(tmp_path, small_corpus, dict(name="two", gradient_accumulation_steps=2, tp_size=2), processes=2)
+    succeeded(run_script([STUDY, path], cwd=tmp_path))
+    assert read_log(tmp_path / "out/two/log.txt").header["layout"].startswith("dp 1 x tp 2")
+
+
+@pytest.mark.parametrize(
+    "runs, words",
+    [
+        ([], ["runs is empty"]),
+        ([dict(name="a"), dict(name="a")], ["several runs are named a"]),
+        ([dict(name="../a")], ["'../a'", "without a /"]),
+        ([dict()], ["a dict with a name"]),
+        ([dict(name="a", max_iters=0)], ["'a'", "max_iters=0"]),
+        ([dict(name="a", out_dir="b")], ["out_dir"]),
+    ],
+)
+def test_mistakes_end_with_one_line(small_corpus, tmp_path, capsys, runs, words):
+    assert study.main([str(write(tmp_path, small_corpus, *runs))]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words), error
+
+
+def test_a_folder_that_holds_another_run(small_corpus, tmp_path, capsys):
+    path = write(tmp_path, small_corpus, dict(name="a"))
+    succeeded(run_script([STUDY, path], cwd=tmp_path))
+    assert study.main([str(write(tmp_path, small_corpus, dict(name="a", learning_rate=0.5)))]) == 1
+    assert "learning_rate=0.0006, not 0.5" in capsys.readouterr().err
+    assert study.main([str(path), "--processes=0"]) == 1
+
+
+def test_a_run_held_elsewhere_is_left_alone(tmp_path):
+    run = study.Run(study.Study(out_dir=str(tmp_path)), dict(TINY, name="a"))
+    assert not run.is_held()
+    os.makedirs(tmp_path / "a")
+    with open(tmp_path / "a" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run.is_held()
+    assert not run.is_held()
