@@ -28,7 +28,7 @@ demo: data
 	$(BIN)/python compare.py $(foreach name,$(DEMO),out-$(subst _,-,$(name))-cpu)
 
 test: data
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/ready
 	$(BIN)/ruff check .
