@@ -1,12 +1,14 @@
-"""The training script with one fault in it; not a test itself. Under torchrun or alone:
+"""The training script with faults in it; not a test itself. Under torchrun or alone:
 
-torchrun --standalone --nproc_per_node=2 tests/inject.py RANK:MOMENT:COUNT:FAULT ARGUMENTS...
+torchrun --standalone --nproc_per_node=2 tests/inject.py RANK:MOMENT:COUNT:FAULT[,...] ARGUMENTS...
 
-On rank RANK, the COUNT-th time that it comes to MOMENT, it meets FAULT; once only, also after a restart. COUNT may be a
-range as in 3-5. Moments are places in the run that a fault may hit, faults are what happens there.
+On rank RANK, the COUNT-th time that it comes to MOMENT, it meets FAULT; once only, also after a restart, which goes on
+with the next fault of the list. COUNT may be a range as in 3-5. Moments are places in the run that a fault may hit,
+faults are what happens there.
 """
 
 import builtins
+import glob
 import os
 import signal
 import sys
@@ -16,7 +18,9 @@ import torch
 
 import train_reduced_sync as script
 
-rank, moment, count, fault = sys.argv[1].split(":")
+faults = sys.argv[1].split(",")
+number = min(sum(bool(glob.glob(f"struck-{i}-*")) for i in range(len(faults))), len(faults) - 1)
+rank, moment, count, fault = faults[number].split(":")
 first, last = (int(n) for n in (count.split("-") * 2)[:2])
 calls = 0
 
@@ -41,9 +45,9 @@ def strike():
     """Meet the fault if it is time; returns whether it is."""
     global calls
     calls += 1
-    if script.RANK != int(rank) or not first <= calls <= last or os.path.exists(f"struck-{calls}"):
+    if script.RANK != int(rank) or not first <= calls <= last or os.path.exists(f"struck-{number}-{calls}"):
         return False
-    builtins.open(f"struck-{calls}", "w").close()
+    builtins.open(f"struck-{number}-{calls}", "w").close()
     if fault != "nan":
         {"kill": kill, "hang": hang, "crash": crash, "full": full}[fault]()
     return True
