@@ -94,6 +94,7 @@ def fetch_sdist(name, version, sha256, backend="setuptools.build_meta", folder=C
         requirements.write_text(f"{name}=={version} --hash=sha256:{sha256}\n")
         download = Path(temporary, "download")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
+        command += ["--ignore-requires-python"]  # it is read, not run
         path = os.pathsep.join(filter(None, [str(Path(temporary, "backend").resolve()), os.getenv("PYTHONPATH")]))
         pip = subprocess.run(
             [*command, "-d", str(download), "-r", str(requirements)],

