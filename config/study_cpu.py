@@ -25,7 +25,8 @@ def _run(size, name, lr, **keys):
     n_layer, n_embd = _DEEP[size]
     run = _BASE | dict(n_layer=n_layer, n_embd=n_embd, max_iters=_STEPS[size], eval_interval=_STEPS[size] // 4)
     run |= dict(learning_rate=lr, min_lr=lr / 10) | keys
-    return run | dict(name=f"{size}-{name}-lr{lr:g}-seed{run['seed']}")
+    shards = f"-nshard{run['n_shard']}" if run["n_shard"] > 2 else ""
+    return run | dict(name=f"{size}-{name}{shards}-lr{lr:g}-seed{run['seed']}")
 
 
 def _grouped(n):
@@ -45,7 +46,37 @@ def _tuning(size, lrs):
         yield _run(size, "1sync", lr, **_grouped(n_layer))
 
 
+def _headline(size, lr, **keys):
+    """Baseline, SPD, parallel blocks and every grouping."""
+    n_layer = _DEEP[size][0]
+    yield _run(size, "baseline", lr, **keys)
+    yield _run(size, "1sync", lr, **_grouped(n_layer), **keys)
+    yield _run(size, "spd", lr, architecture="spd", **keys)
+    yield _run(size, "parallel-spd", lr, architecture="spd", parallel_block=True, **keys)
+    yield _run(size, "parallel-1sync", lr, **_grouped(n_layer), parallel_block=True, **keys)
+    for n in range(2, n_layer):
+        if n_layer % n == 0:
+            yield _run(size, f"{n_layer // n}sync", lr, **_grouped(n), **keys)
+
+
+def _rivals(size, lr, **keys):
+    """Desync merge, Ladder and delayed, and syncs after attention."""
+    n_layer = _DEEP[size][0]
+    yield _run(size, "1sync-desync", lr, **_grouped(n_layer), merge="desync", **keys)
+    yield _run(size, "spd-desync", lr, architecture="spd", merge="desync", **keys)
+    for overlap in ("ladder", "delayed"):
+        yield _run(size, f"baseline-{overlap}", lr, overlap=overlap, **keys)
+        yield _run(size, f"spd-{overlap}", lr, architecture="spd", overlap=overlap, **keys)
+    after_attention = "a" * (n_layer - 1) + "1"
+    yield _run(size, "after-attention", lr, architecture="selective", sync_pattern=after_attention, **keys)
+
+
 runs = [
-    *_tuning("2x128", (2e-3, 4e-3, 8e-3)),
-    *_tuning("3x192", (2e-3, 4e-3)),
+    *_tuning("2x128", (2e-3, 4e-3, 8e-3, 1.6e-2)),
+    # 8e-3 is the best for the baseline, which is ahead of the control there: depth earns its keep at 2 x 128
+    *_headline("2x128", 8e-3, n_shard=4),
+    *(run for seed in (2, 3) for run in list(_headline("2x128", 8e-3, seed=seed))[:2]),
+    *list(_headline("2x128", 8e-3))[2:],
+    *_rivals("2x128", 8e-3, n_shard=4),
+    *_tuning("3x192", (2e-3, 4e-3, 8e-3)),
 ]
