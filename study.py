@@ -34,7 +34,7 @@ class Study:
     """Every key of a study file."""
 
     out_dir: str = option("out-study", "folder for the runs' folders and the comparison")
-    runs: list = option(None, "a dict a run: name, max_iters, n_layer, n_embd, other training keys")  # noqa: RUF009
+    runs: list | None = option(None, "dicts: name, max_iters, n_layer, n_embd, any training key")  # noqa: RUF009
     processes: int = option(1, "processes a run; above 1 each run is started by torchrun")
     tolerance: float = option(2.0, "percent above the baseline that count as equal, for compare.py")
 
@@ -69,6 +69,7 @@ class Run:
         self.keys = {key: value for key, value in keys.items() if key != "name"}
         self.out_dir = Path(study.out_dir) / self.name
         self.process = self.slot = self.failure = None
+        self.told = 0  # signals passed on to its process
         self.work = keys["max_iters"] * keys["n_layer"] * keys["n_embd"] ** 2  # about its share of the time
 
     def steps(self):
@@ -120,7 +121,8 @@ class Run:
         lines = (self.out_dir / "output.txt").read_text(errors="replace").strip().splitlines()
         if self.process.returncode:
             errors = [line for line in lines if line.startswith(("error: ", "rank "))]
-            self.failure = (errors or lines or [f"exit status {self.process.returncode}"])[-1]
+            line = (errors or lines or [f"exit status {self.process.returncode}"])[-1]
+            self.failure = line.removeprefix("error: ")
         self.process = None
         return True
 
@@ -130,7 +132,8 @@ def slots(processes):
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = torch.cuda.device_count()
     units = (visible.split(",") if visible else list(map(str, range(gpus)))) if gpus else []
-    units = units or list(map(str, sorted(os.sched_getaffinity(0))))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    units = units or list(map(str, range(cores)))
     if len(units) < processes and gpus:
         raise ValueError(f"processes={processes}, but there are {len(units)} GPUs")
     return [units[i : i + processes] for i in range(0, max(1, len(units) - processes + 1), processes)], bool(gpus)
@@ -139,15 +142,8 @@ def slots(processes):
 def run_missing(runs, free, gpus):
     """Train what has not finished. Returns whether it was interrupted; failures are the runs' own."""
     interrupts = []
-
-    def interrupt(number, frame):
-        interrupts.append(number)
-        for run in runs:
-            if run.process is not None:
-                run.process.send_signal(number)  # the second one ends a run without saving
-
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+        signal.signal(number, lambda number, frame: interrupts.append(number))
     done = {run.name: run.steps() for run in runs}
     waiting = [run for run in runs if not done[run.name][1]]
     running = []
@@ -173,6 +169,9 @@ def run_missing(runs, free, gpus):
         if interrupts and not running:
             break
         for run in running:
+            for number in interrupts[run.told :]:  # the second one ends a run without saving
+                run.process.send_signal(number)
+            run.told = len(interrupts)
             done[run.name] = run.steps()
         bar.n = sum(_work_done(run, done) for run in runs) / total
         names = ", ".join(f"{run.name} {done[run.name][0]}/{run.keys['max_iters']}" for run in running)
