@@ -60,10 +60,15 @@ class Arm:
         return 100 * (1 - self.syncs / (2 * len(self.pattern)))
 
     @property
+    def counted(self):
+        """The losses of the finished seeds, or of all where none has finished."""
+        return [losses for losses in self.seeds.values() if self.max_iters in losses] or list(self.seeds.values())
+
+    @property
     def losses(self):
-        """The mean over seeds, at the steps that all have evaluated."""
-        steps = set.intersection(*(set(losses) for losses in self.seeds.values()))
-        return {step: statistics.fmean(losses[step] for losses in self.seeds.values()) for step in sorted(steps)}
+        """The mean over the seeds that count, at the steps that all of them have evaluated."""
+        steps = set.intersection(*map(set, self.counted))
+        return {step: statistics.fmean(losses[step] for losses in self.counted) for step in sorted(steps)}
 
     @property
     def step(self):
@@ -76,7 +81,7 @@ class Arm:
     @property
     def deviation(self):
         """Standard deviation over seeds of the last loss; None for one seed."""
-        last = [losses[self.step] for losses in self.seeds.values()] if self.losses else []
+        last = [losses[self.step] for losses in self.counted] if self.losses else []
         return statistics.stdev(last) if len(last) > 1 else None
 
     @property
@@ -166,8 +171,8 @@ def baseline_of(arm, arms):
 def noise(arms):
     """(standard deviation of a run's last loss over seeds in percent of it, degrees of freedom), pooled."""
     several = [arm for arm in arms if arm.finished and arm.deviation is not None]
-    freedom = sum(len(arm.seeds) - 1 for arm in several)
-    squares = sum((len(arm.seeds) - 1) * (arm.deviation / arm.losses[arm.step]) ** 2 for arm in several)
+    freedom = sum(len(arm.counted) - 1 for arm in several)
+    squares = sum((len(arm.counted) - 1) * (arm.deviation / arm.losses[arm.step]) ** 2 for arm in several)
     return (100 * math.sqrt(squares / freedom) if freedom else None), freedom
 
 
@@ -183,7 +188,7 @@ def gap(arm, arms):
     if deviation is not None and reference is not arm:
         from scipy.stats import t
 
-        margin = t.ppf(0.975, freedom) * deviation * math.sqrt(1 / len(arm.seeds) + 1 / len(reference.seeds))
+        margin = t.ppf(0.975, freedom) * deviation * math.sqrt(1 / len(arm.counted) + 1 / len(reference.counted))
     return Gap(percent, step, arm.finished and reference.finished, margin)
 
 
@@ -202,7 +207,7 @@ def table(arms):
         "parameters": (False, True, lambda a, g: f"{a.n_params / 1e6:.2f}M"),
         "tok/param": (False, True, lambda a, g: f"{a.tokens / a.n_params:.2g}"),
         "lr": (False, len({a.same["learning_rate"] for a in arms}) > 1, lambda a, g: f"{a.same['learning_rate']:g}"),
-        "seeds": (False, several, lambda a, g: str(len(a.seeds))),
+        "seeds": (False, several, _seeds_cell),
         "val loss": (False, True, lambda a, g: f"{a.losses[a.step]:.4f}" if a.losses else "-"),
         "sd": (False, several, lambda a, g: f"{a.deviation:.4f}" if a.deviation is not None else ""),
         "gap": (False, True, _gap_cell),
@@ -226,6 +231,11 @@ def table(arms):
 
 def _differ(arms, *names):
     return len({tuple(getattr(arm, name) for name in names) for arm in arms}) > 1
+
+
+def _seeds_cell(arm, difference):
+    count, started = len(arm.counted), len(arm.seeds)
+    return f"{count}" if count == started else f"{count} of {started}"
 
 
 def _gap_cell(arm, difference):
@@ -263,6 +273,8 @@ def verdict(arms, tolerance):
         size = f"{reference.n_layer}x{reference.n_embd}, " if reference is not None and len(_by_scale(arms)) > 1 else ""
         start = f"{size}n_shard {n_shard}: "
         variants = [arm for arm in group if not arm.all_synced and arm.finished]
+        if reference is not None and all(arm.all_synced and arm.n_layer < reference.n_layer for arm in group):
+            continue  # controls only
         if reference is None:
             count = sum(arm.all_synced for arm in arms)
             lines.append(
@@ -299,7 +311,7 @@ def write_csv(arms, path):
             difference, a = gap(arm, arms), arm
             end = (difference.percent, difference.margin, difference.step) if difference else ("", "", "")
             start = (a.names[0], a.variant, a.n_layer, a.n_embd, a.n_shard, a.pattern, a.syncs, a.hidden, a.reduction)
-            middle = (a.n_params, a.tokens, a.same["learning_rate"], len(a.seeds), a.step, a.max_iters)
+            middle = (a.n_params, a.tokens, a.same["learning_rate"], len(a.counted), a.step, a.max_iters)
             writer.writerow((*start, *middle, a.losses.get(a.step, ""), a.deviation, *end))
 
 
