@@ -316,19 +316,32 @@ def write_csv(arms, path):
 
 
 def draw(arms, path, tolerance):
-    """A PNG, a row a size, two panels each: validation loss over steps, and the last one over syncs. Raises OSError."""
+    """A PNG, a row a size, two panels each: validation loss over steps, and the last one over syncs. Raises OSError.
+
+    Of an architecture at several learning rates only the best is drawn.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    groups = _by_scale(arms)
+    groups = [_at_their_best(group) for group in _by_scale(arms)]
     shape = {"figsize": (12, 4.8 * len(groups)), "layout": "constrained", "squeeze": False}
     figure, rows = plt.subplots(len(groups), 2, **shape)
     for group, (curves, points) in zip(groups, rows, strict=True):
         _draw_scale(group, arms, curves, points, tolerance)
     figure.savefig(path, dpi=130, format="png")
     plt.close(figure)
+
+
+def _at_their_best(arms):
+    """The arms without those that another learning rate beats."""
+    best = {}
+    for arm in arms:
+        key = (arm.variant, arm.pattern, arm.n_shard, arm.n_embd, "" if arm.finished else arm.setting)
+        if key not in best or arm.losses.get(arm.step, math.inf) < best[key].losses.get(best[key].step, math.inf):
+            best[key] = arm
+    return list(best.values())
 
 
 def _draw_scale(group, arms, curves, points, tolerance):
@@ -367,8 +380,7 @@ def _draw_scale(group, arms, curves, points, tolerance):
 
     for n in shards:
         line = [arm for arm in group if arm.n_shard == n and arm.losses]
-        plain = {arm.syncs: arm for arm in sorted(line, key=lambda arm: -arm.losses[arm.step])}  # the best of a count
-        plain = [arm for arm in plain.values() if " " not in arm.variant and colour(arm) != "tab:red"]
+        plain = [arm for arm in line if " " not in arm.variant and colour(arm) != "tab:red"]
         points.plot(
             [arm.syncs for arm in plain],
             [arm.losses[arm.step] for arm in plain],
