@@ -17,7 +17,7 @@ import csv
 import math
 import statistics
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from reduced_sync_model import count_syncs
@@ -48,7 +48,11 @@ class Arm:
     same: dict
     setting: str
     seeds: dict
-    scale: int = field(default=0)  # the how-maniest size, where there are several
+    scale: int = 0  # the how-maniest size, where there are several
+
+    @property
+    def learning_rate(self):
+        return self.same["learning_rate"]
 
     @property
     def syncs(self):
@@ -162,7 +166,7 @@ def baseline_of(arm, arms):
     baselines = [other for other in synced if other.n_layer == deepest[other.scale]]
     for chosen in (lambda other: other.scale == arm.scale, lambda other: other.n_shard == arm.n_shard):
         baselines = [other for other in baselines if chosen(other)] or baselines
-    rates = {other.same["learning_rate"] for other in baselines}
+    rates = {other.learning_rate for other in baselines}
     if len(rates) == len(baselines) > 1:
         baselines = [min(baselines, key=lambda other: (not other.finished, other.losses.get(other.step, math.inf)))]
     return baselines[0] if len(baselines) == 1 else None
@@ -193,7 +197,7 @@ def gap(arm, arms):
 
 
 def table(arms):
-    """The comparison as text, a line an arm. Columns in which all lines would be alike are left out."""
+    """The comparison as text, a line an arm. Columns that only some comparisons need are left out of the others."""
     several = max((len(arm.seeds) for arm in arms), default=1) > 1
     columns = {  # heading: (aligned to the left, shown, cell of an arm and its gap)
         "run": (True, True, lambda a, g: a.names[0] + (f" and {len(a.names) - 1} more" if len(a.names) > 1 else "")),
@@ -206,7 +210,7 @@ def table(arms):
         "fewer": (False, True, lambda a, g: f"{a.reduction:.1f}%"),
         "parameters": (False, True, lambda a, g: f"{a.n_params / 1e6:.2f}M"),
         "tok/param": (False, True, lambda a, g: f"{a.tokens / a.n_params:.2g}"),
-        "lr": (False, len({a.same["learning_rate"] for a in arms}) > 1, lambda a, g: f"{a.same['learning_rate']:g}"),
+        "lr": (False, _differ(arms, "learning_rate"), lambda a, g: f"{a.learning_rate:g}"),
         "seeds": (False, several, _seeds_cell),
         "val loss": (False, True, lambda a, g: f"{a.losses[a.step]:.4f}" if a.losses else "-"),
         "sd": (False, several, lambda a, g: f"{a.deviation:.4f}" if a.deviation is not None else ""),
@@ -311,7 +315,7 @@ def write_csv(arms, path):
             difference, a = gap(arm, arms), arm
             end = (difference.percent, difference.margin, difference.step) if difference else ("", "", "")
             start = (a.names[0], a.variant, a.n_layer, a.n_embd, a.n_shard, a.pattern, a.syncs, a.hidden, a.reduction)
-            middle = (a.n_params, a.tokens, a.same["learning_rate"], len(a.counted), a.step, a.max_iters)
+            middle = (a.n_params, a.tokens, a.learning_rate, len(a.counted), a.step, a.max_iters)
             writer.writerow((*start, *middle, a.losses.get(a.step, ""), a.deviation, *end))
 
 
@@ -362,7 +366,7 @@ def _draw_scale(group, arms, curves, points, tolerance):
 
     def label(arm):
         size = f" {arm.n_layer}x{arm.n_embd}" if _differ(group, "n_layer", "n_embd") else ""
-        rate = f", lr {arm.same['learning_rate']:g}" if len({a.same["learning_rate"] for a in group}) > 1 else ""
+        rate = f", lr {arm.learning_rate:g}" if _differ(group, "learning_rate") else ""
         shard = f", n_shard {arm.n_shard}" if len(shards) > 1 else ""
         return f"{arm.variant}{size}, {arm.syncs} syncs{shard}{rate}"
 

@@ -70,21 +70,22 @@ class Run:
         self.out_dir = Path(study.out_dir) / self.name
         self.process = self.slot = self.failure = None
         self.told = 0  # signals passed on to its process
-        self.work = keys["max_iters"] * keys["n_layer"] * keys["n_embd"] ** 2  # about its share of the time
+        self.step, self.finished = 0, False
+        self.step_work = keys["n_layer"] * keys["n_embd"] ** 2  # about a step's share of the time
 
-    def steps(self):
-        """Updates logged, and whether the last evaluation is there. Raises ValueError for the log of another run."""
+    def look(self):
+        """Read from its log where it stands. Raises ValueError for the log of another run."""
         try:
             log = read_log(self.out_dir / "log.txt")
         except FileNotFoundError:
-            return 0, False
+            return
         config = log.header.get("config", {})
         for key, value in self.keys.items():
             if config and config.get(key) != value:
                 found = f"{self.out_dir} holds a run with {key}={config.get(key)!r}, not {value!r}"
                 raise ValueError(f"{found}: rename the run, or remove the folder")
-        done = max([step for step, *_ in log.iterations] + [step for step, *_ in log.evaluations], default=0)
-        return done, any(step == self.keys["max_iters"] for step, *_ in log.evaluations)
+        self.step = max((step for step, *_ in log.iterations + log.evaluations), default=0)
+        self.finished = any(step == self.keys["max_iters"] for step, *_ in log.evaluations)
 
     def is_held(self):
         """Whether a live process that is not ours trains it."""
@@ -144,22 +145,32 @@ def run_missing(runs, free, gpus):
     interrupts = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: interrupts.append(number))
-    done = {run.name: run.steps() for run in runs}
-    waiting = [run for run in runs if not done[run.name][1]]
+    for run in runs:
+        run.look()
+    waiting = [run for run in runs if not run.finished]
     running = []
-    total, past = sum(run.work for run in runs), sum(_work_done(run, done) for run in runs)
+    total, past = sum(run.step_work * run.keys["max_iters"] for run in runs), _work_done(runs)
+    begin = time.monotonic()
+
+    def left():
+        """The time left, by the work done since `begin`."""
+        now = _work_done(runs)
+        if now <= past:
+            return ""
+        minutes = (total - now) * (time.monotonic() - begin) / (now - past) / 60
+        return f", about {minutes / 60:.1f} h left" if minutes > 90 else f", about {minutes:.0f} min left"
+
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished already, {len(free)} at once", flush=True)
     bar = tqdm(total=1, initial=past / total, disable=None, bar_format="{percentage:5.1f}% |{bar}| {postfix}")
-    begin = time.monotonic()
     while waiting or running:
         for run in [run for run in running if run.ended()]:
             running.remove(run)
             free.append(run.slot)
-            done[run.name] = run.steps()
+            run.look()
             line = f"{run.name}: failed: {run.failure}" if run.failure else f"{run.name}: stopped, goes on next time"
-            if done[run.name][1]:
-                line = f"{run.name}: finished ({sum(finished for _, finished in done.values())} of {len(runs)})"
-            bar.write(f"{line}{_left(runs, done, total, past, begin)}", file=sys.stdout)
+            if run.finished:
+                line = f"{run.name}: finished ({sum(run.finished for run in runs)} of {len(runs)})"
+            bar.write(f"{line}{left()}", file=sys.stdout)
             sys.stdout.flush()
         for run in list(waiting) if not interrupts else ():
             if free and not run.is_held():
@@ -172,26 +183,17 @@ def run_missing(runs, free, gpus):
             for number in interrupts[run.told :]:  # the second one ends a run without saving
                 run.process.send_signal(number)
             run.told = len(interrupts)
-            done[run.name] = run.steps()
-        bar.n = sum(_work_done(run, done) for run in runs) / total
-        names = ", ".join(f"{run.name} {done[run.name][0]}/{run.keys['max_iters']}" for run in running)
-        bar.set_postfix_str(f"{names or 'waiting for another study.py'}{_left(runs, done, total, past, begin)}")
+            run.look()
+        bar.n = _work_done(runs) / total
+        names = ", ".join(f"{run.name} {run.step}/{run.keys['max_iters']}" for run in running)
+        bar.set_postfix_str(f"{names or 'waiting for another study.py'}{left()}")
         time.sleep(1)
     bar.close()
     return bool(interrupts)
 
 
-def _work_done(run, done):
-    return run.work * done[run.name][0] / run.keys["max_iters"]
-
-
-def _left(runs, done, total, past, begin):
-    """The time left, by the work done since `begin`."""
-    now = sum(_work_done(run, done) for run in runs)
-    if now <= past:
-        return ""
-    minutes = (total - now) * (time.monotonic() - begin) / (now - past) / 60
-    return f", about {minutes / 60:.1f} h left" if minutes > 90 else f", about {minutes:.0f} min left"
+def _work_done(runs):
+    return sum(run.step_work * run.step for run in runs)
 
 
 def main(argv):
@@ -203,7 +205,7 @@ def main(argv):
         check(study)
         runs = [Run(study, keys) for keys in study.runs]
         interrupted = run_missing(runs, *slots(study.processes))
-        finished = [run.out_dir for run in runs if run.steps()[1]]
+        finished = [run.out_dir for run in runs if run.finished]
         if interrupted:
             print(f"stopped, {len(finished)} of {len(runs)} runs finished; the same command goes on", file=sys.stderr)
             return 130

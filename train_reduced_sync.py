@@ -314,8 +314,8 @@ def train(config, choice, corpus, model_config, saved):
     stop = StopSignal()
     torch.manual_seed(config.seed)
     if config.init_from in rsm.GPT2_SHAPES:
-        keys = "block_size dropout n_shard sync_pattern parallel_block merge overlap".split()
-        choices = {key: getattr(model_config, key) for key in keys}
+        theirs = ("vocab_size", "n_layer", "n_head", "n_embd", "bias")
+        choices = {key: value for key, value in dataclasses.asdict(model_config).items() if key not in theirs}
         try:
             model = rsm.GPT.from_pretrained(config.init_from, layout.tp_group, **choices)
         except OSError as error:

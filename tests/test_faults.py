@@ -95,7 +95,7 @@ def test_a_killed_rank_is_restarted(whole, small_corpus, tmp_path, tp_size, mome
     assert_ended_as(whole[tp_size], tmp_path)
 
 
-@pytest.mark.parametrize("fault", ["1:evaluation:20:kill", "1:gather:3:crash", "0:update:8:crash"])
+@pytest.mark.parametrize("fault", ["0:update:8:kill", "1:evaluation:20:kill", "1:gather:3:crash", "0:update:8:crash"])
 def test_a_dead_rank_ends_the_others_and_the_run_can_be_resumed(whole, small_corpus, tmp_path, fault):
     argv = arguments(small_corpus, tp_size=2)
     begin = time.monotonic()

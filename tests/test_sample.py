@@ -68,10 +68,11 @@ def test_decoding_equals_the_full_forward(variant, n_shard, B):
 
 def check_on_two_ranks(rank):
     for variant in VARIANTS:
-        for n_shard, B in ((2, 9), (4, 2)):
+        for n_shard in (2, 4):
             part = build(n_shard=n_shard, group=dist.group.WORLD, **variant)
-            check_decoding(part, B)
-            torch.testing.assert_close(part(prompt(B))[0], build(n_shard=n_shard, **variant)(prompt(B))[0])
+            for B in (2, 9):
+                check_decoding(part, B)
+                torch.testing.assert_close(part(prompt(B))[0], build(n_shard=n_shard, **variant)(prompt(B))[0])
 
 
 def test_decoding_on_two_ranks():
@@ -199,8 +200,10 @@ def text_of(out, nproc=None, **keys):
     return text.getvalue()
 
 
-def test_the_same_text_in_every_layout(out):
+@pytest.mark.parametrize("pattern", ["2222", "0001"])
+def test_the_same_text_in_every_layout(tmp_path, pattern):
     """20 tokens of 3 samples, past the end of the block."""
+    out = save(tmp_path / "out", pattern)
     keys = dict(num_samples=3, max_new_tokens=20, temperature=1.1, top_p=0.95)
     one = text_of(out, **keys)
     samples = one.split("\n---------------\n")

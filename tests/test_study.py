@@ -8,7 +8,6 @@ import time
 import pytest
 from launch import ROOT, ending, one_line_error, run_script, start, succeeded
 
-import reduced_sync_model as rsm
 import study
 import train_reduced_sync as script
 from configurator import configure
@@ -29,10 +28,6 @@ def write(folder, corpus, *runs, **keys):
     return folder / "study.py"
 
 
-def headers(folder, name):
-    return [line for line in (folder / "out" / name / "log.txt").read_text().splitlines() if "# syncs" in line]
-
-
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_study_files(path, small_corpus, tmp_path):
     """Every run can be built, and the dense controls have the parameters of a deep model within 2 %."""
@@ -51,7 +46,9 @@ def test_the_study_files(path, small_corpus, tmp_path):
     assert len(controls) >= 2
     for name, (n, c) in controls.items():
         assert set(c.sync_pattern) == {"2"} and min(abs(n / one - 1) for one in deep) < 0.02, name
-    assert all(rsm.count_syncs(c.sync_pattern) <= 2 * c.n_layer for _, c in sizes.values())
+    if path.stem == "study_124m":  # the arithmetic of its GPU-hours
+        full = sum(keys["max_iters"] == 20000 for keys in listed.runs)
+        assert f"The {full} full runs and the {len(listed.runs) - full} of a quarter" in path.read_text()
 
 
 def test_a_study_is_resumed_and_never_runs_twice(small_corpus, tmp_path):
@@ -68,7 +65,7 @@ def test_a_study_is_resumed_and_never_runs_twice(small_corpus, tmp_path):
     assert (tmp_path / "out/spd/log.txt").read_bytes() == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_study_goes_on(small_corpus, tmp_path, number):
     """Stopped as asked its run saves; killed, it leaves a run that another study.py waits for instead of failing."""
     path = write(tmp_path, small_corpus, dict(name="long", max_iters=3000, eval_interval=1500, checkpoint_interval=100))
@@ -88,7 +85,7 @@ def test_an_interrupted_study_goes_on(small_corpus, tmp_path, number):
     assert "Baseline" in out
     assert [row[0] for row in read_log(log).evaluations] == [0, 1500, 3000]
     assert [row[0] for row in read_log(log).iterations] == list(range(3000))
-    assert len(headers(tmp_path, "long")) == (1 if number == signal.SIGKILL else 2)
+    assert log.read_text().count("# syncs") == (1 if number == signal.SIGKILL else 2)
 
 
 def test_a_run_that_fails_is_said_and_the_others_go_on(small_corpus, tmp_path):

@@ -288,7 +288,7 @@ def test_overlap_trains_the_same_on_two_ranks(layouts):
 
 @pytest.mark.parametrize("name", ["dp2", "tp2", "dp2-tp2"])
 def test_checkpoints_do_not_depend_on_the_layout(layouts, name):
-    a, b = (torch.load(layouts / f"out-{one}" / "ckpt.pt") for one in ("1x1", name))
+    a, b = (torch.load(layouts / f"out-{one}" / "ckpt.pt", weights_only=True) for one in ("1x1", name))
     assert a["model"].keys() == b["model"].keys()
     for key, tensor in a["model"].items():
         torch.testing.assert_close(b["model"][key], tensor, rtol=1e-3, atol=1e-4)
@@ -304,7 +304,7 @@ def test_half_precision(layouts, name, kind):
     assert losses == pytest.approx(wanted, abs=0.1) and losses != wanted
     assert losses[-1] < losses[0] - 0.5
     if kind == "float16":
-        assert torch.load(layouts / "out-float16" / "ckpt.pt")["scaler"]["scale"] > 1
+        assert torch.load(layouts / "out-float16" / "ckpt.pt", weights_only=True)["scaler"]["scale"] > 1
 
 
 def test_dropout_is_reproducible(layouts):
@@ -346,13 +346,19 @@ def check_run_of_config(folder, path):
 
 @pytest.mark.timeout(400)
 def test_the_config_files_on_eight_processes(small_corpus, tmp_path):
-    """Each in turn in the same eight processes."""
+    """Each in turn in the same eight processes, the first also by its launch command."""
     small = ["config/on_cpu.py", f"--dataset={small_corpus}", "--max_iters=2", "--eval_iters=1", "--n_embd=32"]
+    first = [f"config/{CONFIGS[0].name}", *small]
+    succeeded(run_script([TRAIN, *first], nproc=8, cwd=tmp_path, timeout=200))
+    check_run_of_config(tmp_path, CONFIGS[0])
+    expected = log_lines(tmp_path / "out-baseline-24sync-cpu")
+    shutil.rmtree(tmp_path / "out-baseline-24sync-cpu")
     runs = [[f"config/{path.name}", *small] for path in CONFIGS]
     out = succeeded(run_script([RANKS_AGREE, *chain(runs)], nproc=8, cwd=tmp_path, timeout=200))
     assert out.count("8 ranks agree\n") == len(CONFIGS) == 7
     for path in CONFIGS:
         check_run_of_config(tmp_path, path)
+    assert log_lines(tmp_path / "out-baseline-24sync-cpu") == expected
 
 
 # --- f. it learns
@@ -373,15 +379,8 @@ def test_it_learns(text_corpus, tmp_path):
     """Below the unigram entropy a model knows which character stands before; below the bigram's it attends further."""
     unigram, bigram = cross_entropies(text_corpus)
     keys = dict(n_layer=2, n_embd=64, block_size=64, batch_size=16, gradient_accumulation_steps=1)
-    keys |= dict(
-        learning_rate=1e-2,
-        min_lr=1e-3,
-        warmup_iters=30,
-        max_iters=400,
-        eval_interval=200,
-        eval_iters=0,
-        log_interval=50,
-    )
+    keys |= dict(learning_rate=1e-2, min_lr=1e-3, warmup_iters=30, max_iters=400)
+    keys |= dict(eval_interval=200, eval_iters=0, log_interval=50)
     succeeded(run_script([TRAIN, *tiny(text_corpus, **keys)], cwd=tmp_path, timeout=200))
     (_, _, first), _, (_, train_loss, val_loss) = read_log(tmp_path / "out" / "log.txt").evaluations
     print(f"unigram {unigram:.3f}, bigram {bigram:.3f}, untrained {first:.3f}, trained {val_loss:.3f}")

@@ -36,10 +36,11 @@ def texts(archives):
     seen = set()
     for archive in archives:
         for name, content in corpus.read_members(archive, "*"):
-            digest = hashlib.sha256(content).digest()
-            if name.endswith(SUFFIXES) and 0 < len(content) <= MAX_BYTES and content.isascii() and digest not in seen:
-                seen.add(digest)
-                yield int.from_bytes(digest[:4], "big") % 100 == 0, content
+            if name.endswith(SUFFIXES) and 0 < len(content) <= MAX_BYTES and content.isascii():
+                digest = hashlib.sha256(content).digest()
+                if digest not in seen:
+                    seen.add(digest)
+                    yield int.from_bytes(digest[:4], "big") % 100 == 0, content
 
 
 def main():
