@@ -89,7 +89,9 @@ _planned = [
     *_headline("2x128", 4e-3),
     *_headline("2x128", 4e-3, n_shard=4),
     *_rivals("2x128", 4e-3, n_shard=4),
-    *_tuning("3x192", (4e-3,)),
+    _run("3x192", "baseline", 4e-3),  # 25 minutes for two runs on two cores: what says most comes first
+    _run("3x192", "1sync", 4e-3, **_grouped(3)),
+    *_controls("3x192", 4e-3),
     _run("3x192", "spd", 4e-3, architecture="spd"),
     _run("3x192", "1sync", 4e-3, **_grouped(3), n_shard=4),
     *_tuning("3x192", (2e-3, 8e-3)),
