@@ -58,13 +58,18 @@ def training(candidate, layout, args):
         optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), layout.device.type)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    run = torch.compile(model) if candidate.compile else model
     tokens = torch.randint(args.vocab_size, (args.batch_size, args.block_size + 1), device=layout.device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
+    def loss_of(x, y):  # as train_reduced_sync.py compiles it
+        return model(x, y)[1] if candidate.pattern else model(x, labels=x).loss
+
+    if candidate.compile:
+        loss_of = torch.compile(loss_of)
+
     def step():
         with layout.autocast():
-            loss = run(x, y)[1] if candidate.pattern else run(x, labels=x).loss
+            loss = loss_of(x, y)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

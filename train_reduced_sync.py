@@ -162,8 +162,8 @@ def learning_rate(config, step):
 
 
 @torch.no_grad()
-def evaluate(model, corpus, config, layout):
-    """Mean loss per token, in nats, of the fixed windows of train and val. All ranks take part."""
+def evaluate(model, loss_of, corpus, config, layout):
+    """Mean loss per token, in nats, of the fixed windows of train and val; loss_of(x, y) is the model's. All ranks."""
     model.eval()
     losses = []
     for split in ("train", "val"):
@@ -171,7 +171,7 @@ def evaluate(model, corpus, config, layout):
         part = (layout.dp_rank, layout.dp_size)
         for x, y, n in corpus.evaluation_batches(split, config.eval_iters, config.batch_size, *part):
             with layout.autocast():
-                loss = model(x.to(layout.device), y.to(layout.device))[1]
+                loss = loss_of(x.to(layout.device), y.to(layout.device))
             total, count = total + loss.item() * n, count + n
         total, count = parallel.sum_over_world([total, count], layout.device)
         losses.append(total / count)
@@ -336,12 +336,16 @@ def train(config, choice, corpus, model_config, saved):
         step, evaluated, best_val_loss = saved["step"], saved["evaluated"], saved["best_val_loss"]
         skipped, bad_steps = saved["skipped"], saved["bad_steps"]
         del saved
-    use_compile = config.compile if config.compile is not None else device.type == "cuda"
-    run_model = torch.compile(model) if use_compile else model
+
+    def loss_of(x, y):  # without the logits: as an output of a compiled graph their gradient would be made, all zeros
+        return model(x, y)[1]
+
+    if config.compile or (config.compile is None and device.type == "cuda"):
+        loss_of = torch.compile(loss_of)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
     if config.eval_only:
-        train_loss, val_loss = evaluate(run_model, corpus, config, layout)
+        train_loss, val_loss = evaluate(model, loss_of, corpus, config, layout)
         if on_rank_0:
             print(step_line(step, train_loss, val_loss), flush=True)
         return
@@ -385,7 +389,7 @@ def train(config, choice, corpus, model_config, saved):
         due = step % config.eval_interval == 0 or step == config.max_iters
         if due and evaluated < step:
             paused = time.monotonic()
-            train_loss, val_loss = evaluate(run_model, corpus, config, layout)
+            train_loss, val_loss = evaluate(model, loss_of, corpus, config, layout)
             evaluated, is_best = step, val_loss < best_val_loss
             best_val_loss = min(best_val_loss, val_loss)
             if on_rank_0:
@@ -408,7 +412,7 @@ def train(config, choice, corpus, model_config, saved):
             if device.type == "cuda":
                 x, y = x.pin_memory(), y.pin_memory()
             with layout.autocast():
-                loss = run_model(x.to(device, non_blocking=True), y.to(device, non_blocking=True))[1] / micro_steps
+                loss = loss_of(x.to(device, non_blocking=True), y.to(device, non_blocking=True)) / micro_steps
             scaler.scale(loss).backward()
             total += loss.detach()
         parallel.average_gradients(model, layout.dp_group)
