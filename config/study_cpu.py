@@ -65,14 +65,17 @@ def _rivals(size, lr, **keys):
     yield _run(size, "baseline-delayed", lr, overlap="delayed", **keys)
 
 
-def _more_rivals(size, lr, **keys):
-    """The same of SPD, and syncs after attention."""
+def _placement(size, lr, **keys):
+    """Selective: where more or other syncs go than SPD's, late, early and after the attention."""
     n_layer = _DEEP[size][0]
-    yield _run(size, "spd-desync", lr, architecture="spd", merge="desync", **keys)
-    yield _run(size, "spd-ladder", lr, architecture="spd", overlap="ladder", **keys)
-    yield _run(size, "spd-delayed", lr, architecture="spd", overlap="delayed", **keys)
-    after_attention = "a" * (n_layer - 1) + "1"
-    yield _run(size, "after-attention", lr, architecture="selective", sync_pattern=after_attention, **keys)
+    for name, first, last in (("late", "1", "2"), ("early", "2", "1"), ("after-attention", "a", "1")):
+        yield _run(size, name, lr, architecture="selective", sync_pattern=first * (n_layer - 1) + last, **keys)
+
+
+def _spd_rivals(size, lr, **keys):
+    """The rivals with SPD's syncs."""
+    for name, rival in (("desync", "merge"), ("ladder", "overlap"), ("delayed", "overlap")):
+        yield _run(size, f"spd-{name}", lr, architecture="spd", **{rival: name}, **keys)
 
 
 def _many(size, seed):
@@ -98,8 +101,10 @@ _planned = [
     _run("3x192", "1sync", 4e-3, **_grouped(3)),
     next(_controls("3x192", 4e-3)),
     _run("3x192", "spd", 4e-3, architecture="spd"),
+    *_placement("2x128", 4e-3),
+    *_placement("2x128", 4e-3, n_shard=4),
+    *_spd_rivals("2x128", 4e-3, n_shard=4),
     _run("3x192", "1sync", 4e-3, **_grouped(3), n_shard=4),
-    *_more_rivals("2x128", 4e-3, n_shard=4),
     *_tuning("3x192", (2e-3, 4e-3, 8e-3)),
     *(run for seed in range(6, 11) for run in _many("2x128", seed)),
 ]
