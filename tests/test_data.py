@@ -526,6 +526,18 @@ def test_ctrl_c_while_tokenizing(plays, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_ctrl_c_while_a_worker_starts(documents, tmp_path):
+    """There Python ignores KeyboardInterrupt: here it comes in a fork hook, at the first fork."""
+    docs = write_jsonl(tmp_path / "docs.jsonl", [{"text": document} for document in documents])
+    code = "import os, signal; forks = iter([signal.SIGINT]); "
+    code += "os.register_at_fork(after_in_parent=lambda: [signal.raise_signal(number) for number in forks])"
+    options = {"code": code, "env": {"HF_HOME": str(tmp_path / "hf")}}
+    process = prepare(OWT, "--data_files", docs, "--num_proc", "2", "--out_dir", tmp_path / "out", **options)
+    assert process.returncode == 130 and "Traceback" not in process.stderr, process.stderr
+    assert process.stderr.splitlines()[-1].startswith("interrupted")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("script", [CHAR, OWT])
 def test_help_is_the_manual(script):
     out = succeeded(prepare(script, "--help"))

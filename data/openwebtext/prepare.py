@@ -27,6 +27,8 @@ for every 4 bytes of text. A second call finds everything there and does nothing
 """
 
 import argparse
+import contextlib
+import ctypes
 import hashlib
 import os
 import shutil
@@ -42,6 +44,7 @@ import corpus
 HUB, REVISION = "Skylion007/openwebtext", "refs/convert/parquet"
 N_DOCS = 8_013_769
 PARQUET_BYTES, TEXT_BYTES, TOKEN_BYTES = 24_400_000_000, 40_000_000_000, 2 * (9_035_582_198 + 4_434_897)
+PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent ends
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
 
@@ -92,6 +95,38 @@ def check_disk(needs):
         print(line)
 
 
+@contextlib.contextmanager
+def ctrl_c_ends_at_once():
+    """On Ctrl-C, end this process and its workers, with corpus.run's line and exit code.
+
+    No KeyboardInterrupt: it is lost if it comes while a worker starts (Python ignores it in fork hooks), and datasets
+    and its pool of processes may answer it with another exception or wait for ever. Nothing of ours is being written.
+    """
+    parent = os.getpid()
+
+    def end(number, frame):
+        if os.getpid() == parent:  # not in a worker that has only just been forked
+            os.write(sys.stderr.fileno(), corpus.INTERRUPTED.encode())
+            os._exit(130)
+
+    def end_with_parent():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(130)
+
+    if sys.platform != "linux":  # Ctrl-C raises KeyboardInterrupt, as anywhere
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    os.register_at_fork(after_in_child=end_with_parent)
+    default = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, default)
+
+
 def load_documents(data_files, max_docs, num_proc):
     """The dataset with the one column `text`. Raises CorpusError where it cannot be loaded or has no such texts."""
     import datasets
@@ -120,11 +155,9 @@ def load_documents(data_files, max_docs, num_proc):
     return documents
 
 
-def tokenize(documents, num_proc):
+def tokenize(documents, encoding, num_proc):
     """{"train": dataset, "val": dataset} with columns `ids` (uint16, the end-of-text token included) and `len`."""
     from datasets import Features, Sequence, Value
-
-    encoding = corpus.gpt2_encoding()
 
     def encode(batch):
         ids = [
@@ -175,11 +208,11 @@ def main():
     if corpus.is_complete(args.out_dir, "gpt2", source):
         print(f"{args.out_dir}: already there, {source}")
         return
-    if hasattr(os, "register_at_fork"):  # on Ctrl-C the worker processes leave the last word to this one
-        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     check_disk(disk_needs(args.data_files, args.max_docs, args.out_dir))
-    documents = load_documents(args.data_files, args.max_docs, args.num_proc)
-    tokenized = tokenize(documents, args.num_proc)
+    encoding = corpus.gpt2_encoding()
+    with ctrl_c_ends_at_once():
+        documents = load_documents(args.data_files, args.max_docs, args.num_proc)
+        tokenized = tokenize(documents, encoding, args.num_proc)
     splits = {
         split: (int(dataset.with_format("numpy")["len"][:].sum()), chunks(dataset, split))
         for split, dataset in tokenized.items()
