@@ -39,11 +39,11 @@ def _controls(size, lr, **more):
 
 
 def _tuning(size, lrs):
-    """A learning rate for the baseline, the most desynced variant and the controls."""
+    """Learning rates for the baseline, the most desynced variant and the deepest control."""
     n_layer = _DEEP[size][0]
     for lr in lrs:
         yield _run(size, "baseline", lr)
-        yield from _controls(size, lr)
+        yield next(_controls(size, lr))
         yield _run(size, "1sync", lr, **_grouped(n_layer))
 
 
@@ -106,6 +106,7 @@ _planned = [
     *_spd_rivals("2x128", 4e-3, n_shard=4),
     _run("3x192", "1sync", 4e-3, **_grouped(3), n_shard=4),
     *_tuning("3x192", (2e-3, 4e-3, 8e-3)),
+    *_controls("3x192", 4e-3),
     *(run for seed in range(6, 11) for run in _many("2x128", seed)),
 ]
 runs = list({run["name"]: run for run in _planned}.values())  # what two lists have is one run
