@@ -1,6 +1,7 @@
 """The layout of a run: device, number type, process groups (data parallel x tensor parallel), gradients over them."""
 
 import contextlib
+import ctypes
 import datetime
 import os
 import re
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -66,6 +69,8 @@ def start(device, dtype, backend, tp_size, timeout_s):
             device = f"cuda:{LOCAL_RANK}"
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
+    else:
+        keep_freed_memory()
     layout = Layout(torch.device(device), dtype)
     if WORLD_SIZE > 1:
         timeout = datetime.timedelta(seconds=timeout_s)
@@ -84,6 +89,17 @@ def start(device, dtype, backend, tp_size, timeout_s):
         layout.dp_group = mesh.get_group("dp") if layout.dp_size > 1 else None
         layout.tp_group = mesh.get_group("tp") if layout.tp_size > 1 else None
     return layout
+
+
+def keep_freed_memory():
+    """Have glibc, where it is the C library, keep the memory of freed tensors for the next ones.
+
+    By itself it hands every large tensor's pages back and takes new ones, at each step: a tenth of a step at 124 M.
+    """
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def bind_to_cores(local_rank, local_size):

@@ -1,6 +1,8 @@
 """The model and the training helpers on real process groups: invariants 1, 2 and 5 of the design."""
 
 import dataclasses
+import platform
+import resource
 
 import pytest
 import torch
@@ -140,3 +142,20 @@ def check_without_f(rank):
 @pytest.mark.timeout(120)
 def test_a_missing_f_would_be_seen():
     run_ranks(2, check_without_f)
+
+
+def check_freed_memory_is_kept(rank):
+    def page_faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(64 * 2**20, dtype=torch.uint8)  # more than glibc ever keeps by itself
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    taken_anew = min(page_faults() for _ in range(10))
+    parallel.keep_freed_memory()
+    kept = min(page_faults() for _ in range(10))  # the first ones grow the heap
+    assert kept < taken_anew / 10, (taken_anew, kept)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's")
+def test_freed_memory_is_kept():
+    run_ranks(1, check_freed_memory_is_kept)
