@@ -11,7 +11,7 @@ out_dir = "out-pilot"
 
 _BASE = dict(dataset="shakespeare_char", block_size=128, batch_size=16, gradient_accumulation_steps=1, n_head=4)
 _BASE |= dict(n_shard=2, warmup_iters=100, eval_iters=100, log_interval=100, device="cpu", seed=1)
-_BASE |= dict(dtype="bfloat16", compile=True)  # the fastest: see EXPERIMENT_SUMMARY.md
+_BASE |= dict(dtype="bfloat16", compile=True)  # the fastest where the processor has it: see EXPERIMENT_SUMMARY.md
 _DEEP = {"2x128": (2, 128), "3x192": (3, 192)}
 _STEPS = {"2x128": 2100, "3x192": 6800}  # 10 tokens a parameter: 0.43 M and 1.38 M parameters
 _CONTROLS = {  # dense, all syncs made, equal parameters within 2 %
@@ -26,7 +26,8 @@ def _run(size, name, lr, **keys):
     run = _BASE | dict(n_layer=n_layer, n_embd=n_embd, max_iters=_STEPS[size], eval_interval=_STEPS[size] // 4)
     run |= dict(learning_rate=lr, min_lr=lr / 10) | keys
     shards = f"-nshard{run['n_shard']}" if run["n_shard"] > 2 else ""
-    return run | dict(name=f"{size}-{name}{shards}-lr{lr:g}-seed{run['seed']}")
+    dtype = "" if run["dtype"] == _BASE["dtype"] else f"-{run['dtype']}"
+    return run | dict(name=f"{size}-{name}{shards}{dtype}-lr{lr:g}-seed{run['seed']}")
 
 
 def _grouped(n):
@@ -72,6 +73,12 @@ def _placement(size, lr, **keys):
         yield _run(size, name, lr, architecture="selective", sync_pattern=first * (n_layer - 1) + last, **keys)
 
 
+def _float32(size, lr):
+    """The two ends: all syncs, and one with four shards."""
+    yield _run(size, "baseline", lr, dtype="float32")
+    yield _run(size, "1sync", lr, **_grouped(_DEEP[size][0]), n_shard=4, dtype="float32")
+
+
 def _spd_rivals(size, lr, **keys):
     """The rivals with SPD's syncs."""
     for name, rival in (("desync", "merge"), ("ladder", "overlap"), ("delayed", "overlap")):
@@ -101,6 +108,8 @@ _planned = [
     _run("3x192", "1sync", 4e-3, **_grouped(3)),
     next(_controls("3x192", 4e-3)),
     _run("3x192", "spd", 4e-3, architecture="spd"),
+    # float32, with a baseline of its own: where bfloat16 has no instructions it takes ten times as long
+    *(run for lr in (4e-3, 2e-3) for run in _float32("3x192", lr)),
     *_placement("2x128", 4e-3),
     *_placement("2x128", 4e-3, n_shard=4),
     *_spd_rivals("2x128", 4e-3, n_shard=4),
