@@ -4,10 +4,10 @@ $ python compare.py out-*
 $ python compare.py out-* --tolerance=1 --png=figure.png --csv=table.csv
 
 Runs that differ in their seed alone are one line: the mean of their losses, and its standard deviation. A gap is to the
-baseline, standard TP of the same size (parameters within 2 %) and, where there is one, of the same n_shard; among
-several learning rates the one with the lowest loss; a shallower dense model is no baseline but a control. +- is half of
-the gap's 95 % confidence interval, by Student's t and the standard deviation pooled over all lines with several seeds,
-so that it also says something where there is one.
+baseline, standard TP of the same size (parameters within 2 %) and, where there is one, of the same float type and
+n_shard; among several learning rates the one with the lowest loss; a shallower dense model is no baseline but a
+control. +- is half of the gap's 95 % confidence interval, by Student's t and the standard deviation pooled over all
+lines with several seeds, so that it also says something where there is one.
 
 Works while the runs go on: an unfinished run is marked, its gap taken at the last step that the baseline has too.
 """
@@ -24,7 +24,7 @@ from reduced_sync_model import count_syncs
 from run_log import read_log
 
 # where runs differ in one of these, their losses are not those of the same experiment
-SAME = ("dataset", "block_size", "tokens a step", "max_iters", "learning_rate")
+SAME = ("dataset", "block_size", "tokens a step", "max_iters", "learning_rate", "dtype")
 # what does not change what a run learns, and the seed
 OTHER = """seed out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint checkpoint_interval
 checkpoint_minutes init_from wandb_log wandb_project wandb_run_name tp_size backend device dtype compile timeout_s
@@ -53,6 +53,10 @@ class Arm:
     @property
     def learning_rate(self):
         return self.same["learning_rate"]
+
+    @property
+    def dtype(self):
+        return self.same["dtype"]
 
     @property
     def syncs(self):
@@ -125,7 +129,7 @@ def load_runs(paths):
                 n_params=int(log.header["parameters"].split("(")[1].rstrip(")")),
                 max_iters=config["max_iters"],
                 tokens=int(log.header["tokens a step"]) * config["max_iters"],
-                same={key: config.get(key, log.header.get(key)) for key in SAME},
+                same={key: log.header.get(key, config.get(key)) for key in SAME},  # config's dtype may be None
                 setting=str(sorted((key, value) for key, value in config.items() if key not in OTHER)),
                 seeds={config["seed"]: {step: loss for step, _, loss in log.evaluations}},
             )
@@ -134,7 +138,8 @@ def load_runs(paths):
         except (KeyError, IndexError, AttributeError, TypeError) as error:
             raise ValueError(f"{log_path}: its header is not that of a run: {error}") from None
         for other in arms:
-            if other.setting == arm.setting and not set(other.seeds) & set(arm.seeds):
+            same = (other.setting, other.same) == (arm.setting, arm.same)
+            if same and not set(other.seeds) & set(arm.seeds):
                 other.names += arm.names
                 other.seeds |= arm.seeds
                 break
@@ -164,8 +169,8 @@ def baseline_of(arm, arms):
     synced = [other for other in arms if other.all_synced]
     deepest = {scale: max(a.n_layer for a in synced if a.scale == scale) for scale in {a.scale for a in synced}}
     baselines = [other for other in synced if other.n_layer == deepest[other.scale]]
-    for chosen in (lambda other: other.scale == arm.scale, lambda other: other.n_shard == arm.n_shard):
-        baselines = [other for other in baselines if chosen(other)] or baselines
+    for name in ("scale", "dtype", "n_shard"):
+        baselines = [other for other in baselines if getattr(other, name) == getattr(arm, name)] or baselines
     rates = {other.learning_rate for other in baselines}
     if len(rates) == len(baselines) > 1:
         baselines = [min(baselines, key=lambda other: (not other.finished, other.losses.get(other.step, math.inf)))]
@@ -211,6 +216,7 @@ def table(arms):
         "parameters": (False, True, lambda a, g: f"{a.n_params / 1e6:.2f}M"),
         "tok/param": (False, True, lambda a, g: f"{a.tokens / a.n_params:.2g}"),
         "lr": (False, _differ(arms, "learning_rate"), lambda a, g: f"{a.learning_rate:g}"),
+        "dtype": (True, _differ(arms, "dtype"), lambda a, g: a.dtype),
         "seeds": (False, several, _seeds_cell),
         "val loss": (False, True, lambda a, g: f"{a.losses[a.step]:.4f}" if a.losses else "-"),
         "sd": (False, several, lambda a, g: f"{a.deviation:.4f}" if a.deviation is not None else ""),
@@ -309,13 +315,13 @@ def write_csv(arms, path):
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         head = "run variant n_layer n_embd n_shard sync_pattern syncs hidden_syncs reduction_percent parameters tokens "
-        head += "learning_rate seeds step max_iters val_loss val_loss_sd gap_percent gap_margin gap_step"
+        head += "learning_rate dtype seeds step max_iters val_loss val_loss_sd gap_percent gap_margin gap_step"
         writer.writerow(head.split())
         for arm in arms:
             difference, a = gap(arm, arms), arm
             end = (difference.percent, difference.margin, difference.step) if difference else ("", "", "")
             start = (a.names[0], a.variant, a.n_layer, a.n_embd, a.n_shard, a.pattern, a.syncs, a.hidden, a.reduction)
-            middle = (a.n_params, a.tokens, a.learning_rate, len(a.counted), a.step, a.max_iters)
+            middle = (a.n_params, a.tokens, a.learning_rate, a.dtype, len(a.counted), a.step, a.max_iters)
             writer.writerow((*start, *middle, a.losses.get(a.step, ""), a.deviation, *end))
 
 
@@ -342,7 +348,7 @@ def _at_their_best(arms):
     """The arms without those that another learning rate beats."""
     best = {}
     for arm in arms:
-        key = (arm.variant, arm.pattern, arm.n_shard, arm.n_embd, "" if arm.finished else arm.setting)
+        key = (arm.variant, arm.pattern, arm.n_shard, arm.n_embd, arm.dtype, "" if arm.finished else arm.setting)
         if key not in best or arm.losses.get(arm.step, math.inf) < best[key].losses.get(best[key].step, math.inf):
             best[key] = arm
     return list(best.values())
@@ -368,7 +374,8 @@ def _draw_scale(group, arms, curves, points, tolerance):
         size = f" {arm.n_layer}x{arm.n_embd}" if _differ(group, "n_layer", "n_embd") else ""
         rate = f", lr {arm.learning_rate:g}" if _differ(group, "learning_rate") else ""
         shard = f", n_shard {arm.n_shard}" if len(shards) > 1 else ""
-        return f"{arm.variant}{size}, {arm.syncs} syncs{shard}{rate}"
+        dtype = f", {arm.dtype}" if _differ(group, "dtype") else ""
+        return f"{arm.variant}{size}, {arm.syncs} syncs{shard}{rate}{dtype}"
 
     for arm in group:
         losses = arm.losses

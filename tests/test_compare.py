@@ -13,15 +13,16 @@ RECORDED = sorted((Path(__file__).parents[1] / "results").glob("*/*/log.txt"))
 ARCHITECTURES = {"2": "baseline", "1": "spd"}
 
 
-def make(folder, name, pattern, losses, n_shard=2, max_iters=20, n_params=609344, hidden=0, **changes):
+def make(folder, name, pattern, losses, n_shard=2, max_iters=20, n_params=609344, hidden=0, dtype="float32", **changes):
     """A run's folder with the evaluations `losses` at steps 0, 10, 20 ..."""
     architecture = ARCHITECTURES.get(pattern[0], "grouped") if len(set(pattern)) == 1 else "grouped"
     config = {"architecture": architecture, "n_shard": n_shard, "max_iters": max_iters, "dataset": "text"}
     config |= {"block_size": 8, "n_layer": 12, "n_head": 4, "n_embd": 64, "learning_rate": 1e-3, "seed": 1}
+    config |= {"dtype": None}  # the header says what that came to
     (folder / name).mkdir()
     log = RunLog(folder / name / "log.txt")
     header = {"architecture": architecture, "sync_pattern": pattern, "parameters": f"0.61M ({n_params})"}
-    log.header({**header, "hidden syncs": hidden, "tokens a step": 512, "config": config | changes})
+    log.header({**header, "hidden syncs": hidden, "dtype": dtype, "tokens a step": 512, "config": config | changes})
     for i, loss in enumerate(losses):
         log.line(step_line(10 * i, loss, loss))
     log.close()
@@ -144,6 +145,17 @@ def test_each_n_shard_has_its_own_baseline(runs):
     gaps = {run.names[0]: compare.gap(run, loaded).percent for run in loaded}
     assert gaps["out-spd"] == pytest.approx(0.5) and gaps["out-spd4"] == pytest.approx(100 * (2.01 / 1.9 - 1))
     assert len(compare.verdict(loaded, 2).splitlines()) == 2
+
+
+def test_each_float_type_has_its_own_baseline(runs):
+    for seed, loss in ((1, 1.9), (2, 1.94)):
+        make(runs, f"out-half-base{seed}", "2" * 12, [4.0, 3.0, loss], dtype="bfloat16", seed=seed)
+    make(runs, "out-half-spd", "1" * 12, [4.0, 3.0, 2.01], dtype="bfloat16")
+    loaded = load(runs)
+    gaps = {run.names[0]: compare.gap(run, loaded).percent for run in loaded}
+    assert gaps["out-spd"] == pytest.approx(0.5) and gaps["out-half-spd"] == pytest.approx(100 * (2.01 / 1.92 - 1))
+    assert "dtype" in compare.table(loaded).split("\n")[0].split()
+    assert "warning: the runs differ in dtype: bfloat16, float32" in compare.warnings(loaded)
 
 
 def test_nan_is_never_within_the_tolerance(runs):
