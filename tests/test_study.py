@@ -68,7 +68,7 @@ def test_a_study_is_resumed_and_never_runs_twice(small_corpus, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_study_goes_on(small_corpus, tmp_path, number):
     """Stopped as asked its run saves; killed, it leaves a run that another study.py waits for instead of failing."""
-    path = write(tmp_path, small_corpus, dict(name="long", max_iters=3000, eval_interval=1500, checkpoint_interval=100))
+    path = write(tmp_path, small_corpus, dict(name="long", max_iters=1000, eval_interval=500, checkpoint_interval=100))
     log = tmp_path / "out/long/log.txt"
     with ending(start([STUDY, path], cwd=tmp_path)) as process:
         end = time.monotonic() + 60
@@ -83,8 +83,8 @@ def test_an_interrupted_study_goes_on(small_corpus, tmp_path, number):
         assert process.returncode == 130 and "the same command goes on" in err and err.count("\n") == 1, err
     out = succeeded(run_script([STUDY, path], cwd=tmp_path))
     assert "Baseline" in out
-    assert [row[0] for row in read_log(log).evaluations] == [0, 1500, 3000]
-    assert [row[0] for row in read_log(log).iterations] == list(range(3000))
+    assert [row[0] for row in read_log(log).evaluations] == [0, 500, 1000]
+    assert [row[0] for row in read_log(log).iterations] == list(range(1000))
     assert log.read_text().count("# syncs") == (1 if number == signal.SIGKILL else 2)
 
 
