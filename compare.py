@@ -27,7 +27,7 @@ from run_log import read_log
 SAME = ("dataset", "block_size", "tokens a step", "max_iters", "learning_rate", "dtype")
 # what does not change what a run learns, and the seed
 OTHER = """seed out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint checkpoint_interval
-checkpoint_minutes init_from wandb_log wandb_project wandb_run_name tp_size backend device dtype compile timeout_s
+checkpoint_minutes init_from wandb_log wandb_project wandb_run_name tp_size backend device compile timeout_s
 max_bad_steps""".split()
 
 
@@ -118,6 +118,7 @@ def load_runs(paths):
         try:
             log = read_log(log_path)
             config, pattern = log.header["config"], log.header["sync_pattern"]
+            config["dtype"] = log.header.get("dtype")  # what it came to where the config left it open
             arm = Arm(
                 names=[path.name if path.is_dir() else path.parent.name],
                 variant=_variant(config, pattern),
@@ -129,7 +130,7 @@ def load_runs(paths):
                 n_params=int(log.header["parameters"].split("(")[1].rstrip(")")),
                 max_iters=config["max_iters"],
                 tokens=int(log.header["tokens a step"]) * config["max_iters"],
-                same={key: log.header.get(key, config.get(key)) for key in SAME},  # config's dtype may be None
+                same={key: config.get(key, log.header.get(key)) for key in SAME},
                 setting=str(sorted((key, value) for key, value in config.items() if key not in OTHER)),
                 seeds={config["seed"]: {step: loss for step, _, loss in log.evaluations}},
             )
@@ -138,8 +139,7 @@ def load_runs(paths):
         except (KeyError, IndexError, AttributeError, TypeError) as error:
             raise ValueError(f"{log_path}: its header is not that of a run: {error}") from None
         for other in arms:
-            same = (other.setting, other.same) == (arm.setting, arm.same)
-            if same and not set(other.seeds) & set(arm.seeds):
+            if other.setting == arm.setting and not set(other.seeds) & set(arm.seeds):
                 other.names += arm.names
                 other.seeds |= arm.seeds
                 break

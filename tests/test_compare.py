@@ -202,6 +202,7 @@ def test_recorded_logs(folder, tmp_path):
     assert len(loaded) >= 4 and all(run.finished for run in loaded)
     # tuned, where they differ in the one, and with a baseline of each in the other
     assert all("learning_rate" in line or "dtype" in line for line in compare.warnings(loaded))
+    assert all(compare.baseline_of(run, loaded).dtype == run.dtype for run in loaded)
     text = compare.table(loaded)
     assert text in (folder.parents[1] / "EXPERIMENT_SUMMARY.md").read_text(encoding="utf-8")
     compare.draw(loaded, tmp_path / "figure.png", 2)
