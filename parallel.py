@@ -62,6 +62,16 @@ def choose_device(device=None, dtype=None, backend=None):
     return device, dtypes[dtype], backend
 
 
+def device_name(device):
+    """The model of a GPU or a processor; of a processor also whether it has bfloat16 instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    facts = torch.cpu.get_capabilities()
+    name = facts.get("cpu_name", facts["architecture"])
+    has_bfloat16 = any(facts.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
+    return f"{name}, {'with' if has_bfloat16 else 'without'} bfloat16 instructions"
+
+
 def start(device, dtype, backend, tp_size, timeout_s):
     """This process's Layout; joins the process group that torchrun describes if there is more than one process."""
     if device.startswith("cuda"):

@@ -16,7 +16,6 @@ import datetime
 import fcntl
 import math
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -188,14 +187,14 @@ def _git(*arguments):
         return ""
 
 
-def describe_run(config, model, layout, step):
+def describe_run(config, model, layout, meta, step):
     """The header of log.txt."""
     commit = _git("rev-parse", "--verify", "-q", "HEAD") or "unknown"
     dirty = _git("status", "--porcelain", "-uno")
     pattern, n_params = model.config.sync_pattern, model.get_num_params(non_embedding=False)
     most = 2 * model.config.n_layer
     payload = config.batch_size * config.block_size * config.n_embd * 4
-    name = torch.cuda.get_device_name(layout.device) if layout.device.type == "cuda" else platform.machine()
+    device = f"{layout.device.type} ({parallel.device_name(layout.device)})"
     return {
         "started" if step == 0 else f"resumed at step {step}": datetime.datetime.now().isoformat(" ", "seconds"),
         "architecture": config.architecture,
@@ -210,8 +209,10 @@ def describe_run(config, model, layout, step):
         + (" (one rank holds all shards: nothing is sent)" if layout.tp_size == 1 else ""),
         "torch": torch.__version__,
         "git commit": commit + (" (dirty)" if dirty else ""),
-        "device": f"{layout.device.type} ({name}), {torch.get_num_threads()} threads a process",
+        "device": f"{device}, {torch.get_num_threads()} threads a process",
         "dtype": str(layout.dtype).removeprefix("torch."),
+        "train data": f"sha256 {meta.get('train_sha256', 'unknown')}",
+        "val data": f"sha256 {meta.get('val_sha256', 'unknown')}",
         "tokens a step": config.gradient_accumulation_steps * config.batch_size * config.block_size,
         "config": dataclasses.asdict(config),
     }
@@ -342,7 +343,7 @@ def train(config, choice, corpus, model_config, saved):
 
     if config.compile or (config.compile is None and device.type == "cuda"):
         loss_of = torch.compile(loss_of)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    name = parallel.device_name(device)
 
     if config.eval_only:
         train_loss, val_loss = evaluate(model, loss_of, corpus, config, layout)
@@ -359,7 +360,7 @@ def train(config, choice, corpus, model_config, saved):
         if path.exists():
             drop_lines_after(path, step, evaluated) if step else path.unlink()
         log, wandb = RunLog(path), WandB(config)
-        log.header(describe_run(config, model, layout, step))
+        log.header(describe_run(config, model, layout, corpus.meta, step))
         bar = tqdm(initial=step, total=config.max_iters, unit="step", disable=None, dynamic_ncols=True)
 
     def say(line, values):

@@ -80,6 +80,19 @@ def _spd_rivals(size, lr, **keys):
         yield _run(size, f"spd-{name}", lr, architecture="spd", **{rival: name}, **keys)
 
 
+def _settled(seed):
+    """What the pilot's second size compares with three seeds: dropped syncs, the control, and one blocking sync."""
+    yield _run("3x192", "baseline", 4e-3, seed=seed)
+    for n_shard in (2, 4):
+        yield _run("3x192", "spd", 4e-3, architecture="spd", seed=seed, n_shard=n_shard)
+        yield _run("3x192", "1sync", 4e-3, **_grouped(3), seed=seed, n_shard=n_shard)
+        after_attention = dict(architecture="selective", sync_pattern="aa1")
+        yield _run("3x192", "after-attention", 4e-3, **after_attention, seed=seed, n_shard=n_shard)
+    yield from _controls("3x192", 4e-3, seed=seed)
+    yield _run("3x192", "baseline-delayed", 4e-3, overlap="delayed", seed=seed, n_shard=4)
+    yield _run("3x192", "spd-delayed", 4e-3, architecture="spd", overlap="delayed", seed=seed, n_shard=4)
+
+
 def _many(size, seed):
     """What is compared with several seeds."""
     n_layer = _DEEP[size][0]
@@ -99,21 +112,17 @@ _planned = [
     *_headline("2x128", 4e-3),
     *_headline("2x128", 4e-3, n_shard=4),
     *_rivals("2x128", 4e-3, n_shard=4),
-    _run("3x192", "baseline", 4e-3),  # half an hour for two runs on two cores: what says most comes first
-    _run("3x192", "1sync", 4e-3, **_grouped(3)),
-    next(_controls("3x192", 4e-3)),
-    _run("3x192", "spd", 4e-3, architecture="spd"),
+    *(run for seed in (1, 2, 3) for run in _settled(seed)),  # half an hour for two runs on two cores
     # on another machine, in float32, with a baseline of its own
     _run("3x192", "baseline", 4e-3, dtype="float32"),
     _run("3x192", "1sync", 4e-3, **_grouped(3), n_shard=4, dtype="float32"),
     _run("3x192", "baseline", 2e-3, dtype="float32"),
     _run("3x192", "1sync", 2e-3, **_grouped(3), n_shard=4, dtype="float32"),
+    *_tuning("3x192", (2e-3, 4e-3, 8e-3)),
+    *(run for lr in (2e-3, 8e-3) for run in _controls("3x192", lr)),
     *_placement("2x128", 4e-3),
     *_placement("2x128", 4e-3, n_shard=4),
     *_spd_rivals("2x128", 4e-3, n_shard=4),
-    _run("3x192", "1sync", 4e-3, **_grouped(3), n_shard=4),
-    *_tuning("3x192", (2e-3, 4e-3, 8e-3)),
-    *_controls("3x192", 4e-3),
     *(run for seed in range(6, 11) for run in _many("2x128", seed)),
 ]
 runs = list({run["name"]: run for run in _planned}.values())  # what two lists have is one run

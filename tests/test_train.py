@@ -1,5 +1,6 @@
 """The training script as users run it: errors, log, layouts (invariants 4 and 5), resuming (6), and that it learns."""
 
+import hashlib
 import json
 import os
 import re
@@ -244,7 +245,11 @@ def test_the_log_describes_the_run(layouts, small_corpus):
     assert header["drawn"] == "AM AM| AM AM|" and header["syncs"] == "2 of 8 (75.0% fewer)"
     assert header["layout"] == "dp 1 x tp 1, 2 shards a rank"
     assert header["sync payload"].startswith(f"float32, {2 * 32 * 32 * 4} bytes")
-    assert header["torch"] == torch.__version__ and header["device"].startswith("cpu (")
+    assert header["torch"] == torch.__version__ and re.fullmatch(
+        r"cpu \(.+, with(out)? bfloat16 instructions\), 1 threads a process", header["device"]
+    )
+    digest = hashlib.sha256((small_corpus / "val.bin").read_bytes()).hexdigest()
+    assert header["val data"] == f"sha256 {digest}" and header["train data"].startswith("sha256 ")
     assert re.fullmatch(r"([0-9a-f]{40}( \(dirty\))?|unknown)", header["git commit"])
     assert re.fullmatch(r"\d+\.\d\dM \(\d+\)", header["parameters"])
     assert header["dtype"] == "float32" and header["tokens a step"] == str(4 * 2 * 32) and "started" in header
