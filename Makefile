@@ -16,8 +16,9 @@ data: .venv/ready
 # two processes on the CPU, one on the first GPU where there is one; a second call resumes or finds nothing to do
 demo: data
 	$(BIN)/python test_all_architectures.py --small
-	@set -e; export OMP_NUM_THREADS=1; processes=2; device=cpu; \
-	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then processes=1; device=cuda; fi; \
+	@set -e; export OMP_NUM_THREADS=1; processes=2; \
+	device=$$($(BIN)/python -c "import parallel; print(parallel.choose_device()[0])"); \
+	if [ $$device = cuda ]; then processes=1; fi; \
 	for name in $(DEMO); do \
 		out=out-$$(echo $$name | tr _ -)-cpu; resume=; \
 		if [ -f $$out/ckpt.pt ]; then resume=--init_from=resume; fi; \

@@ -98,12 +98,8 @@ def answers(ranks, message):
 def serve(pipe, rank, candidate, job, store, args):
     """A rank's process: build what `job` makes, then measure at each message until the last one."""
     device, dtype, backend = parallel.choose_device(args.device, args.dtype)
-    if device == "cuda":
-        device = f"cuda:{rank}"
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // candidate.tp_size))
-    layout = parallel.Layout(torch.device(device), dtype, tp_size=candidate.tp_size)
+    layout = parallel.Layout(parallel.set_device(device, rank), dtype, tp_size=candidate.tp_size)
     if candidate.tp_size > 1:
         if backend == "gloo":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

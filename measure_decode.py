@@ -24,10 +24,10 @@ class AllReduceMeter:
     """Inside it, every dist.all_reduce is counted and timed, on the device where it runs."""
 
     def __init__(self, device):
-        self.on_cuda, self.calls = device.type == "cuda", []
+        self.device, self.calls = device, []
 
     def mark(self):
-        if not self.on_cuda:
+        if self.device.type == "cpu":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -48,7 +48,9 @@ class AllReduceMeter:
 
     def take(self):
         """[(bytes, seconds)] of the calls since the last take, after they have ended."""
-        taken = [(size, a.elapsed_time(b) / 1000 if self.on_cuda else b - a) for size, a, b in self.calls]
+        synchronize(self.device)  # an event has no time before the GPU has come to it
+        on_cpu = self.device.type == "cpu"
+        taken = [(size, b - a if on_cpu else a.elapsed_time(b) / 1000) for size, a, b in self.calls]
         self.calls = []
         return taken
 

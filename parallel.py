@@ -19,6 +19,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
 RESTART_COUNT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
@@ -46,20 +47,39 @@ def choose_device(device=None, dtype=None, backend=None):
 
     The one place where CUDA and CPU part.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+    found = torch.cuda.is_available()
+    if device is None and not found and torch.version.cuda and RANK == 0:
+        print(f"no GPU is used, though torch is built for CUDA {torch.version.cuda}: {_no_cuda()}", file=sys.stderr)
+    device = device or ("cuda" if found else "cpu")
+    if not (match := re.fullmatch(r"cpu|cuda(:\d+)?", device)):
         raise ValueError(f"device={device!r}: allowed are cuda, cuda:N and cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}: this machine has no CUDA device that torch can use; try --device=cpu")
     on_cuda = device.startswith("cuda")
+    if on_cuda and not found:
+        raise ValueError(f"device={device!r}: torch can use no GPU here ({_no_cuda()}); try --device=cpu")
+    if on_cuda and match[1] and LOCAL_WORLD_SIZE > 1:
+        raise ValueError(f"device={device!r} is one GPU for {LOCAL_WORLD_SIZE} processes; cuda gives each its own")
+    needed = int(match[1][1:]) + 1 if match[1] else LOCAL_WORLD_SIZE
+    if on_cuda and needed > (count := torch.cuda.device_count()):
+        raise ValueError(f"device={device!r} with {LOCAL_WORLD_SIZE} processes needs {needed} GPUs; here are {count}")
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    dtype = dtype or ("float32" if not on_cuda else "bfloat16" if torch.cuda.is_bf16_supported() else "float16")
+    if dtype is None:  # a GPU that emulates bfloat16 is slow at it
+        has_bfloat16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if has_bfloat16 else "float16" if on_cuda else "float32"
     if dtype not in dtypes:
         raise ValueError(f"dtype={dtype!r}: allowed are {', '.join(dtypes)}")
     backend = backend or ("nccl" if on_cuda else "gloo")
     if backend not in ("nccl", "gloo") or (backend == "nccl" and not on_cuda):
         raise ValueError(f"backend={backend!r}: allowed are nccl (on CUDA) and gloo")
     return device, dtypes[dtype], backend
+
+
+def _no_cuda():
+    """Why torch can use no CUDA device, in its own words."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).partition(". ")[0].partition("\n")[0]
+    return "no device is visible"
 
 
 def device_name(device):
@@ -72,16 +92,22 @@ def device_name(device):
     return f"{name}, {'with' if has_bfloat16 else 'without'} bfloat16 instructions"
 
 
-def start(device, dtype, backend, tp_size, timeout_s):
-    """This process's Layout; joins the process group that torchrun describes if there is more than one process."""
-    if device.startswith("cuda"):
-        if WORLD_SIZE > 1:
-            device = f"cuda:{LOCAL_RANK}"
+def set_device(device, local_rank):
+    """The torch.device of this process, made the current one; of `cuda` without a number the GPU `local_rank`."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
-    else:
+    return device
+
+
+def start(device, dtype, backend, tp_size, timeout_s):
+    """This process's Layout; joins the process group that torchrun describes if there is more than one process."""
+    layout = Layout(set_device(device, LOCAL_RANK), dtype)
+    if layout.device.type == "cpu":
         keep_freed_memory()
-    layout = Layout(torch.device(device), dtype)
     if WORLD_SIZE > 1:
         timeout = datetime.timedelta(seconds=timeout_s)
         store, *_ = next(dist.rendezvous("env://", timeout=timeout))
@@ -89,15 +115,19 @@ def start(device, dtype, backend, tp_size, timeout_s):
             # torchrun keeps its store over restarts: a new group would find the addresses of the dead one there
             # (pytorch#135712). Several nodes do not count restarts alike; TRAINING_INSTRUCTIONS.md says what to do.
             store = dist.PrefixStore(f"restart {RESTART_COUNT}", store)
-        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=timeout)
-        shape = (WORLD_SIZE // tp_size, tp_size)
+        keys = dict(store=store, rank=RANK, world_size=WORLD_SIZE, timeout=timeout)
+        if backend == "nccl":
+            keys["device_id"] = layout.device  # connects now: a bad link shows at the start
+        dist.init_process_group(backend, **keys)
         if layout.device.type == "cpu":
-            bind_to_cores(LOCAL_RANK, int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE)))
-        mesh = dist.init_device_mesh(layout.device.type, shape, mesh_dim_names=("dp", "tp"))
-        layout.dp_size, layout.tp_size = shape
-        layout.dp_rank = mesh.get_local_rank("dp")
-        layout.dp_group = mesh.get_group("dp") if layout.dp_size > 1 else None
-        layout.tp_group = mesh.get_group("tp") if layout.tp_size > 1 else None
+            bind_to_cores(LOCAL_RANK, LOCAL_WORLD_SIZE)
+        layout.dp_size, layout.dp_rank, layout.tp_size = WORLD_SIZE // tp_size, RANK // tp_size, tp_size
+        tp_groups = [list(range(first, first + tp_size)) for first in range(0, WORLD_SIZE, tp_size)]
+        dp_groups = [list(ranks) for ranks in zip(*tp_groups, strict=True)]
+        if layout.dp_size > 1:
+            layout.dp_group, _ = dist.new_subgroups_by_enumeration(dp_groups, timeout=timeout)
+        if layout.tp_size > 1:
+            layout.tp_group, _ = dist.new_subgroups_by_enumeration(tp_groups, timeout=timeout)
     return layout
 
 
@@ -218,7 +248,9 @@ def clear_errors():
                 r"gloo|NCCL|socket|connection|timeout|timed out", str(error), re.IGNORECASE
             )
             if lost:
-                line = f"lost contact with another rank: {line}"
+                # NCCL says first where, and on a line of its own what
+                reason = re.search(r"Last error:\s*(.+)", str(error))
+                line = f"lost contact with another rank: {line}{f' ({reason[1]})' if reason else ''}"
             elif not isinstance(error, torch.OutOfMemoryError | dist.DistError):
                 raise  # a mistake of ours: its traceback is wanted
     if RANK > 0 if shared else lost:

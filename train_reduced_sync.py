@@ -32,7 +32,7 @@ import parallel
 import reduced_sync_model as rsm
 from batches import Corpus
 from configurator import configure, describe, option
-from parallel import RANK, RESTART_COUNT, WORLD_SIZE
+from parallel import LOCAL_WORLD_SIZE, RANK, RESTART_COUNT, WORLD_SIZE
 from run_log import RunLog, drop_lines_after, iter_line, step_line
 
 
@@ -140,10 +140,10 @@ def check(config):
         raise ValueError(
             f"dropout={config.dropout} with tp_size={config.tp_size}: ranks would drop differently; use tp_size=1"
         )
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
-    if local % config.tp_size:
+    if LOCAL_WORLD_SIZE % config.tp_size:
         raise ValueError(
-            f"tp_size={config.tp_size} does not divide the {local} processes of a node: a TP group would span nodes"
+            f"tp_size={config.tp_size} does not divide the {LOCAL_WORLD_SIZE} processes of a node: a TP group would "
+            "span nodes"
         )
 
 

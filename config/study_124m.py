@@ -12,7 +12,7 @@ eight-GPU machine. The learning rates come first: stop there, look, and set _bas
 out_dir = "out-124m"
 processes = 8  # all GPUs a run, each a data-parallel replica; 1: eight runs at once
 
-_base = dict(max_iters=20000, n_layer=12, n_head=12, n_embd=768, n_shard=2, eval_iters=0, seed=1)
+_base = dict(max_iters=20000, n_layer=12, n_head=12, n_embd=768, n_shard=2, eval_iters=0, seed=1, device="cuda")
 _grouped = {f"grouped-{12 // n}sync": dict(architecture="grouped", layers_per_group=n) for n in (2, 3, 4, 6, 12)}
 _headline = dict(
     baseline=dict(architecture="baseline"),

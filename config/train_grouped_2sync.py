@@ -12,3 +12,4 @@ out_dir = "out-grouped-2sync"
 wandb_run_name = "grouped-2sync"
 architecture = "grouped"
 layers_per_group = 6
+device = "cuda"  # never by mistake on the CPU

@@ -12,3 +12,4 @@ out_dir = "out-grouped-3sync"
 wandb_run_name = "grouped-3sync"
 architecture = "grouped"
 layers_per_group = 4
+device = "cuda"  # never by mistake on the CPU

@@ -12,3 +12,4 @@ out_dir = "out-grouped-4sync"
 wandb_run_name = "grouped-4sync"
 architecture = "grouped"
 layers_per_group = 3
+device = "cuda"  # never by mistake on the CPU

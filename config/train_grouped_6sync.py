@@ -12,3 +12,4 @@ out_dir = "out-grouped-6sync"
 wandb_run_name = "grouped-6sync"
 architecture = "grouped"
 layers_per_group = 2
+device = "cuda"  # never by mistake on the CPU

@@ -12,3 +12,4 @@ out_dir = "out-selective-9sync"
 wandb_run_name = "selective-9sync"
 architecture = "selective"
 sync_pattern = "110111011101"
+device = "cuda"  # never by mistake on the CPU

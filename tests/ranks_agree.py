@@ -33,6 +33,9 @@ def compare():
             same = not script.rsm.is_sharded(name) or (rank - dist.get_rank()) % model.tp_size == 0
             if same or name.endswith("c_fc.weight"):  # other shards' matrices are other numbers
                 assert torch.equal(copy, parameter) == same, f"{name} on ranks {dist.get_rank()} and {rank}"
+    if model.tp_group is not None:  # gloo's own default is 30 minutes
+        waits = model.tp_group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+        assert waits == script.Config().timeout_s, f"ranks of a TP group wait for {waits} s"
     if dist.get_rank() == 0:
         print(f"{dist.get_world_size()} ranks agree", flush=True)
 

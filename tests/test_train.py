@@ -68,7 +68,7 @@ def pretend(monkeypatch, world_size, local_world_size=None):
     """Make this process believe that it is one of several."""
     monkeypatch.setattr(parallel, "WORLD_SIZE", world_size)
     monkeypatch.setattr(script, "WORLD_SIZE", world_size)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world_size or world_size))
+    monkeypatch.setattr(script, "LOCAL_WORLD_SIZE", local_world_size or world_size)
 
 
 @pytest.mark.parametrize(
