@@ -1,0 +1,258 @@
+"""Rehearse runs on CUDA without a GPU: the real train() and sample() on fake tensors that say they are on cuda:0.
+
+    python tests/rehearsal.py LIBRARY 'CASE' ...    a case is JSON: keys of the training script
+    python tests/rehearsal.py LIBRARY memory        the memory table of TRAINING_INSTRUCTIONS.md, in three minutes
+
+LIBRARY is fake_cuda.cpp, compiled; it has to be loaded before torch. Fake tensors have shapes, types and devices but no
+numbers: what shows are wrong devices and types, graph breaks, recompilations, host synchronisations and memory. The
+process group is torch's "fake" one, of WORLD_SIZE ranks of which this is rank 0. A case prints a line of JSON:
+
+    host_syncs  of each update: how often Python waits for a number on the GPU
+    graphs      [graphs compiled for training, graphs compiled for evaluation]
+    on_cpu      whether all tensors of the checkpoint were on the CPU
+    tokens      how many tokens sample.py's prefill and decode gave
+
+or, where it has n_embd, of the 124M model with these keys and no compilation:
+
+    peak        bytes that the GPU holds at most: parameters, gradients, moments, activations, and an evaluation's
+"""
+
+import contextlib
+import ctypes
+import io
+import json
+import sys
+import tempfile
+import weakref
+from functools import partial
+from pathlib import Path
+
+ctypes.CDLL(sys.argv[1])
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import checkpoint
+import parallel
+import reduced_sync_model as rsm
+import sample
+import train_reduced_sync as script
+from configurator import configure
+from data import corpus
+
+host_syncs = 0
+SHAPE = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, batch_size=2, gradient_accumulation_steps=4)
+SHAPE |= dict(max_iters=3, eval_interval=10, eval_iters=2, warmup_iters=1, log_interval=1, device="cuda")
+
+
+def answering(answer):
+    """A method of fake tensors that asks for a number: gives `answer`, and counts where the GPU has the number."""
+
+    def method(tensor):
+        global host_syncs
+        host_syncs += tensor.device.type == "cuda"
+        return answer(tensor)
+
+    return method
+
+
+def pretend_cuda():
+    """Have torch's Python side believe in eight GPUs."""
+    answers = dict(is_available=True, is_bf16_supported=True, device_count=8, current_device=0, init=None)
+    answers |= dict(get_device_name="NVIDIA H100 80GB HBM3", get_rng_state=None, set_rng_state=None, _lazy_init=None)
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    torch._C._cuda_setDevice = lambda index: None
+    FakeTensorMode.avoid_device_init = True  # torch.tensor(numbers, device="cuda") asks no driver
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    torch.Tensor.pin_memory = lambda tensor: tensor
+    FakeTensor.item = answering(lambda tensor: 1.0 if tensor.is_floating_point() else 1)
+    FakeTensor.tolist = answering(lambda tensor: [1] * len(tensor))
+    for name, answer in dict(__bool__=True, __int__=1, __float__=1.0, __index__=1).items():
+        setattr(FakeTensor, name, answering(lambda tensor, answer=answer: answer))
+
+    # the kernel that a GPU takes; fake tensors would take the one that makes the whole matrix of scores
+    def attention(q, k, v, is_causal=False, dropout_p=0.0):
+        assert q.dtype == k.dtype == v.dtype == torch.bfloat16, (q.dtype, k.dtype, v.dtype)
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
+
+    F.scaled_dot_product_attention = attention
+
+
+def pretend_ranks():
+    """Have torch.distributed join a group in which nothing is sent."""
+    join = dist.init_process_group
+
+    def init_process_group(backend, store, device_id, **keys):
+        assert backend == "nccl" and device_id == torch.device("cuda:0"), (backend, device_id)
+        join("fake", store=store, **keys)
+
+    dist.rendezvous = lambda *_, **__: iter([(FakeStore(), 0, 1)])
+    dist.init_process_group = init_process_group
+    dist.get_backend = lambda *_: "nccl"
+    summed = parallel.sum_over_world
+
+    def sum_over_world(values, device):
+        summed(values, device)
+        return values
+
+    parallel.sum_over_world = sum_over_world
+
+
+def pretend_model():
+    """Build models on the device instead of moving them there: tied fake weights cannot be moved."""
+    build = rsm.GPT.__init__
+
+    def __init__(self, *arguments, **keys):
+        with torch.device("cuda:0"):
+            build(self, *arguments, **keys)
+
+    rsm.GPT.__init__ = __init__
+    rsm.GPT.to = lambda self, device: self
+
+
+@contextlib.contextmanager
+def replaced(owner, **attributes):
+    """Inside it, `owner` has these attributes."""
+    before = {name: getattr(owner, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+def train(keys, out_dir):
+    """Train with `keys`; returns (the checkpoint last saved, host synchronisations of each update)."""
+    config = configure(script.Config, [f"--{key}={value}" for key, value in (keys | {"out_dir": out_dir}).items()])
+    step, saved, counts = torch.optim.AdamW.step, [], []
+
+    def counted_step(optimizer):
+        global host_syncs
+        counts.append(host_syncs)
+        step(optimizer)
+        host_syncs = 0
+
+    with (
+        replaced(torch.optim.AdamW, step=counted_step),
+        replaced(checkpoint, save=lambda state, *_: saved.append(state)),
+    ):
+        script.train(config, *script.prepare(config))
+    return saved[-1], counts[1:]  # before the first update there is an evaluation
+
+
+def generate(state, n_tokens):
+    """Prefill and decode with the model of a checkpoint, over all ranks; returns the number of tokens printed."""
+    config = sample.Config(start="ab", max_new_tokens=n_tokens, num_samples=2, device="cuda")
+    layout = parallel.start(*parallel.choose_device("cuda"), tp_size=parallel.WORLD_SIZE, timeout_s=60)
+    model = sample.build(config, state, rsm.GPTConfig(**state["model_args"]), layout)
+    dtypes = {p.dtype for name, p in model.named_parameters() if ".ln_" not in name}
+    assert dtypes == {torch.bfloat16}, dtypes
+    cpu_generator = torch.Generator()
+    with replaced(torch, Generator=lambda device: cpu_generator), contextlib.redirect_stdout(io.StringIO()) as printed:
+        sample.sample(config, model, sample.Tokens(state["data"]), state["data"]["vocab_size"], layout)
+    return printed.getvalue().count(state["data"]["chars"][1])
+
+
+def rehearse(keys):
+    """Train, save and sample with `keys` on top of SHAPE; returns what the top of this file says, but the peak."""
+    graphs = {True: 0, False: 0}
+
+    def counting(graph, inputs):
+        graphs[torch.is_grad_enabled()] += 1
+        return graph.forward
+
+    with tempfile.TemporaryDirectory() as out_dir, replaced(torch, compile=partial(torch.compile, backend=counting)):
+        state, counts = train(SHAPE | keys, out_dir)
+    torch._dynamo.reset()
+    tensors = [*state["model"].values(), *(t for one in state["optimizer"].values() for t in one.values())]
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    tokens = generate(state, SHAPE["block_size"] + 4)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return {"host_syncs": counts, "graphs": [graphs[True], graphs[False]], "on_cpu": on_cpu, "tokens": tokens}
+
+
+class Memory(TorchDispatchMode):
+    """Inside it, the bytes of all storages on the GPU are added up while they live: `now`, and at `most`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.living = set()
+
+    def __torch_dispatch__(self, operator, types, arguments=(), keys=None):
+        result = operator(*arguments, **keys or {})
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.living:
+                    self.living.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return result
+
+    def freed(self, identity, nbytes):
+        self.living.discard(identity)
+        self.now -= nbytes
+
+
+def peak(keys):
+    """Bytes held at most in uncompiled updates of the 124M model with `keys`, evaluation included."""
+    keys = dict(device="cuda", max_iters=2, eval_interval=2, eval_iters=1, gradient_accumulation_steps=2) | keys
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = np.zeros(2 * 12 * 1024 + 1, "<u2")  # which they are makes no difference
+        splits = {split: (len(tokens), [tokens]) for split in ("train", "val")}
+        with contextlib.redirect_stdout(sys.stderr):
+            corpus.write_corpus(Path(folder), splits, 50257, "gpt2", "zeros")
+            with Memory() as memory:
+                train(keys | dict(compile=False, dataset=folder), folder)
+    return memory.most
+
+
+def memory_table():
+    """Peak GB by variant and n_shard, and the largest batches that fit 24 and 80 GB."""
+    rows = {
+        "baseline": {},
+        "SPD": dict(architecture="spd"),
+        "3 layers a group": dict(architecture="grouped", layers_per_group=3),
+        "6 layers a group": dict(architecture="grouped", layers_per_group=6),
+    }
+    divisors = [n for n in range(1, 61) if 60 % n == 0]  # of the 480 sequences of a step, on eight GPUs
+    for name, keys in rows.items():
+        cells = []
+        for n_shard in (1, 2, 4, 8):
+            keys = keys | dict(n_shard=n_shard, n_head=16 if n_shard == 8 else 12)
+            at_6, at_12 = (peak(keys | dict(batch_size=n)) / 1e9 for n in (6, 12))
+            # 2 GB are CUDA's, NCCL's and lost between blocks
+            fits = [max(n for n in divisors if at_12 + (n - 12) / 6 * (at_12 - at_6) < size - 2) for size in (24, 80)]
+            cells += [f"{at_12:.1f}", f"{fits[0]}, {fits[1]}"]
+        print("| " + " | ".join([name, *cells[::2], *cells[1::2]]) + " |", flush=True)
+
+
+def main(cases):
+    pretend_cuda()
+    pretend_ranks()
+    pretend_model()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        if cases == ["memory"]:
+            memory_table()
+        else:
+            for case in map(json.loads, cases):
+                print(json.dumps({"peak": peak(case)} if "n_embd" in case else rehearse(case)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[2:])
