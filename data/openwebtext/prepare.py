@@ -1,8 +1,8 @@
-"""OpenWebText as GPT-2 tokens: train.bin, val.bin and meta.json. Or your own parquet or jsonl files, the same way.
+"""OpenWebText as GPT-2 tokens: train.bin, val.bin and meta.json. Or your own parquet or JSON files, the same way.
 
     python data/openwebtext/prepare.py                             the whole of it: hours, and about 101 GB of disk
     python data/openwebtext/prepare.py --num_proc 32               on 32 processes (default: half the CPU cores)
-    python data/openwebtext/prepare.py --data_files a.parquet b.parquet      your own files, documents in column `text`
+    python data/openwebtext/prepare.py --data_files a.parquet b.jsonl.gz     your own files, documents in column `text`
     python data/openwebtext/prepare.py --max_docs 100000           only the first so many documents
     python data/openwebtext/prepare.py --out_dir DIR               write there (default: beside this script)
 
@@ -22,18 +22,24 @@ Disk for the whole set, checked before anything is downloaded:
     18.1 GB  train.bin and val.bin          in out_dir
 
 Both caches are under ~/.cache/huggingface (move them with HF_HOME) and can be deleted afterwards. For files of your own
-the estimate is 2x their size (4x for parquet, which is compressed): the text as Arrow, and twice the tokens, of 2 bytes
-for every 4 bytes of text. A second call finds everything there and does nothing.
+the estimate is 2x their size (4x for parquet and 6x for .gz, which are compressed): the text as Arrow, and twice the
+tokens, of 2 bytes for every 4 bytes of text. A second call finds everything there and does nothing.
+
+Your own files are .parquet, .jsonl or .json (a list of objects), the last two also gzipped (.gz). They are read in the
+order given; other columns are left out.
 """
 
 import argparse
 import contextlib
 import ctypes
+import glob
+import gzip
 import hashlib
 import os
 import shutil
 import signal
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +51,13 @@ HUB, REVISION = "Skylion007/openwebtext", "refs/convert/parquet"
 N_DOCS = 8_013_769
 PARQUET_BYTES, TEXT_BYTES, TOKEN_BYTES = 24_400_000_000, 40_000_000_000, 2 * (9_035_582_198 + 4_434_897)
 PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent ends
-KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json"}
+COMPRESSED = {".parquet": 2, ".gz": 3}  # bytes of text in a byte of file, about
+
+
+def kind_of(path):
+    """The format of a file by its name, as datasets calls it; None where it is none of KINDS."""
+    return next((kind for ending, kind in KINDS.items() if path.name.lower().endswith(ending)), None)
 
 
 def describe_source(data_files, max_docs):
@@ -65,7 +77,7 @@ def disk_needs(data_files, max_docs, out_dir):
 
     cache = Path(config.HF_DATASETS_CACHE)
     if data_files:
-        text = sum(path.stat().st_size * (2 if path.suffix == ".parquet" else 1) for path in data_files)
+        text = sum(path.stat().st_size * COMPRESSED.get(path.suffix.lower(), 1) for path in data_files)
         tokens = text // 2
         return [(cache, text + tokens), (out_dir, tokens)]
     tokens = int(TOKEN_BYTES * min(1, (max_docs or N_DOCS) / N_DOCS))
@@ -127,27 +139,57 @@ def ctrl_c_ends_at_once():
         signal.signal(signal.SIGINT, default)
 
 
-def load_documents(data_files, max_docs, num_proc):
-    """The dataset with the one column `text`. Raises CorpusError where it cannot be loaded or has no such texts."""
+def is_empty(path):
+    """Whether a file has no rows, or, as JSON, nothing but white space, a byte-order mark and brackets."""
+    if kind_of(path) == "parquet":
+        from pyarrow.parquet import read_metadata
+
+        return read_metadata(path).num_rows == 0
+    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
+        return not any(block.strip(b"\xef\xbb\xbf \t\r\n[]{}") for block in iter(lambda: file.read(1 << 20), b""))
+
+
+def load(what, *args, **options):
+    """load_dataset's split "train" with the one column `text`. Raises CorpusError, which names `what`, where it cannot
+    be loaded or has no such texts."""
     import datasets
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our line says what its log would
     try:
-        if data_files:
-            kind = KINDS[data_files[0].suffix]
-            documents = datasets.load_dataset(kind, data_files=[str(path) for path in data_files], split="train")
-        else:
-            documents = datasets.load_dataset(HUB, revision=REVISION, split="train", num_proc=num_proc)
+        if isinstance(what, Path) and is_empty(what):
+            raise ValueError("it holds no documents")
+        documents = datasets.load_dataset(*args, split="train", **options)
+        if isinstance(what, Path) and "text" in documents.column_names:
+            documents.data["text"].validate(full=True)  # UTF-8, which the readers do not check
     except Exception as error:  # any of several libraries'
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        what = ", ".join(map(str, data_files)) if data_files else HUB
-        raise corpus.CorpusError(f"cannot load {what}: {reason[0]}") from None
+        reason = textwrap.shorten(str(error.__cause__ or error), 300) or type(error).__name__
+        raise corpus.CorpusError(f"cannot load {what}: {reason}") from None
     if "text" not in documents.column_names:
-        raise corpus.CorpusError(f"no column `text` for the documents: the columns are {documents.column_names}")
+        raise corpus.CorpusError(f"{what} has no column `text` for the documents, but {documents.column_names}")
     if getattr(documents.features["text"], "dtype", None) not in ("string", "large_string"):
-        raise corpus.CorpusError(f"column `text` must hold strings, it holds {documents.features['text']}")
+        raise corpus.CorpusError(f"{what}: column `text` must hold strings, it holds {documents.features['text']}")
     documents = documents.select_columns("text")
     if nulls := documents.data["text"].null_count:
-        raise corpus.CorpusError(f"column `text` is null in {nulls} documents: every document needs a text")
+        raise corpus.CorpusError(f"{what}: column `text` is null in {nulls} documents: every document needs a text")
+    return documents
+
+
+def load_documents(data_files, max_docs, num_proc):
+    """The dataset with the one column `text`. Raises CorpusError where it cannot be loaded or has no such texts."""
+    from datasets import Features, Value, concatenate_datasets
+
+    if data_files:  # each by itself: an error names its file; escaped: datasets expands patterns
+        parts = [load(path, kind_of(path), data_files=glob.escape(str(path.absolute()))) for path in data_files]
+        if len({part.features["text"].dtype for part in parts}) > 1:
+            parts = [part.cast(Features({"text": Value("string")})) for part in parts]
+        documents = concatenate_datasets(parts)
+    else:
+        documents = load(HUB, HUB, revision=REVISION, num_proc=num_proc)
+        if len(documents) != N_DOCS and not (max_docs and max_docs <= len(documents)):
+            raise corpus.CorpusError(
+                f"{HUB} {REVISION} has {len(documents):,} documents, the whole has {N_DOCS:,}: "
+                f"--max_docs {len(documents)} takes what is there"
+            )
     if max_docs:
         documents = documents.select(range(min(max_docs, len(documents))))
     if len(documents) < 2:
@@ -190,7 +232,7 @@ def chunks(tokenized, split, batch_size=1000):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_files", type=Path, nargs="+", help="local .parquet or .jsonl files instead of the hub")
+    parser.add_argument("--data_files", type=Path, nargs="+", help="local files instead of the hub")
     parser.add_argument("--max_docs", type=int, help="use only the first so many documents (at least 2)")
     parser.add_argument("--num_proc", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="default: %(default)s")
     parser.add_argument("--out_dir", type=Path, default=Path(__file__).resolve().parent, help="default: %(default)s")
@@ -201,8 +243,10 @@ def main():
     if args.max_docs is not None and args.max_docs < 2:
         raise corpus.CorpusError(f"--max_docs is {args.max_docs}: it must be at least 2, one each for train and val")
     for path in args.data_files or []:
-        if path.suffix not in KINDS or KINDS[path.suffix] != KINDS[args.data_files[0].suffix]:
-            raise corpus.CorpusError(f"--data_files has {path}: all must be .parquet, or all .jsonl or .json")
+        if kind_of(path) is None:
+            raise corpus.CorpusError(f"--data_files has {path}: allowed are {', '.join(KINDS)}")
+        if "::" in (name := str(path.absolute())) or os.path.expandvars(name) != name:
+            raise corpus.CorpusError(f"--data_files has {path}: the datasets library takes no path with :: or $NAME")
 
     source = describe_source(args.data_files, args.max_docs)
     if corpus.is_complete(args.out_dir, "gpt2", source):
