@@ -122,9 +122,10 @@ def read_prompt(start):
         return start
     name = start.removeprefix("FILE:")
     try:
-        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
         raise ValueError(f"start={start!r} cannot be read: {error}") from None
+    return corpus.decode_text(data, f"start={start!r}")
 
 
 def prompt_ids(config, tokens, block_size):

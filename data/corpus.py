@@ -1,5 +1,6 @@
-"""What the prepare scripts share: pinned source archives from the package index, the GPT-2 tokenizer, and writing
-train.bin, val.bin (raw little-endian uint16 token ids) and meta.json so that a folder is either complete or not there.
+"""What the prepare scripts share: text from bytes, pinned source archives from the package index, the GPT-2 tokenizer,
+and writing train.bin, val.bin (raw little-endian uint16 token ids) and meta.json so that a folder is either complete or
+not there.
 
 meta.json: vocab_size, tokenizer ("char" or "gpt2"), chars (tokenizer "char" only: a string, id = index), source,
 train_tokens, val_tokens, train_sha256, val_sha256.
@@ -54,6 +55,18 @@ def run(main):
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: {error.filename or 'reading or writing'}: {error.strerror or error}")
+
+
+def decode_text(data, name):
+    """The text of UTF-8 bytes: without a byte-order mark, lines ended by \\n. For training texts and prompts alike.
+
+    Raises CorpusError, which calls the bytes `name`, where they are not UTF-8.
+    """
+    try:
+        text = data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def file_sha256(path):

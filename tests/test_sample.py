@@ -236,6 +236,25 @@ def test_prompts(out, tmp_path):
     assert run_script(arguments(out, start="a", max_new_tokens=15)).stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"he said", "he said"),
+        (b"\xef\xbb\xbfhe\r\nsaid\r\r\n", "he\nsaid\n\n"),
+        ("\ufeff\ufeff€ \x85\u2028\f\n".encode(), "\ufeff€ \x85\u2028\f\n"),
+    ],
+)
+def test_a_prompt_file_is_read_as_a_training_text_is(tmp_path, monkeypatch, content, text):
+    """data/shakespeare_char/prepare.py reads its --input by the same function."""
+    (tmp_path / "prompt.txt").write_bytes(content)
+    assert sample.read_prompt(f"FILE:{tmp_path}/prompt.txt") == text
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="latin-1"))
+    assert sample.read_prompt("FILE:-") == text
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content + b"\xff")))
+    with pytest.raises(ValueError, match=f"^start='FILE:-' is not UTF-8 text: .* at byte {len(content)}$"):
+        sample.read_prompt("FILE:-")
+
+
 def test_text_ends_at_end_of_text(out, capsys):
     """Each sample by itself: the others go on, and nothing comes behind an end."""
     saved = ckpt.load(out / "ckpt.pt")

