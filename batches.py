@@ -76,7 +76,10 @@ class Corpus:
         try:
             meta = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ValueError(f"no {path}; prepare the data first: python {self.folder / 'prepare.py'}") from None
+            how = f"python {self.folder / 'prepare.py'}"
+            if (self.folder / "train.bin").exists():
+                how += f", or for nanoGPT's own files python {DATA / 'nanogpt/prepare.py'} --folder {self.folder}"
+            raise ValueError(f"no {path}; prepare the data first: {how}") from None
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
         for key in ("vocab_size", "train_tokens", "val_tokens"):

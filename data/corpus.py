@@ -188,25 +188,30 @@ def write_corpus(out_dir, splits, vocab_size, tokenizer, source, chars=None):
     `splits`: {"train": (tokens, chunks), "val": (tokens, chunks)}, chunks an iterable of uint16 arrays that hold that
     many tokens together. Raises CorpusError where the folder cannot be written or the disk is full.
     """
-    meta = {"vocab_size": vocab_size, "tokenizer": tokenizer}
-    if chars is not None:
-        meta["chars"] = chars
-    meta["source"] = source
-    meta |= {f"{split}_tokens": splits[split][0] for split in ("train", "val")}
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / "meta.json").unlink(missing_ok=True)
-        for split in ("train", "val"):
-            meta[f"{split}_sha256"] = write_bin(out_dir / f"{split}.bin", *splits[split])
-        replace_file(out_dir / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
+        bins = {split: (n, write_bin(out_dir / f"{split}.bin", n, chunks)) for split, (n, chunks) in splits.items()}
+        write_meta(out_dir, bins, vocab_size, tokenizer, source, chars)
     except OSError as error:
         raise CorpusError(f"cannot write to {out_dir}: {error.strerror or error}") from None
-    print(f"{out_dir}: train.bin {meta['train_tokens']:,} tokens, val.bin {meta['val_tokens']:,} tokens, meta.json")
-    if meta["val_tokens"] <= BLOCK_SIZE:
+    if bins["val"][0] <= BLOCK_SIZE:
         print(
             f"val.bin is too short for block_size={BLOCK_SIZE}, the default of training: "
             "prepare with a larger --val_fraction, or train with a smaller --block_size"
         )
+
+
+def write_meta(out_dir, bins, vocab_size, tokenizer, source, chars=None):
+    """Write meta.json. `bins`: {"train": (tokens, sha256 of train.bin), "val": (tokens, sha256 of val.bin)}."""
+    meta = {"vocab_size": vocab_size, "tokenizer": tokenizer}
+    if chars is not None:
+        meta["chars"] = chars
+    meta["source"] = source
+    meta |= {f"{split}_tokens": bins[split][0] for split in ("train", "val")}
+    meta |= {f"{split}_sha256": bins[split][1] for split in ("train", "val")}
+    replace_file(out_dir / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
+    print(f"{out_dir}: train.bin {meta['train_tokens']:,} tokens, val.bin {meta['val_tokens']:,} tokens, meta.json")
 
 
 def write_bin(path, n_tokens, chunks):

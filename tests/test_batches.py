@@ -150,6 +150,8 @@ def test_data_that_was_not_prepared(tmp_path, folder):
     refused("no_such_dataset", f"python {DATA / 'no_such_dataset' / 'prepare.py'}")
     (folder / "val.bin").unlink()
     refused(folder, "val.bin", "No such file")
+    (folder / "meta.json").unlink()
+    refused(folder, "meta.json", f"python {DATA / 'nanogpt/prepare.py'} --folder {folder}")
 
 
 @pytest.mark.parametrize(

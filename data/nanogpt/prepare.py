@@ -1,0 +1,109 @@
+"""nanoGPT's own train.bin and val.bin, as they are: checks them, and writes the meta.json that training needs.
+
+    python data/nanogpt/prepare.py --folder ~/nanoGPT/data/shakespeare_char      says the --dataset to train with
+
+The folder is one that a prepare.py of nanoGPT's filled. Its meta.pkl, where there is one, says which character each
+token id is; where there is none, the tokens are GPT-2's. A pickle can run code when it is loaded: this one is only
+read, and may hold dicts, ints and strings. meta.json is written beside these files, which are not changed.
+"""
+
+import argparse
+import pickletools
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import corpus
+
+
+def read_pickle(data):
+    """The value of a pickle (protocol 1 or above) of dicts, ints and strings, without Python's unpickler.
+
+    Raises ValueError, LookupError or TypeError for anything else: no other opcode is known here.
+    """
+    stack, marks, memo = [], [], {}
+    for opcode, argument, _ in pickletools.genops(data):
+        match opcode.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "SHORT_BINUNICODE" | "BINUNICODE":
+                stack.append(argument)
+            case "EMPTY_DICT":
+                stack.append({})
+            case "MARK":
+                marks.append(len(stack))
+            case "SETITEM":
+                *stack, key, value = stack
+                stack[-1][key] = value
+            case "SETITEMS":
+                start = marks.pop()
+                stack, items = stack[:start], stack[start:]
+                stack[-1] |= dict(zip(items[::2], items[1::2], strict=True))
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "STOP":
+                return stack.pop()
+            case name:
+                raise ValueError(f"it holds more than dicts, ints and strings ({name})")
+
+
+def read_vocabulary(path):
+    """The characters of a meta.pkl as one string, id = index. Raises CorpusError where it is not nanoGPT's."""
+    try:
+        meta = read_pickle(path.read_bytes())
+        itos, stoi = meta["itos"], meta["stoi"]
+        tokens = [itos[i] for i in range(meta["vocab_size"])]
+        inverse = {token: i for i, token in enumerate(tokens)}
+        if not 0 < len(inverse) == len(tokens) == len(itos) <= 65536 or stoi != inverse:
+            raise ValueError("they do not fit each other")
+        if any(len(token) != 1 for token in tokens):
+            raise ValueError("a token is not one character")
+        "".join(tokens).encode()  # half a surrogate pair is no character
+        return "".join(tokens)
+    except (LookupError, TypeError, ValueError) as error:
+        reason = textwrap.shorten(str(error), 200)
+        raise corpus.CorpusError(f"{path} is not nanoGPT's vocab_size, itos and stoi of characters: {reason}") from None
+
+
+def check_bin(path, vocab_size, vocabulary):
+    """(number of tokens, sha256) of a file of uint16 token ids. Raises CorpusError where it is none."""
+    size = path.stat().st_size
+    if size == 0 or size % 2:
+        raise corpus.CorpusError(f"{path} has {size} bytes: these are no uint16 token ids")
+    largest = int(np.memmap(path, dtype="<u2", mode="r").max())
+    if largest >= vocab_size:
+        raise corpus.CorpusError(f"{path} holds token id {largest}, but {vocabulary} has {vocab_size} tokens")
+    return size // 2, corpus.file_sha256(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="holds train.bin, val.bin, and meta.pkl if any")
+    folder = parser.parse_args().folder.resolve()
+
+    pkl, source = folder / "meta.pkl", "nanoGPT's train.bin and val.bin"
+    if pkl.exists():
+        chars = read_vocabulary(pkl)
+        tokenizer, vocab_size, vocabulary = "char", len(chars), pkl
+        source += f", characters of meta.pkl (sha256 {corpus.file_sha256(pkl)})"
+    else:
+        tokenizer, vocab_size, vocabulary, chars = "gpt2", 50257, "GPT-2's vocabulary (there is no meta.pkl)", None
+    if corpus.is_complete(folder, tokenizer, source):
+        print(f"{folder}: already there, {source}")
+        return
+    if (folder / "meta.json").exists():
+        raise corpus.CorpusError(f"{folder / 'meta.json'} is there, and is about other files: remove it first")
+    bins = {split: check_bin(folder / f"{split}.bin", vocab_size, vocabulary) for split in ("train", "val")}
+    corpus.write_meta(folder, bins, vocab_size, tokenizer, source, chars)
+    print(f"the tokens are taken for ids of {vocabulary}; train with --dataset={folder}")
+
+
+if __name__ == "__main__":
+    corpus.run(main)
