@@ -40,16 +40,25 @@ class Corpus:
         for first in range(part * share, (part + 1) * share, batch_size):
             yield self._cut("train", starts[first : first + batch_size])
 
-    def evaluation_batches(self, split, batches, batch_size, part, parts):
-        """Yield one of `parts` shares of a fixed set of windows: `batches` of them spread evenly, or 0: all there are.
+    def evaluation_starts(self, split, batches, batch_size):
+        """Where the fixed windows of an evaluation start in `split`; they do not overlap.
 
-        Windows do not overlap. Each batch is (x, y, n) with n counted targets; rows and places that fill a batch up
-        have the target -1.
+        They are `batches` x batch_size spread evenly, or with 0 the whole of val, its last window cut short by the
+        file's end, and as many of train; all there are, where there are fewer.
         """
         T, length = self.block_size, len(self.splits[split]) - 1
-        n_windows = -(-length // T) if batches == 0 else min(batches * batch_size, length // T)
-        starts = np.arange(n_windows) * (T if batches == 0 else length // n_windows)
-        starts = starts[part::parts]
+        windows = batches * batch_size or -(-(len(self.splits["val"]) - 1) // T)
+        if batches == 0 and windows * T >= length:
+            return np.arange(0, length, T)
+        windows = min(windows, length // T)
+        return np.arange(windows) * (length // windows)
+
+    def evaluation_batches(self, split, batches, batch_size, part, parts):
+        """Yield one of `parts` shares of the windows of `evaluation_starts`.
+
+        Each batch is (x, y, n) with n counted targets; rows and places that fill a batch up have the target -1.
+        """
+        starts = self.evaluation_starts(split, batches, batch_size)[part::parts]
         for first in range(0, len(starts), batch_size):
             x, y = self._cut(split, starts[first : first + batch_size])
             if len(x) < batch_size:  # one shape for all batches: nothing is compiled twice

@@ -44,7 +44,7 @@ class Config:
     out_dir: str = option("out", "folder of log.txt and the checkpoints")
     eval_interval: int = option(500, "steps between evaluations; there is always one at the last step")
     log_interval: int = option(10, "steps between `iter` lines")
-    eval_iters: int = option(200, "batches of each split in an evaluation, the same ones each time; 0: the whole split")
+    eval_iters: int = option(200, "fixed batches of each split in an evaluation; 0: the whole of val, as many of train")
     eval_only: bool = option(False, "evaluate once and stop")
     always_save_checkpoint: bool = option(
         True, "save after every evaluation, not only when the validation loss is a new best"

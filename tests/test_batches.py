@@ -102,11 +102,28 @@ def test_evaluation_windows_do_not_overlap(corpus, split, batches, batch_size):
         assert max(seen) > LENGTHS[split] / 2  # spread over the file
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 100])
-def test_the_whole_split_has_every_target_once(corpus, split, batch_size):
-    seen = positions(corpus, split, 0, batch_size)
-    assert sorted(seen) == list(range(1, LENGTHS[split]))
+def test_the_whole_of_val_has_every_target_once(corpus, batch_size):
+    seen = positions(corpus, "val", 0, batch_size)
+    assert sorted(seen) == list(range(1, LENGTHS["val"]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 100])
+def test_as_many_windows_of_train_are_spread_over_it(corpus, batch_size):
+    """Not the whole of train: of OpenWebText that would be 9 billion tokens at each evaluation."""
+    seen = sorted(positions(corpus, "train", 0, batch_size))
+    starts = [position - 1 for position in seen[::T]]
+    assert len(starts) == 10  # 74 targets of val in windows of 8
+    assert seen == [start + 1 + i for start in starts for i in range(T)]
+    assert set(np.diff(starts)) == {(LENGTHS["train"] - 1) // 10}
+    assert seen == sorted(positions(corpus, "train", 5, 2))  # the same ones as when 10 are asked for
+
+
+def test_all_of_train_where_it_has_fewer_windows_than_val(tmp_path):
+    for tokens in (2 * T, 2 * T + 1, 3 * T, 5 * T):
+        meta = {"vocab_size": 400, "train_tokens": tokens, "val_tokens": 5 * T}
+        write(tmp_path, {"train": range(tokens), "val": 300 - np.arange(5 * T)}, meta)
+        assert sorted(positions(Corpus(str(tmp_path), T), "train", 0, 2)) == list(range(1, tokens))
 
 
 def test_the_whole_split_where_windows_fit_exactly(tmp_path):
