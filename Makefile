@@ -6,6 +6,8 @@ DEMO := baseline_24sync spd_12sync grouped_6sync grouped_3sync
 .PHONY: demo test lint data
 
 .venv/ready: requirements.txt
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('error: $(PYTHON) is Python ' + \
+		sys.version.split()[0] + '; 3.11 or newer is needed: make PYTHON=python3.11')"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
