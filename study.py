@@ -12,6 +12,7 @@ after a stop of any kind: Ctrl-C (twice ends at once), a kill, another study.py 
 import contextlib
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,8 +24,10 @@ import torch
 from tqdm import tqdm
 
 import compare
+from batches import Corpus
 from configurator import configure, describe, option
 from run_log import read_log
+from train_reduced_sync import Config
 
 HERE = Path(__file__).parent
 
@@ -52,7 +55,8 @@ def check(study):
         names.append(run["name"])
         if Path(run["name"]).name != run["name"]:
             raise ValueError(f"run {run['name']!r}: its name is that of a folder in out_dir, without a /")
-        for key in ("max_iters", "n_layer", "n_embd"):
+        counted = ("eval_interval", "gradient_accumulation_steps", "batch_size", "block_size")
+        for key in ("max_iters", "n_layer", "n_embd", *(key for key in counted if key in run)):
             if type(run.get(key)) is not int or run[key] < 1:
                 raise ValueError(f"run {run['name']!r}: {key}={run.get(key)!r} must be a positive integer")
         if "out_dir" in run:
@@ -62,15 +66,23 @@ def check(study):
 
 
 class Run:
-    """One run of the study: where it stands, its process while it has one, and why it failed if it did."""
+    """One run of the study: where it stands, its process while it has one, and why it failed if it did.
+
+    Raises ValueError for keys that the training script does not have.
+    """
 
     def __init__(self, study, keys):
         self.study, self.name = study, keys["name"]
         self.keys = {key: value for key, value in keys.items() if key != "name"}
         self.out_dir = Path(study.out_dir) / self.name
+        self.arguments = [f"--{key}={value}" for key, value in self.keys.items()] + [f"--out_dir={self.out_dir}"]
+        try:
+            self.config = configure(Config, self.arguments)
+        except ValueError as error:
+            raise ValueError(f"run {self.name!r}: {error}") from None
         self.process = self.slot = self.failure = None
         self.told = 0  # signals passed on to its process
-        self.step, self.finished = 0, False
+        self.step, self.evaluated, self.finished = 0, 0, False
         self.step_work = keys["n_layer"] * keys["n_embd"] ** 2  # about a step's share of the time
 
     def look(self):
@@ -85,7 +97,19 @@ class Run:
                 found = f"{self.out_dir} holds a run with {key}={config.get(key)!r}, not {value!r}"
                 raise ValueError(f"{found}: rename the run, or remove the folder")
         self.step = max((step for step, *_ in log.iterations + log.evaluations), default=0)
+        self.evaluated = len(log.evaluations)
         self.finished = any(step == self.keys["max_iters"] for step, *_ in log.evaluations)
+
+    def tokens_left(self):
+        """(tokens to train on, tokens to evaluate on) until it is finished. Raises ValueError for unusable data."""
+        config = self.config
+        corpus = Corpus(config.dataset, config.block_size)
+        windows = sum(
+            len(corpus.evaluation_starts(split, config.eval_iters, config.batch_size)) for split in corpus.splits
+        )
+        evaluations = -(-config.max_iters // config.eval_interval) + 1 - self.evaluated
+        sequences = (config.max_iters - self.step) * config.gradient_accumulation_steps * config.batch_size
+        return sequences * config.block_size, evaluations * windows * config.block_size
 
     def is_held(self):
         """Whether a live process that is not ours trains it."""
@@ -102,8 +126,7 @@ class Run:
         if self.study.processes > 1:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.study.processes}"]
             command[1:1] = launcher
-        command += [f"--{key}={value}" for key, value in self.keys.items()]
-        command += [f"--out_dir={self.out_dir}"]
+        command += self.arguments
         if (self.out_dir / "ckpt.pt").exists():
             command += ["--init_from=resume"]
         environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
@@ -119,13 +142,34 @@ class Run:
         """Whether its process has ended; `failure` then says why, where it did not finish or stop as asked."""
         if self.process.poll() is None:
             return False
-        lines = (self.out_dir / "output.txt").read_text(errors="replace").strip().splitlines()
         if self.process.returncode:
-            errors = [line for line in lines if line.startswith(("error: ", "rank "))]
-            line = (errors or lines or [f"exit status {self.process.returncode}"])[-1]
-            self.failure = line.removeprefix("error: ")
+            path = self.out_dir / "output.txt"
+            self.failure = f"{reason(path.read_text(errors='replace'), self.process.returncode)} (more in {path})"
         self.process = None
         return True
+
+
+def reason(output, status):
+    """Why a process with this output ended with this status: a line that the training script said, or a traceback.
+
+    What a rank says of having lost another comes last, and torchrun's own traceback says nothing.
+    """
+    lines = [re.sub(r"^\[rank\d+\]: ?", "", line) for line in output.splitlines()]
+    said = [line.removeprefix("error: ") for line in lines if re.match(r"error: |rank \d+: ", line)]
+    raised, inside = [], False
+    for line in lines:
+        if line == "Traceback (most recent call last):":
+            inside = True
+        elif inside and not line.startswith(" "):
+            inside = False
+            raised.append(line)
+    causes = [line for line in said if "lost contact" not in line][:1]
+    causes += [line for line in raised if "ChildFailedError" not in line][-1:] + said
+    if causes:
+        return causes[0]
+    end = f"ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    last = [line.strip() for line in lines if re.search(r"\w", line)][-1:]
+    return ", after the line: ".join([end, *last])
 
 
 def slots(processes):
@@ -148,6 +192,7 @@ def run_missing(runs, free, gpus):
     for run in runs:
         run.look()
     waiting = [run for run in runs if not run.finished]
+    plan = [run.tokens_left() for run in waiting]
     running = []
     total, past = sum(run.step_work * run.keys["max_iters"] for run in runs), _work_done(runs)
     begin = time.monotonic()
@@ -161,6 +206,8 @@ def run_missing(runs, free, gpus):
         return f", about {minutes / 60:.1f} h left" if minutes > 90 else f", about {minutes:.0f} min left"
 
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished already, {len(free)} at once", flush=True)
+    trained, evaluated = (sum(tokens) for tokens in zip(*plan, strict=True)) if plan else (0, 0)
+    print(f"to train on {trained:,} tokens, to evaluate {evaluated:,}", flush=True)
     bar = tqdm(total=1, initial=past / total, disable=None, bar_format="{percentage:5.1f}% |{bar}| {postfix}")
     while waiting or running:
         for run in [run for run in running if run.ended()]:

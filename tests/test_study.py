@@ -2,7 +2,10 @@
 
 import fcntl
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -49,6 +52,7 @@ def test_the_study_files(path, small_corpus, tmp_path):
     if path.stem == "study_124m":  # the arithmetic of its GPU-hours
         full = sum(keys["max_iters"] == 20000 for keys in listed.runs)
         assert f"The {full} full runs and the {len(listed.runs) - full} of a quarter" in path.read_text()
+        assert f"evaluated {-(-20000 // script.Config.eval_interval) + 1} times" in path.read_text()
 
 
 def test_a_study_is_resumed_and_never_runs_twice(small_corpus, tmp_path):
@@ -56,11 +60,14 @@ def test_a_study_is_resumed_and_never_runs_twice(small_corpus, tmp_path):
     path = write(tmp_path, small_corpus, *runs)
     out = succeeded(run_script([STUDY, path], cwd=tmp_path))
     assert "base-1: finished" in out and "(3 of 3)" in out
+    # 10 steps of 2 x 16 tokens; 3 evaluations on 2 batches of 2 x 16 tokens of each split
+    assert f"to train on {3 * 10 * 32:,} tokens, to evaluate {3 * 3 * 2 * 2 * 32:,}\n" in out
     assert "base-1 and 1 more" in out and ("fewest syncs" in out or "no variant is within" in out)
     assert (tmp_path / "out/comparison.png").exists() and (tmp_path / "out/table.csv").exists()
     before = (tmp_path / "out/spd/log.txt").read_bytes()
     write(tmp_path, small_corpus, *runs, dict(name="one", architecture="grouped", layers_per_group=2, seed=1))
     out = succeeded(run_script([STUDY, path], cwd=tmp_path))
+    assert f"to train on {10 * 32} tokens, to evaluate {3 * 2 * 2 * 32}\n" in out
     assert "4 runs, 3 finished already" in out and "one: finished (4 of 4)" in out and "spd: finished" not in out
     assert (tmp_path / "out/spd/log.txt").read_bytes() == before
 
@@ -91,7 +98,9 @@ def test_an_interrupted_study_goes_on(small_corpus, tmp_path, number):
 def test_a_run_that_fails_is_said_and_the_others_go_on(small_corpus, tmp_path):
     path = write(tmp_path, small_corpus, dict(name="bad", n_shard=3), dict(name="good"))
     process = run_script([STUDY, path], cwd=tmp_path)
-    one_line_error(process, "bad:", "n_head=2 is not divisible by n_shard=3")
+    one_line_error(
+        process, "bad:", "n_head=2 is not divisible by n_shard=3", f"more in {tmp_path / 'out/bad/output.txt'}"
+    )
     assert "good: finished (1 of 2)" in process.stdout
 
 
@@ -110,12 +119,64 @@ def test_under_torchrun(small_corpus, tmp_path):
         ([dict()], ["a dict with a name"]),
         ([dict(name="a", max_iters=0)], ["'a'", "max_iters=0"]),
         ([dict(name="a", out_dir="b")], ["out_dir"]),
+        ([dict(name="a", eval_interval=0)], ["'a'", "eval_interval=0"]),
+        ([dict(name="a", batchsize=3)], ["'a'", "unknown key 'batchsize'"]),
+        ([dict(name="a", dataset="/nowhere")], ["/nowhere/meta.json", "prepare the data first"]),
     ],
 )
 def test_mistakes_end_with_one_line(small_corpus, tmp_path, capsys, runs, words):
     assert study.main([str(write(tmp_path, small_corpus, *runs))]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words), error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("step, evaluated", [(0, 0), (7, 2)])
+def test_what_is_left_to_train_and_evaluate(small_corpus, tmp_path, step, evaluated):
+    """eval_iters=0 is the whole of val and as many windows of train, at steps 0, 4, 8 and 10."""
+    keys = TINY | dict(name="a", dataset=str(small_corpus), eval_interval=4, eval_iters=0)
+    run = study.Run(study.Study(out_dir=str(tmp_path)), keys)
+    run.step, run.evaluated = step, evaluated
+    targets = (small_corpus / "val.bin").stat().st_size // 2 - 1
+    whole = 2 * 16 * -(-targets // 16)
+    assert run.tokens_left() == ((10 - step) * 32, (4 - evaluated) * whole)
+
+
+RAISED = """Traceback (most recent call last):
+  File "train_reduced_sync.py", line 9, in <module>
+    main()
+torch._inductor.exc.InductorError: InvalidCxxCompiler: No working C++ compiler found
+
+Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace
+"""
+TORCHRUN = """E1125 21:29:12 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1)
+Traceback (most recent call last):
+  File "<frozen runpy>", line 198, in _run_module_as_main
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+=======================================
+  traceback : Signal 9 (SIGKILL) received by PID 7
+=======================================
+"""
+NO_COMPILER = "torch._inductor.exc.InductorError: InvalidCxxCompiler: No working C++ compiler found"
+LOST = "rank 1: lost contact with another rank: Connection closed by peer"
+
+
+@pytest.mark.parametrize(
+    "output, status, expected",
+    [
+        ("iter 3: loss 1.0\nerror: no space\nsome warning\n", 1, "no space"),
+        (RAISED, 1, NO_COMPILER),
+        (RAISED + TORCHRUN, 1, NO_COMPILER),
+        ("".join(f"[rank1]: {line}\n" for line in RAISED.splitlines()) + LOST + "\n" + TORCHRUN, 1, NO_COMPILER),
+        (f"{LOST}\nrank 0: disk full\n{TORCHRUN}", 1, "rank 0: disk full"),
+        (f"{LOST}\n{TORCHRUN}", 1, LOST),
+        (TORCHRUN, 1, "exit status 1, after the line: traceback : Signal 9 (SIGKILL) received by PID 7"),
+        ("iter 3: loss 1.0\n", -9, "ended by SIGKILL, after the line: iter 3: loss 1.0"),
+        ("", 3, "exit status 3"),
+    ],
+)
+def test_why_a_run_failed(output, status, expected):
+    assert study.reason(output, status) == expected
 
 
 def test_a_folder_that_holds_another_run(small_corpus, tmp_path, capsys):
@@ -134,3 +195,17 @@ def test_a_run_held_elsewhere_is_left_alone(tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert run.is_held()
     assert not run.is_held()
+
+
+def test_make_refuses_an_older_python(tmp_path):
+    """Before anything is installed: process_group, which ends a run with all its ranks, came with Python 3.11."""
+    python = tmp_path / "python3"
+    code = "import sys; sys.version_info = (3, 10, 0); exec(sys.argv[2])"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
+    python.chmod(0o755)
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    process = subprocess.run(["make", "data", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True)
+    first, _ = process.stderr.splitlines()  # the second is make's own
+    assert process.returncode and first.startswith(f"error: {python} is Python 3.") and "3.11 or newer" in first
+    assert not (tmp_path / ".venv").exists()
