@@ -8,7 +8,8 @@ fixed forms that grep finds:
 
 `step N` is an evaluation of the weights after N updates; `iter N` is update number N, counted from 0. An update that
 was skipped, as its loss or gradient was not finite, always has its line, which ends in the number of them so far:
-`, skipped 1`. A resumed run adds a header of its own, so a log may hold several.
+`, skipped 1`. A resumed run adds a header of its own, so a log may hold several; where keys that matter are other ones
+than before, a line of it says which: `# changed since step 500: learning_rate 0.001 -> 0.002`.
 """
 
 import errno
@@ -23,6 +24,12 @@ ITER = re.compile(
     rf"iter (\d+): loss {NUMBER}, time {NUMBER}ms, tok/s (\d+)(?:, mfu {NUMBER}%)?, grad norm {NUMBER}"
     r"(?:, skipped \d+)?$"
 )
+# keys of a config that say which model it is, and keys that do not change what it learns
+ARCHITECTURE = """architecture layers_per_group sync_pattern parallel_block merge overlap n_shard n_layer n_head
+n_embd""".split()
+INDIFFERENT = """out_dir eval_interval log_interval eval_only always_save_checkpoint checkpoint_interval
+checkpoint_minutes init_from wandb_log wandb_project wandb_run_name tp_size backend device compile timeout_s
+max_bad_steps""".split()
 
 
 class RunLog:
@@ -65,9 +72,14 @@ def iter_line(step, loss, seconds, tokens, grad_norm, mfu=None, skipped=None):
 class Log:
     """A parsed log.txt."""
 
-    header: dict = field(default_factory=dict)  # the last header: strings, and `config` as a dict
+    headers: dict = field(default_factory=dict)  # {step it starts at: {key: string, or a dict for `config`}}, in order
     evaluations: list = field(default_factory=list)  # (step, train loss, val loss)
     iterations: list = field(default_factory=list)  # (step, loss, ms, tokens/s, grad norm)
+
+    @property
+    def header(self):
+        """All headers as one; later ones are right."""
+        return {key: value for header in self.headers.values() for key, value in header.items()}
 
 
 def read_log(path):
@@ -83,9 +95,15 @@ def read_log(path):
             line = line.rstrip("\n")
             if line.startswith("# "):
                 key, _, value = line[2:].partition(": ")
+                resumed = re.fullmatch(r"resumed at step (\d+)", key)
+                if resumed or not log.headers:
+                    start = int(resumed[1]) if resumed else 0
+                    # what an earlier resume did from there on was not saved
+                    log.headers = {step: header for step, header in log.headers.items() if step < start}
+                    log.headers[start] = {}
                 try:
-                    log.header[key] = json.loads(value) if key == "config" else value
-                except json.JSONDecodeError as error:
+                    log.headers[start][key] = json.loads(value) if key == "config" else value
+                except (json.JSONDecodeError, RecursionError) as error:
                     raise ValueError(f"{path}:{number}: the header's config is not JSON: {error}") from None
             elif match := STEP.match(line):
                 log.evaluations.append((int(match[1]), float(match[2]), float(match[3])))
@@ -93,8 +111,36 @@ def read_log(path):
                 step, loss, ms, tokens, _mfu, norm = match.groups()
                 log.iterations.append((int(step), float(loss), float(ms), int(tokens), float(norm)))
             elif line:
-                raise ValueError(f"{path}:{number}: not a line of a log: {line!r}")
+                raise ValueError(f"{path}:{number}: not a line of a log: {line[:60]!r}")
     return log
+
+
+def settings(config):
+    """What of a config (a dict, as in a header) decides what a model learns and what its losses are measured on.
+
+    The same sequences a step are the same step, however many of them make a micro-step. The data is a matter of its
+    content, not in here.
+    """
+    result = {key: value for key, value in config.items() if key not in (*ARCHITECTURE, *INDIFFERENT, "dataset")}
+    micro_steps, batches = result.pop("gradient_accumulation_steps"), result.pop("eval_iters")
+    batch_size, block_size = result.pop("batch_size"), result["block_size"]
+    result["tokens a step"] = micro_steps * batch_size * block_size
+    windows = f"{batches * batch_size} windows" if batches else "all windows"
+    result["evaluation"] = f"{windows} of {block_size} tokens"
+    if result.get("lr_decay_iters") == result["max_iters"]:
+        result["lr_decay_iters"] = None  # the default's meaning
+    if result.get("dtype") is None:
+        result.pop("dtype", None)  # left to the device
+    return result
+
+
+def changes(before, after):
+    """The settings in which config `after` differs from `before`, as text; a key that only one of them has is unknown.
+
+    `learning_rate 0.001 -> 0.002, dropout 0.0 -> 0.1`
+    """
+    old, new = settings(before), settings(after)
+    return ", ".join(f"{key} {old[key]} -> {new[key]}" for key in old if key in new and old[key] != new[key])
 
 
 def drop_lines_after(path, step, evaluated):

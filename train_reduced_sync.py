@@ -33,7 +33,7 @@ import reduced_sync_model as rsm
 from batches import Corpus
 from configurator import configure, describe, option
 from parallel import LOCAL_WORLD_SIZE, RANK, RESTART_COUNT, WORLD_SIZE
-from run_log import RunLog, drop_lines_after, iter_line, step_line
+from run_log import RunLog, changes, drop_lines_after, iter_line, step_line
 
 
 @dataclass
@@ -330,12 +330,15 @@ def train(config, choice, corpus, model_config, saved):
     scaler = parallel.gradient_scaler(layout)
     step, evaluated, best_val_loss = 0, -1, float("inf")
     skipped = bad_steps = 0  # updates whose loss or gradient was not finite: in all, and in a row
+    settled = dataclasses.asdict(config) | {"dtype": str(layout.dtype).removeprefix("torch.")}
+    changed = ""
     if saved is not None:
         ckpt.restore(saved, model, optimizer)
         if saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
         step, evaluated, best_val_loss = saved["step"], saved["evaluated"], saved["best_val_loss"]
         skipped, bad_steps = saved["skipped"], saved["bad_steps"]
+        changed = changes(settled | saved["config"], settled)
         del saved
 
     def loss_of(x, y):  # without the logits: as an output of a compiled graph their gradient would be made, all zeros
@@ -361,6 +364,9 @@ def train(config, choice, corpus, model_config, saved):
             drop_lines_after(path, step, evaluated) if step else path.unlink()
         log, wandb = RunLog(path), WandB(config)
         log.header(describe_run(config, model, layout, corpus.meta, step))
+        if changed:
+            log.header({f"changed since step {step}": changed})
+            print(f"resumed at step {step} with other settings: {changed}", flush=True)
         bar = tqdm(initial=step, total=config.max_iters, unit="step", disable=None, dynamic_ncols=True)
 
     def say(line, values):
@@ -373,7 +379,7 @@ def train(config, choice, corpus, model_config, saved):
         state = ckpt.gather(model, optimizer) if layout.dp_rank == 0 else {}
         error = ""
         if on_rank_0:
-            state |= {"model_args": dataclasses.asdict(model_config), "config": dataclasses.asdict(config)}
+            state |= {"model_args": dataclasses.asdict(model_config), "config": settled}
             state |= {"data": corpus.meta, "step": step, "evaluated": evaluated, "best_val_loss": best_val_loss}
             state |= {"skipped": skipped, "bad_steps": bad_steps}
             try:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from run_log import RunLog, drop_lines_after, iter_line, read_log, step_line
+from run_log import RunLog, changes, drop_lines_after, iter_line, read_log, step_line
 
 
 def test_the_forms_people_grep():
@@ -79,3 +79,38 @@ def test_resuming_drops_what_will_be_written_again(tmp_path):
     log = read_log(path)
     assert [e[0] for e in log.evaluations] == [0, 10] and [i[0] for i in log.iterations] == [0]
     assert path.read_text().endswith("\n") and log.header["architecture"] == "spd"
+
+
+def test_each_resume_has_its_header(tmp_path):
+    """All are kept but those of a resume that was lost: a later one goes on from an earlier step."""
+    path = tmp_path / "log.txt"
+    write(path, [step_line(0, 4.0, 4.0)], {"started": "today", "device": "cpu", "config": {"seed": 1}})
+    for step, seed in ((10, 2), (30, 3), (30, 4), (20, 5)):
+        write(path, [], {f"resumed at step {step}": "today", "device": "cuda", "config": {"seed": seed}})
+    log = read_log(path)
+    assert [(step, header["config"]["seed"]) for step, header in log.headers.items()] == [(0, 1), (10, 2), (20, 5)]
+    assert log.header["config"] == {"seed": 5} and log.header["device"] == "cuda" and log.header["started"] == "today"
+
+
+CONFIG = dict(max_iters=100, gradient_accumulation_steps=40, batch_size=12, block_size=64, eval_iters=200)
+CONFIG |= dict(learning_rate=1e-3, lr_decay_iters=None, dtype="float32", out_dir="out", device="cpu", n_shard=2)
+
+
+@pytest.mark.parametrize(
+    "after, text",
+    [
+        (dict(), ""),
+        (dict(out_dir="out-2", device="cuda", log_interval=3), ""),
+        (dict(batch_size=6, gradient_accumulation_steps=80, eval_iters=400), ""),  # the same sequences
+        (dict(lr_decay_iters=100), ""),
+        (dict(dtype=None, dropout=0.5), ""),  # not known, or not known before
+        (dict(learning_rate=2e-3, max_iters=200), "max_iters 100 -> 200, learning_rate 0.001 -> 0.002"),
+        (dict(eval_iters=0), "evaluation 2400 windows of 64 tokens -> all windows of 64 tokens"),
+        (dict(batch_size=6, gradient_accumulation_steps=80), "evaluation 2400 windows of 64 tokens -> 1200 windows"),
+        (dict(gradient_accumulation_steps=20), "tokens a step 30720 -> 15360"),
+        (dict(dtype="bfloat16"), "dtype float32 -> bfloat16"),
+    ],
+    ids=str,
+)
+def test_what_changed_is_named(after, text):
+    assert changes(CONFIG, CONFIG | after).startswith(text) and bool(text) == bool(changes(CONFIG, CONFIG | after))

@@ -512,6 +512,19 @@ def test_resuming_with_another_dropout_or_schedule_is_allowed(resumed, small_cor
     assert saved["step"] == 300
 
 
+def test_resuming_with_other_settings_says_which(resumed, small_corpus, tmp_path):
+    """In the terminal and in the log; what changes nothing that is learned is not named."""
+    shutil.copytree(resumed / "stopped", tmp_path, dirs_exist_ok=True)
+    step = load(tmp_path)["step"]
+    keys = LONG | dict(max_iters=step + 1, init_from="resume", learning_rate=1e-3, dropout=0.1, log_interval=2)
+    out = succeeded(run_script([TRAIN, *tiny(small_corpus, **keys)], cwd=tmp_path))
+    changed = f"dropout 0.0 -> 0.1, learning_rate 0.005 -> 0.001, max_iters 300 -> {step + 1}"
+    assert f"resumed at step {step} with other settings: {changed}\n" in out
+    assert f"# changed since step {step}: {changed}\n" in (tmp_path / "out" / "log.txt").read_text()
+    assert "changed" not in (resumed / "halves" / "out" / "log.txt").read_text()
+    assert load(tmp_path)["config"]["dtype"] == "float32"  # what it came to
+
+
 def test_a_restart_by_torchrun_resumes(resumed, small_corpus, monkeypatch):
     monkeypatch.setattr(script, "RESTART_COUNT", 1)
     config = configure(Config, tiny(small_corpus, resumed / "whole" / "out", **LONG))
