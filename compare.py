@@ -9,11 +9,15 @@ n_shard; among several learning rates the one with the lowest loss; a shallower 
 control. +- is half of the gap's 95 % confidence interval, by Student's t and the standard deviation pooled over all
 lines with several seeds, so that it also says something where there is one.
 
+Whatever runs of one size differ in, besides the architecture, is named in a warning; runs on other data, or evaluated
+on other windows of it, have no gap. Below 10 tokens a parameter a verdict is no answer, and says so.
+
 Works while the runs go on: an unfinished run is marked, its gap taken at the last step that the baseline has too.
 """
 
 import argparse
 import csv
+import itertools
 import math
 import statistics
 import sys
@@ -21,14 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reduced_sync_model import count_syncs
-from run_log import read_log
+from run_log import changes, read_log, settings
 
-# where runs differ in one of these, their losses are not those of the same experiment
-SAME = ("dataset", "block_size", "tokens a step", "max_iters", "learning_rate", "dtype")
-# what does not change what a run learns, and the seed
-OTHER = """seed out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint checkpoint_interval
-checkpoint_minutes init_from wandb_log wandb_project wandb_run_name tp_size backend device compile timeout_s
-max_bad_steps""".split()
+LEAST_TOKENS = 10  # a parameter; shorter runs cannot tell variants apart: EXPERIMENT_SUMMARY.md
+HEADER = "sync_pattern parameters dtype config".split()  # lines that a header must have, and keys of its config
+CONFIG = """architecture n_shard n_layer n_head n_embd dataset seed learning_rate min_lr max_iters
+gradient_accumulation_steps batch_size block_size eval_iters""".split()
 
 
 @dataclass
@@ -41,22 +43,31 @@ class Arm:
     hidden: int  # syncs in flight while the next sublayer runs
     n_shard: int
     n_layer: int
+    n_head: int
     n_embd: int
     n_params: int
     max_iters: int
     tokens: int  # of the whole run
-    same: dict
-    setting: str
+    learning_rate: float
+    dtype: str
+    settings: dict  # all that should be the same in runs that are compared
+    data: tuple  # name, sha256 of train, sha256 of val; None for one that is not known
+    changed: str  # settings that changed where the run was resumed
     seeds: dict
     scale: int = 0  # the how-maniest size, where there are several
 
     @property
-    def learning_rate(self):
-        return self.same["learning_rate"]
+    def model(self):
+        return self.variant, self.pattern, self.n_shard, self.n_layer, self.n_head, self.n_embd
 
     @property
-    def dtype(self):
-        return self.same["dtype"]
+    def title(self):
+        """The variant, with the pattern where it does not follow from it."""
+        return f"{self.variant} {self.pattern}" if self.is_selective else self.variant
+
+    @property
+    def is_selective(self):
+        return self.variant.startswith("Selective")
 
     @property
     def syncs(self):
@@ -110,47 +121,100 @@ class Gap:
 def load_runs(paths):
     """The runs in `paths`, folders with a log.txt or logs, as Arms: by size, n_shard and most syncs first.
 
-    Raises ValueError with one clear line.
+    What is no run is skipped with a note on stderr. Raises ValueError with one clear line where nothing else is left.
     """
-    arms = []
+    arms, skipped = [], []
     for path in map(Path, paths):
-        log_path = path / "log.txt" if path.is_dir() else path
         try:
-            log = read_log(log_path)
-            config, pattern = log.header["config"], log.header["sync_pattern"]
-            config["dtype"] = log.header.get("dtype")  # what it came to where the config left it open
-            arm = Arm(
-                names=[path.name if path.is_dir() else path.parent.name],
-                variant=_variant(config, pattern),
-                pattern=pattern,
-                hidden=int(log.header.get("hidden syncs", 0)),
-                n_shard=config["n_shard"],
-                n_layer=config["n_layer"],
-                n_embd=config["n_embd"],
-                n_params=int(log.header["parameters"].split("(")[1].rstrip(")")),
-                max_iters=config["max_iters"],
-                tokens=int(log.header["tokens a step"]) * config["max_iters"],
-                same={key: config.get(key, log.header.get(key)) for key in SAME},
-                setting=str(sorted((key, value) for key, value in config.items() if key not in OTHER)),
-                seeds={config["seed"]: {step: loss for step, _, loss in log.evaluations}},
-            )
-        except OSError as error:
-            raise ValueError(f"{log_path}: {error.strerror}; name folders that hold a log.txt") from None
-        except (KeyError, IndexError, AttributeError, TypeError) as error:
-            raise ValueError(f"{log_path}: its header is not that of a run: {error}") from None
+            arm = read_run(path)
+        except ValueError as error:
+            skipped.append(str(error))
+            continue
         for other in arms:
-            if other.setting == arm.setting and not set(other.seeds) & set(arm.seeds):
+            if same_experiment(other, arm) and not set(other.seeds) & set(arm.seeds):
                 other.names += arm.names
                 other.seeds |= arm.seeds
+                other.settings = arm.settings | other.settings  # what one of them knows
+                if None in other.data:
+                    other.data = arm.data
                 break
         else:
             arms.append(arm)
+    if skipped and not arms:
+        raise ValueError(skipped[0] + (f" (and {len(skipped) - 1} more that are no runs)" if skipped[1:] else ""))
+    for line in skipped:
+        print(f"skipped: {line}", file=sys.stderr)
     smallest = scale = 0
     for arm in sorted(arms, key=lambda arm: arm.n_params):
         if arm.n_params > 1.04 * smallest:  # shards' norms and controls: within 2 % of the middle
             smallest, scale = arm.n_params, scale + 1
         arm.scale = scale
     return sorted(arms, key=lambda arm: (arm.scale, arm.n_shard, -arm.syncs, arm.names))
+
+
+def read_run(path):
+    """The run whose folder or log is `path`, as an Arm. Raises ValueError with one clear line where it is none, yet."""
+    log_path = path / "log.txt" if path.is_dir() else path
+    try:
+        log = read_log(log_path)
+    except OSError as error:
+        if any(path.glob("*/log.txt")):
+            raise ValueError(f"{path}: its runs are in folders of their own: compare.py {path}/*/") from None
+        raise ValueError(f"{log_path}: {error.strerror}; name folders that hold a log.txt") from None
+    header = log.header
+    try:
+        if missing := [f"# {key}:" for key in HEADER if key not in header]:
+            raise ValueError(f"it has no line {', '.join(missing)}" if header else "there is none, yet")
+        config = header["config"]
+        if missing := [key for key in CONFIG if key not in config]:
+            raise ValueError(f"its config has no {', '.join(missing)}")
+        # a config says which dtype was asked for, its header what that came to
+        configs = [part["config"] | {"dtype": part.get("dtype")} for part in log.headers.values() if "config" in part]
+        rate, own = float(config["learning_rate"]), settings(configs[-1])
+        own["min_lr / learning_rate"] = f"{own.pop('min_lr') / (rate or 1):.4g}"
+        own |= {key: value for key, value in configs[0].items() if key == "init_from" and value != "resume"}
+        seed, pattern = own.pop("seed"), header["sync_pattern"]
+        if len(pattern) != config["n_layer"]:
+            raise ValueError(f"sync_pattern {pattern!r} with n_layer={config['n_layer']}")
+        hashes = [header.get(f"{split} data", "").removeprefix("sha256 ") for split in ("train", "val")]
+        return Arm(
+            names=[path.name if path.is_dir() else path.parent.name],
+            variant=_variant(config, pattern),
+            pattern=pattern,
+            hidden=int(header.get("hidden syncs", 0)),
+            n_shard=int(config["n_shard"]),
+            n_layer=int(config["n_layer"]),
+            n_head=int(config["n_head"]),
+            n_embd=int(config["n_embd"]),
+            n_params=int(header["parameters"].split("(")[1].rstrip(")")),
+            max_iters=int(config["max_iters"]),
+            tokens=int(own["tokens a step"]) * int(config["max_iters"]),
+            learning_rate=rate,
+            dtype=header["dtype"],
+            settings=own,
+            data=(config["dataset"], *(digest if digest not in ("", "unknown") else None for digest in hashes)),
+            changed=", ".join(filter(None, itertools.starmap(changes, itertools.pairwise(configs)))),
+            seeds={seed: {step: loss for step, _, loss in log.evaluations}},
+        )
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{log_path}: its header is not that of a run: {error}") from None
+
+
+def same_data(a, b):
+    """Whether two arms have the same data: by its content, or by its name where a log does not know the content."""
+    return a.data[1:] == b.data[1:] if None not in a.data + b.data else a.data[0] == b.data[0]
+
+
+def comparable(a, b):
+    """Whether the losses of two arms are those of the same tokens."""
+    return same_data(a, b) and a.settings["evaluation"] == b.settings["evaluation"]
+
+
+def same_experiment(a, b):
+    """Whether two arms differ in their seed alone. What an older log does not say is no difference."""
+    shared = a.settings.keys() & b.settings.keys()
+    equal = all(a.settings[key] == b.settings[key] for key in shared) and same_data(a, b)
+    return a.model == b.model and equal and not a.changed and not b.changed
 
 
 def _variant(config, pattern):
@@ -165,10 +229,13 @@ def _variant(config, pattern):
 
 
 def baseline_of(arm, arms):
-    """The baseline to compare `arm` with, or None if there is none or more than one that it could be."""
+    """The baseline to compare `arm` with, or None if there is none or more than one that it could be.
+
+    Evaluated on the same tokens; of the same size, dtype and n_shard where there is one.
+    """
     synced = [other for other in arms if other.all_synced]
     deepest = {scale: max(a.n_layer for a in synced if a.scale == scale) for scale in {a.scale for a in synced}}
-    baselines = [other for other in synced if other.n_layer == deepest[other.scale]]
+    baselines = [other for other in synced if other.n_layer == deepest[other.scale] and comparable(other, arm)]
     for name in ("scale", "dtype", "n_shard"):
         baselines = [other for other in baselines if getattr(other, name) == getattr(arm, name)] or baselines
     rates = {other.learning_rate for other in baselines}
@@ -255,15 +322,22 @@ def _gap_cell(arm, difference):
 
 
 def warnings(arms):
-    """A line for each setting in which runs of one size differ though a comparison needs it to be the same."""
+    """A line for each setting in which runs of one size differ, and for each run that changed some on its way."""
     lines = []
     for group in _by_scale(arms):
-        for key in SAME:
-            values = {str(arm.same[key]) for arm in group}
+        for key in dict.fromkeys(key for arm in group for key in arm.settings):
+            values = {str(arm.settings[key]) for arm in group if key in arm.settings}
             if len(values) > 1:
-                lines.append(f"warning: the runs differ in {key}: {', '.join(sorted(values))}")
+                end = ": no gap between them" if key == "evaluation" else ""
+                lines.append(f"warning: the runs differ in {key}: {', '.join(sorted(values))}{end}")
+        if not all(itertools.starmap(same_data, itertools.combinations(group, 2))):
+            names = {
+                f"{name} (sha256 {str(train)[:8]}, {str(val)[:8]})" for name, train, val in (a.data for a in group)
+            }
+            lines.append(f"warning: the runs differ in data: {', '.join(sorted(names))}: no gap between them")
         if len({tuple(sorted(arm.seeds)) for arm in group if len(arm.seeds) == 1}) > 1:
             lines.append("warning: single runs differ in seed")
+    lines += [f"warning: {arm.names[0]} was resumed with other settings: {arm.changed}" for arm in arms if arm.changed]
     references = [(arm, baseline_of(arm, arms)) for arm in arms]
     if any(reference is not None and reference.scale != arm.scale for arm, reference in references):
         lines.append("warning: some runs have no baseline of their own size: they are compared with another's")
@@ -274,38 +348,54 @@ def _by_scale(arms):
     return [[arm for arm in arms if arm.scale == scale] for scale in sorted({arm.scale for arm in arms})]
 
 
+def _reference(group, arms):
+    """The baseline of the first arm of `group` that has one."""
+    return next(filter(None, (baseline_of(arm, arms) for arm in group)), None)
+
+
+def too_short(arms):
+    """A text that says so where some arms were trained on too few tokens to tell variants apart."""
+    fewest = f"{min(arm.tokens / arm.n_params for arm in arms):.2g}"
+    return f"too short to tell: {fewest} tokens a parameter" if float(fewest) < LEAST_TOKENS else ""
+
+
 def verdict(arms, tolerance):
     """For each size and n_shard a line: the fewest syncs within `tolerance` percent of the baseline, or why not."""
     lines = []
     for scale, n_shard in sorted({(arm.scale, arm.n_shard) for arm in arms}):
         group = [arm for arm in arms if (arm.scale, arm.n_shard) == (scale, n_shard)]
-        reference = baseline_of(group[0], arms)
+        reference = _reference(group, arms)
         size = f"{reference.n_layer}x{reference.n_embd}, " if reference is not None and len(_by_scale(arms)) > 1 else ""
         start = f"{size}n_shard {n_shard}: "
         variants = [arm for arm in group if not arm.all_synced and arm.finished]
+        gaps = [(arm, difference) for arm in variants if (difference := gap(arm, arms)) is not None]
         if reference is not None and all(arm.all_synced and arm.n_layer < reference.n_layer for arm in group):
             continue  # controls only
-        if reference is None:
-            count = sum(arm.all_synced for arm in arms)
-            lines.append(
-                start + f"can't say: {count or 'no'} baseline{'s' if count else ''} among the runs, one is needed"
-            )
+        if reference is None or (variants and not gaps):
+            synced = [other for other in arms if other.all_synced]
+            reason = f"{len(synced) or 'no'} baseline{'s' if synced else ''} among the runs, one is needed"
+            if synced and not any(itertools.starmap(comparable, itertools.product(variants or group, synced))):
+                reason = "evaluated on other windows or data than the baseline"
+            lines.append(start + f"can't say: {reason}")
         elif not reference.finished:
             lines.append(start + f"can't say yet: the baseline {reference.names[0]} has not finished")
         elif not variants:
             lines.append(start + "can't say: no variant has finished")
         else:
-            good = [arm for arm in variants if gap(arm, arms).percent <= tolerance]  # nan is not <=
-            unfinished = sum(not arm.finished for arm in group)
-            note = f" ({unfinished} unfinished not counted)" if unfinished else ""
+            if short := too_short([reference, *(arm for arm, _ in gaps)]):
+                start += f"{short}, at least {LEAST_TOKENS} are needed. Seen so far, no answer: "
+            good = [(arm, difference) for arm, difference in gaps if difference.percent <= tolerance]  # nan is not <=
+            notes = {"unfinished": sum(not arm.finished for arm in group)}
+            notes["evaluated on other windows or data"] = len(variants) - len(gaps)
+            note = "".join(f" ({count} {why} not counted)" for why, count in notes.items() if count)
             if not good:
                 lines.append(start + f"no variant is within {tolerance:g}% of the baseline{note}")
             else:
-                best = min(good, key=lambda arm: (arm.syncs - arm.hidden, arm.losses[arm.step]))
+                best, difference = min(good, key=lambda pair: (pair[0].syncs - pair[0].hidden, pair[1].percent))
                 count = f"{best.syncs - best.hidden} and {best.hidden} hidden" if best.hidden else best.syncs
                 lines.append(
-                    start + f"the fewest syncs within {tolerance:g}% of the baseline: {count} ({best.variant}, "
-                    f"{gap(best, arms).percent:+.2f}%, {best.reduction:.1f}% fewer syncs){note}"
+                    start + f"the fewest syncs within {tolerance:g}% of the baseline: {count} ({best.title}, "
+                    f"{difference.percent:+.2f}%, {best.reduction:.1f}% fewer syncs){note}"
                 )
     return "\n".join(lines)
 
@@ -348,7 +438,9 @@ def _at_their_best(arms):
     """The arms without those that another learning rate beats."""
     best = {}
     for arm in arms:
-        key = (arm.variant, arm.pattern, arm.n_shard, arm.n_embd, arm.dtype, "" if arm.finished else arm.setting)
+        rates = ("learning_rate", "min_lr / learning_rate") if arm.finished else ()
+        others = {key: value for key, value in arm.settings.items() if key not in rates}
+        key = (arm.model, arm.data, arm.changed, str(others))
         if key not in best or arm.losses.get(arm.step, math.inf) < best[key].losses.get(best[key].step, math.inf):
             best[key] = arm
     return list(best.values())
@@ -363,7 +455,7 @@ def _draw_scale(group, arms, curves, points, tolerance):
     shards = sorted({arm.n_shard for arm in group})
     styles = {n: style for n, style in zip(shards, ["-", "--", ":", "-."] * len(shards), strict=False)}
     markers = {n: marker for n, marker in zip(shards, "os^D" * len(shards), strict=False)}
-    reference = baseline_of(group[0], arms)
+    reference = _reference(group, arms)
 
     def colour(arm):
         if arm.all_synced:
@@ -375,7 +467,9 @@ def _draw_scale(group, arms, curves, points, tolerance):
         rate = f", lr {arm.learning_rate:g}" if _differ(group, "learning_rate") else ""
         shard = f", n_shard {arm.n_shard}" if len(shards) > 1 else ""
         dtype = f", {arm.dtype}" if _differ(group, "dtype") else ""
-        return f"{arm.variant}{size}, {arm.syncs} syncs{shard}{rate}{dtype}"
+        other = "" if reference is None or comparable(arm, reference) else ", other windows or data"
+        syncs = "" if arm.is_selective else f", {arm.syncs} syncs"  # its name says them
+        return f"{arm.title}{size}{syncs}{shard}{rate}{dtype}{other}"
 
     for arm in group:
         losses = arm.losses
@@ -389,38 +483,39 @@ def _draw_scale(group, arms, curves, points, tolerance):
     curves.legend(fontsize=8 if len(group) < 16 else 5, ncols=1 + len(group) // 24)
     curves.grid(alpha=0.3)
 
-    for n in shards:
-        line = [arm for arm in group if arm.n_shard == n and arm.losses]
-        plain = [arm for arm in line if " " not in arm.variant and colour(arm) != "tab:red"]
-        points.plot(
-            [arm.syncs for arm in plain],
-            [arm.losses[arm.step] for arm in plain],
-            styles[n],
-            color="0.6",
-            linewidth=1,
-            zorder=1,
-        )
-        for arm in line:
-            loss, edge = arm.losses[arm.step], colour(arm)
-            face = edge if arm.finished else "none"
-            points.errorbar(arm.syncs, loss, arm.deviation or 0, color=edge, capsize=3, zorder=2)
-            points.scatter(arm.syncs, loss, marker=markers[n], s=55, facecolor=face, edgecolor=edge, zorder=3)
-            if arm not in plain:
-                name = arm.variant.partition(" ")[2] or f"{arm.n_layer}x{arm.n_embd}"
-                points.annotate(name, (arm.syncs, loss), (6, 3), textcoords="offset points", fontsize=7)
-        if line:
-            points.scatter([], [], marker=markers[n], color="0.4", label=f"n_shard {n}")
+    shown = [arm for arm in group if arm.losses and (reference is None or comparable(arm, reference))]
+    ticks = sorted({arm.syncs for arm in shown})
+    # joined: evenly spread syncs, fewer from point to point, and nothing else that differs
+    family = [arm for arm in shown if " " not in arm.variant and not arm.is_selective and colour(arm) != "tab:red"]
+    for n, dtype in sorted({(arm.n_shard, arm.dtype) for arm in family}):
+        line = [arm for arm in family if (arm.n_shard, arm.dtype) == (n, dtype)]
+        losses = [arm.losses[arm.step] for arm in line]
+        points.plot([arm.syncs for arm in line], losses, styles[n], color="0.6", linewidth=1, zorder=1)
+    for arm in shown:
+        loss, edge = arm.losses[arm.step], colour(arm)
+        face = edge if arm.finished else "none"
+        points.errorbar(arm.syncs, loss, arm.deviation or 0, color=edge, capsize=3, zorder=2)
+        points.scatter(arm.syncs, loss, marker=markers[arm.n_shard], s=55, facecolor=face, edgecolor=edge, zorder=3)
+        if arm not in family:
+            name = f"{arm.pattern if arm.is_selective else ''} {arm.variant.partition(' ')[2]}".strip()
+            left = arm.is_selective or arm.syncs == ticks[-1]
+            place = {"xytext": (-6, 3), "ha": "right"} if left else {"xytext": (6, 3)}
+            text = name or f"{arm.n_layer}x{arm.n_embd}"
+            points.annotate(text, (arm.syncs, loss), textcoords="offset points", fontsize=7, **place)
+    for n in sorted({arm.n_shard for arm in shown}):
+        points.scatter([], [], marker=markers[n], color="0.4", label=f"n_shard {n}")
     if reference is not None and reference.losses:
         loss = reference.losses[reference.step]
         points.axhspan(
             loss, loss * (1 + tolerance / 100), color="tab:green", alpha=0.12, label=f"within {tolerance:g}%"
         )
-    ticks = sorted({arm.syncs for arm in group})
     points.set_xscale("log", base=2)
     points.set_xticks(ticks, [str(tick) for tick in ticks])
     points.xaxis.set_minor_formatter(NullFormatter())
     points.set(xlabel="sync points in a forward pass", ylabel="validation loss (nats per token)")
-    points.set_title("Loss against syncs" + ("" if all(arm.finished for arm in group) else " (hollow: unfinished)"))
+    title = "Loss against syncs" + ("" if all(arm.finished for arm in group) else " (hollow: unfinished)")
+    short = too_short([arm for arm in group if colour(arm) != "tab:red"] or group)
+    points.set_title(f"{title}\n{short}" if short else title)
     points.legend(fontsize=8)
     points.grid(alpha=0.3)
 
@@ -442,6 +537,8 @@ def main(argv):
     parser.add_argument("--csv", help="where the table goes as CSV, if anywhere")
     args = parser.parse_args(argv)
     try:
+        if not 0 <= args.tolerance < math.inf:
+            raise ValueError(f"--tolerance={args.tolerance} must be at least 0, and finite")
         paths = args.paths or sorted(Path().glob("out*/log.txt"))
         if not paths:
             raise ValueError("no out*/log.txt here; name the runs' folders")

@@ -13,17 +13,26 @@ RECORDED = sorted((Path(__file__).parents[1] / "results").glob("*/*/log.txt"))
 ARCHITECTURES = {"2": "baseline", "1": "spd"}
 
 
-def make(folder, name, pattern, losses, n_shard=2, max_iters=20, n_params=609344, hidden=0, dtype="float32", **changes):
-    """A run's folder with the evaluations `losses` at steps 0, 10, 20 ..."""
+def make(folder, name, pattern, losses, n_params=609344, hidden=0, dtype="float32", data=None, resumed=None, **changes):
+    """A run's folder with the evaluations `losses` at steps 0, 10, 20 ..., of 20 steps of half a million tokens.
+
+    `data` is the sha256 of its data, `resumed` the keys that are other ones from step 10 on.
+    """
     architecture = ARCHITECTURES.get(pattern[0], "grouped") if len(set(pattern)) == 1 else "grouped"
-    config = {"architecture": architecture, "n_shard": n_shard, "max_iters": max_iters, "dataset": "text"}
-    config |= {"block_size": 8, "n_layer": 12, "n_head": 4, "n_embd": 64, "learning_rate": 1e-3, "seed": 1}
-    config |= {"dtype": None}  # the header says what that came to
+    config = {"architecture": architecture, "n_shard": 2, "max_iters": 20, "dataset": "text"}
+    config |= {"block_size": 8, "batch_size": 16, "gradient_accumulation_steps": 4000, "eval_iters": 5}
+    config |= {"n_layer": len(pattern), "n_head": 4, "n_embd": 64, "learning_rate": 1e-3, "min_lr": 1e-4, "seed": 1}
+    config |= {"dtype": None} | changes  # the header says what that came to
     (folder / name).mkdir()
     log = RunLog(folder / name / "log.txt")
     header = {"architecture": architecture, "sync_pattern": pattern, "parameters": f"0.61M ({n_params})"}
-    log.header({**header, "hidden syncs": hidden, "dtype": dtype, "tokens a step": 512, "config": config | changes})
+    header |= {"hidden syncs": hidden, "dtype": dtype}
+    if data is not None:
+        header |= {"train data": f"sha256 {data}", "val data": f"sha256 {data}"}
+    log.header({"started": "today", **header, "config": config})
     for i, loss in enumerate(losses):
+        if i == 1 and resumed is not None:
+            log.header({"resumed at step 10": "today", **header, "config": config | resumed})
         log.line(step_line(10 * i, loss, loss))
     log.close()
 
@@ -45,10 +54,10 @@ def test_table_and_verdict(runs):
     loaded = load(runs)
     assert [run.syncs for run in loaded] == [24, 12, 6, 3]
     lines = [line.split() for line in compare.table(loaded).splitlines()]
-    assert lines[1] == "out-base Baseline 2 222222222222 24 0.0% 0.61M 0.017 2.0000 +0.00% 20".split()
-    assert lines[2] == "out-spd SPD 2 111111111111 12 50.0% 0.61M 0.017 2.0100 +0.50% 20".split()
-    assert lines[3] == "out-g6 Grouped-6 2 010101010101 6 75.0% 0.61M 0.017 2.0400 +2.00% 20".split()
-    assert lines[4] == "out-g3 Grouped-3 2 000100010001 3 87.5% 0.61M 0.017 2.1000 +5.00% 20".split()
+    assert lines[1] == "out-base Baseline 2 222222222222 24 0.0% 0.61M 17 2.0000 +0.00% 20".split()
+    assert lines[2] == "out-spd SPD 2 111111111111 12 50.0% 0.61M 17 2.0100 +0.50% 20".split()
+    assert lines[3] == "out-g6 Grouped-6 2 010101010101 6 75.0% 0.61M 17 2.0400 +2.00% 20".split()
+    assert lines[4] == "out-g3 Grouped-3 2 000100010001 3 87.5% 0.61M 17 2.1000 +5.00% 20".split()
     assert "within 2.1% of the baseline: 6 (Grouped-6, +2.00%" in compare.verdict(loaded, 2.1)
     assert "within 0.6% of the baseline: 12 (SPD" in compare.verdict(loaded, 0.6)
     assert "no variant is within 0.1%" in compare.verdict(loaded, 0.1)
@@ -109,7 +118,7 @@ def test_an_equal_variance_t_test_agrees(tmp_path):
 def test_sizes_controls_and_learning_rates(runs):
     """A gap is to the deep baseline of the own size at its best learning rate; a control is no baseline."""
     make(runs, "out-base-lr", "2" * 12, [4.0, 3.0, 1.95], learning_rate=2e-3)
-    make(runs, "out-control", "22", [4.0, 3.0, 1.9], n_params=615000, n_layer=2, n_embd=160)
+    make(runs, "out-control", "22", [4.0, 3.0, 1.9], n_params=615000, n_embd=160)
     make(runs, "out-big", "2" * 12, [4.0, 3.0, 1.5], n_params=5_000_000, n_embd=192, max_iters=40)
     make(runs, "out-big-spd", "1" * 12, [4.0, 3.0, 1.53], n_params=5_010_000, n_embd=192, max_iters=40)
     make(runs, "out-ladder", "2" * 12, [4.0, 3.0, 2.0], hidden=23, overlap="ladder")
@@ -125,7 +134,8 @@ def test_sizes_controls_and_learning_rates(runs):
     assert "12x192, n_shard 2: can't say yet: the baseline out-big has not finished" in text
     table = compare.table(loaded).splitlines()
     assert "hidden" in table[0] and "lr" in table[0].split() and "size" in table[0].split()
-    assert compare.warnings(loaded) == ["warning: the runs differ in learning_rate: 0.001, 0.002"]
+    rates = ["learning_rate: 0.001, 0.002", "min_lr / learning_rate: 0.05, 0.1"]
+    assert compare.warnings(loaded) == [f"warning: the runs differ in {rate}" for rate in rates]
     compare.draw(loaded, runs / "figure.png", 2)
 
 
@@ -165,9 +175,148 @@ def test_nan_is_never_within_the_tolerance(runs):
     compare.draw(loaded, runs / "figure.png", 2)
 
 
-def test_settings_that_differ_are_named(runs):
-    make(runs, "out-g2", "000001000001", [4.0, 2.9, 2.0], learning_rate=2e-3)
-    assert compare.warnings(load(runs)) == ["warning: the runs differ in learning_rate: 0.001, 0.002"]
+# --- runs that are not comparable
+
+
+@pytest.mark.parametrize(
+    "changes, names",
+    [
+        (dict(learning_rate=2e-3, min_lr=2e-4), ["learning_rate: 0.001, 0.002"]),
+        (dict(min_lr=1e-5), ["min_lr / learning_rate: 0.01, 0.1"]),
+        (dict(max_iters=40, lr_decay_iters=40), ["max_iters: 20, 40"]),
+        (dict(gradient_accumulation_steps=2000), ["tokens a step: 256000, 512000"]),
+        (
+            dict(block_size=16, batch_size=8),
+            ["block_size: 16, 8", "evaluation: 40 windows of 16 tokens, 80 windows of 8"],
+        ),
+        (dict(batch_size=8, gradient_accumulation_steps=8000, eval_iters=10), []),  # the same sequences
+        (dict(out_dir="elsewhere", tp_size=2, device="cuda", compile=True, log_interval=3), []),
+        (dict(bias=True), []),  # the other logs do not say it
+    ],
+    ids=str,
+)
+def test_settings_that_differ_are_named(runs, changes, names):
+    make(runs, "out-g2", "000001000001", [4.0, 2.9, 2.0], **changes)
+    lines = compare.warnings(load(runs))
+    assert len(lines) == len(names)
+    for line, name in zip(lines, names, strict=True):
+        assert line.startswith(f"warning: the runs differ in {name}")
+
+
+@pytest.mark.parametrize("key, values", [("warmup_iters", (5, 7)), ("dropout", (0.0, 0.1)), ("weight_decay", (0.1, 0))])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_another_schedule_or_regularisation_is_named_and_no_seed(tmp_path, key, values, seed):
+    for name, pattern, value in (("base", "22", values[0]), ("spd", "11", values[0]), ("other", "11", values[1])):
+        make(tmp_path, f"out-{name}", pattern, [4.0, 3.0, 2.0], **{key: value}, seed=seed if name == "other" else 1)
+    loaded = load(tmp_path)
+    assert len(loaded) == 3
+    assert f"warning: the runs differ in {key}: {', '.join(map(str, sorted(values)))}" in compare.warnings(loaded)
+
+
+def test_from_scratch_and_from_pretrained_weights(runs):
+    make(runs, "out-base-2", "2" * 12, [4.0, 3.0, 2.0], seed=2, init_from="scratch")
+    make(runs, "out-base-3", "2" * 12, [4.0, 3.0, 1.0], seed=3, init_from="gpt2", resumed=dict(init_from="resume"))
+    assert "warning: the runs differ in init_from: gpt2, scratch" in compare.warnings(load(runs))
+
+
+OTHERS = [dict(eval_iters=10), dict(eval_iters=0), dict(batch_size=8, gradient_accumulation_steps=8000)]
+OTHERS += [dict(block_size=16), dict(dataset="other", data=None), dict(data="beef")]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+def test_other_windows_or_data_are_never_compared(tmp_path, other):
+    """Not as seeds of one line, not as a gap, in no verdict; with a baseline of their own they are."""
+    make(tmp_path, "out-base", "22", [4.0, 3.0, 2.0], data="cafe")
+    make(tmp_path, "out-spd", "11", [4.0, 3.0, 1.0], seed=2, **dict(data="cafe") | other)
+    loaded = load(tmp_path)
+    assert [compare.gap(arm, loaded) is None for arm in loaded] == [False, True]
+    reason = "can't say: evaluated on other windows or data than the baseline"
+    assert compare.verdict(loaded, 2) == f"n_shard 2: {reason}"
+    assert any(line.endswith(": no gap between them") for line in compare.warnings(loaded))
+    compare.draw(loaded, tmp_path / "figure.png", 2)
+    make(tmp_path, "out-spd-2", "11", [4.0, 3.0, 2.02], data="cafe")
+    loaded = load(tmp_path)
+    assert [len(arm.seeds) for arm in loaded] == [1, 1, 1]
+    line = "the fewest syncs within 2% of the baseline: 2 (SPD, +1.00%, 50.0% fewer syncs)"
+    assert compare.verdict(loaded, 2) == f"n_shard 2: {line} (1 evaluated on other windows or data not counted)"
+    make(tmp_path, "out-base-2", "22", [4.0, 3.0, 0.99], **dict(data="cafe") | other)
+    gaps = {arm.names[0]: compare.gap(arm, load(tmp_path)).percent for arm in load(tmp_path)}
+    assert gaps["out-spd-2"] == pytest.approx(1) and gaps["out-spd"] == pytest.approx(100 * (1 / 0.99 - 1))
+    compare.draw(load(tmp_path), tmp_path / "figure.png", 2)
+
+
+@pytest.mark.parametrize("data", [None, "unknown"])
+def test_data_whose_content_is_not_known_is_that_of_its_name(tmp_path, data):
+    make(tmp_path, "out-a", "22", [4.0, 3.0, 2.0], data=data)
+    make(tmp_path, "out-b", "22", [4.0, 3.0, 2.1], seed=2, data="cafe")
+    (arm,) = loaded = load(tmp_path)
+    assert len(arm.seeds) == 2 and compare.warnings(loaded) == []
+    make(tmp_path, "out-c", "22", [4.0, 3.0, 2.1], seed=3, data="beef")  # surely not that of the first two
+    make(tmp_path, "out-d", "22", [4.0, 3.0, 2.1], seed=3, data="cafe", dataset="a copy of text")
+    assert [len(arm.seeds) for arm in load(tmp_path)] == [3, 1]
+
+
+def test_a_run_that_went_on_with_other_settings(runs):
+    """It is named, and no seed of those that did not; what makes no difference is not named."""
+    make(runs, "out-base-2", "2" * 12, [4.0, 3.0, 2.0], seed=2, learning_rate=2e-3, resumed=dict(learning_rate=1e-3))
+    make(runs, "out-base-3", "2" * 12, [4.0, 3.0, 2.0], seed=3, resumed=dict(out_dir="x", init_from="resume"))
+    loaded = load(runs)
+    assert sorted(len(arm.seeds) for arm in loaded) == [1, 1, 1, 1, 2]
+    named = [line for line in compare.warnings(loaded) if "resumed" in line]
+    assert named == ["warning: out-base-2 was resumed with other settings: learning_rate 0.002 -> 0.001"]
+
+
+# --- runs that cannot tell
+
+
+def test_runs_that_are_too_short_give_no_answer(runs, tmp_path, monkeypatch):
+    """Below 10 tokens a parameter the verdict and the figure say so."""
+    from matplotlib.axes import Axes
+
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda axes, title, *_, **__: titles.append(title))
+    compare.draw(load(runs), runs / "figure.png", 2)
+    assert "too short" not in compare.verdict(load(runs), 2) and not any("too short" in title for title in titles)
+    make(runs, "out-short", "1" * 12, [4.0, 3.0, 1.0], gradient_accumulation_steps=200)
+    loaded = load(runs)
+    start = "n_shard 2: too short to tell: 0.84 tokens a parameter, at least 10 are needed. Seen so far, no answer: "
+    assert compare.verdict(loaded, 2.1).startswith(f"{start}the fewest syncs within 2.1% of the baseline: 6 (Grouped-6")
+    assert compare.verdict(loaded, -60).startswith(f"{start}no variant is within")
+    compare.draw(loaded, runs / "figure.png", 2)
+    assert titles[-1] == "Loss against syncs\ntoo short to tell: 0.84 tokens a parameter"
+
+
+def test_lines_of_a_figure(runs, monkeypatch):
+    """A name that does not tell the pattern has it behind it, and only evenly spread syncs are joined.
+
+    What was evaluated on other windows is no point beside the others.
+    """
+    from matplotlib.axes import Axes
+
+    for name, pattern, loss in (("early", "222000000001", 2.0), ("late", "000001111112", 1.9)):
+        make(runs, f"out-{name}", pattern, [4.0, 3.0, loss], architecture="selective")
+    make(runs, "out-other", "000001000001", [4.0, 3.0, 2.0], eval_iters=0)
+    curves, joined, notes = [], [], []
+    plot, annotate = Axes.plot, Axes.annotate
+
+    def remember_plot(axes, x, y, *style, label=None, **keys):
+        curves.append(label) if label else joined.append(x)
+        return plot(axes, x, y, *style, label=label, **keys)
+
+    def remember_note(axes, text, *place, **keys):
+        notes.append(text)
+        return annotate(axes, text, *place, **keys)
+
+    monkeypatch.setattr(Axes, "plot", remember_plot)
+    monkeypatch.setattr(Axes, "annotate", remember_note)
+    compare.draw(load(runs), runs / "figure.png", 2)
+    assert {"Selective-7 222000000001", "Selective-8 000001111112", "Grouped-3, 3 syncs"} < set(curves)
+    assert "Grouped-2, 2 syncs, other windows or data" in curves
+    assert joined == [[24, 12, 6, 3]] and sorted(notes) == ["000001111112", "222000000001"]
+    assert "8 (Selective-8 000001111112, -5.00%" in compare.verdict(load(runs), -2)
+
+
+# --- the command
 
 
 def test_command_writes_figure_and_csv(runs, monkeypatch, capsys):
@@ -184,7 +333,44 @@ def test_command_writes_figure_and_csv(runs, monkeypatch, capsys):
     assert float(rows[3]["gap_percent"]) == pytest.approx(5)
 
 
-@pytest.mark.parametrize("arguments", [["nowhere"], [], ["text"], ["out-base", "--png=no/such/folder.png"]])
+def test_what_is_no_run_is_skipped_with_a_note(runs, monkeypatch, capsys):
+    """A folder without a log, a study's own, a run that has just started, logs that lack something."""
+    monkeypatch.chdir(runs)
+    for name in ("out-empty", "out-study/a", "out-started"):
+        Path(name).mkdir(parents=True)
+    Path("out-study/a/log.txt").write_bytes(Path("out-spd/log.txt").read_bytes())
+    Path("out-study/table.csv").write_text("run,variant\n")
+    Path("out-started/log.txt").write_text("")
+    whole = Path("out-spd/log.txt").read_text()
+    lacking = {"sync_pattern": "# sync_pattern:", "parameters": "# parameters:", "dtype": "# dtype:"}
+    lacking |= {"config": "# config:", '"learning_rate": 0.001, ': "learning_rate", '"eval_iters": 5, ': "eval_iters"}
+    for i, text in enumerate(lacking):
+        Path(f"out-x{i}").mkdir()
+        lines = whole.replace(text, "") if text.endswith(", ") else whole.replace(f"# {text}:", "# other:")
+        Path(f"out-x{i}/log.txt").write_text(lines)
+    Path("out-x9").mkdir()
+    Path("out-x9/log.txt").write_text(whole.replace("(609344)", "(many)"))
+    assert compare.main(sorted(map(str, Path().glob("out*")))) == 0
+    out, err = capsys.readouterr()
+    assert "fewest syncs" in out and len(out.split("\n")) == 8  # heading, four runs, verdict, figure
+    notes = err.splitlines()
+    assert len(notes) == 4 + len(lacking) and all(note.startswith("skipped: out-") for note in notes)
+    assert "skipped: out-study: its runs are in folders of their own: compare.py out-study/*/" in notes
+    assert "skipped: out-started/log.txt: its header is not that of a run: there is none, yet" in notes
+    assert any("out-empty/log.txt: No such file or directory" in note for note in notes)
+    for i, word in enumerate(lacking.values()):
+        assert any(f"out-x{i}/log.txt: its header" in note and word in note for note in notes), (word, err)
+    assert compare.main(["out-study/a", "out-study/table.csv"]) == 0
+    assert "skipped: out-study/table.csv:1: not a line of a log" in capsys.readouterr().err
+    assert compare.main(["out-started", "out-empty"]) == 1
+    assert capsys.readouterr().err.endswith("there is none, yet (and 1 more that are no runs)\n")
+
+
+MISTAKES = [["nowhere"], [], ["text"], ["out-base", "--png=no/such/folder.png"]]
+MISTAKES += [["out-base", f"--tolerance={value}"] for value in ("nan", "inf", "-1")]
+
+
+@pytest.mark.parametrize("arguments", MISTAKES, ids=str)
 def test_mistakes_end_with_one_line(tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("not a log\n")
@@ -197,12 +383,12 @@ def test_mistakes_end_with_one_line(tmp_path, monkeypatch, capsys, arguments):
 
 @pytest.mark.parametrize("folder", sorted({path.parents[1] for path in RECORDED}), ids=lambda p: p.name)
 def test_recorded_logs(folder, tmp_path):
-    """The logs that the documents cite: complete, comparable, and their table stands in the document."""
+    """The logs that the documents cite: complete, comparable, and their table and verdict stand in the document."""
     loaded = compare.load_runs(sorted(path.parent for path in folder.glob("*/log.txt")))
     assert len(loaded) >= 4 and all(run.finished for run in loaded)
     # tuned, where they differ in the one, and with a baseline of each in the other
     assert all("learning_rate" in line or "dtype" in line for line in compare.warnings(loaded))
     assert all(compare.baseline_of(run, loaded).dtype == run.dtype for run in loaded)
-    text = compare.table(loaded)
+    text = "\n".join([compare.table(loaded), *compare.warnings(loaded), compare.verdict(loaded, 2)])
     assert text in (folder.parents[1] / "EXPERIMENT_SUMMARY.md").read_text(encoding="utf-8")
     compare.draw(loaded, tmp_path / "figure.png", 2)
