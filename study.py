@@ -207,7 +207,7 @@ def run_missing(runs, free, gpus):
 
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished already, {len(free)} at once", flush=True)
     trained, evaluated = (sum(tokens) for tokens in zip(*plan, strict=True)) if plan else (0, 0)
-    print(f"to train on {trained:,} tokens, to evaluate {evaluated:,}", flush=True)
+    print(f"to train on {trained:,} tokens, to evaluate on {evaluated:,}", flush=True)
     bar = tqdm(total=1, initial=past / total, disable=None, bar_format="{percentage:5.1f}% |{bar}| {postfix}")
     while waiting or running:
         for run in [run for run in running if run.ended()]:

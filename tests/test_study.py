@@ -61,13 +61,13 @@ def test_a_study_is_resumed_and_never_runs_twice(small_corpus, tmp_path):
     out = succeeded(run_script([STUDY, path], cwd=tmp_path))
     assert "base-1: finished" in out and "(3 of 3)" in out
     # 10 steps of 2 x 16 tokens; 3 evaluations on 2 batches of 2 x 16 tokens of each split
-    assert f"to train on {3 * 10 * 32:,} tokens, to evaluate {3 * 3 * 2 * 2 * 32:,}\n" in out
+    assert f"to train on {3 * 10 * 32:,} tokens, to evaluate on {3 * 3 * 2 * 2 * 32:,}\n" in out
     assert "base-1 and 1 more" in out and ("fewest syncs" in out or "no variant is within" in out)
     assert (tmp_path / "out/comparison.png").exists() and (tmp_path / "out/table.csv").exists()
     before = (tmp_path / "out/spd/log.txt").read_bytes()
     write(tmp_path, small_corpus, *runs, dict(name="one", architecture="grouped", layers_per_group=2, seed=1))
     out = succeeded(run_script([STUDY, path], cwd=tmp_path))
-    assert f"to train on {10 * 32} tokens, to evaluate {3 * 2 * 2 * 32}\n" in out
+    assert f"to train on {10 * 32} tokens, to evaluate on {3 * 2 * 2 * 32}\n" in out
     assert "4 runs, 3 finished already" in out and "one: finished (4 of 4)" in out and "spd: finished" not in out
     assert (tmp_path / "out/spd/log.txt").read_bytes() == before
 
