@@ -11,6 +11,7 @@ The first sample appears as it is generated, the others, computed in the same ba
 """
 
 import codecs
+import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,7 @@ class Config:
     """Every key; names, meanings and most defaults are nanoGPT's."""
 
     init_from: str = option("resume", "resume (out_dir's ckpt.pt), gpt2, gpt2-medium, gpt2-large or gpt2-xl")
-    out_dir: str = option("out", "folder of the checkpoint")
+    out_dir: str = option("out", "folder of the checkpoint", is_path=True)
     start: str = option("\n", "the prompt; FILE:NAME reads it from a file, FILE:- from standard input")
     num_samples: int = option(1, "samples, computed as one batch")
     max_new_tokens: int = option(500, "tokens of a sample; end-of-text ends it earlier")
@@ -122,7 +123,7 @@ def read_prompt(start):
         return start
     name = start.removeprefix("FILE:")
     try:
-        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        return sys.stdin.read() if name == "-" else Path(os.path.expanduser(name)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"start={start!r} cannot be read: {error}") from None
 

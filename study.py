@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 class Study:
     """Every key of a study file."""
 
-    out_dir: str = option("out-study", "folder for the runs' folders and the comparison")
+    out_dir: str = option("out-study", "folder for the runs' folders and the comparison", is_path=True)
     runs: list | None = option(None, "dicts: name, max_iters, n_layer, n_embd, any training key")  # noqa: RUF009
     processes: int = option(1, "processes a run; above 1 each run is started by torchrun")
     tolerance: float = option(2.0, "percent above the baseline that count as equal, for compare.py")

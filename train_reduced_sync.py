@@ -41,7 +41,7 @@ class Config:
     """Every key. The defaults are the 124M experiment on eight GPUs; names and meanings are nanoGPT's."""
 
     # files and logging
-    out_dir: str = option("out", "folder of log.txt and the checkpoints")
+    out_dir: str = option("out", "folder of log.txt and the checkpoints", is_path=True)
     eval_interval: int = option(500, "steps between evaluations; there is always one at the last step")
     log_interval: int = option(10, "steps between `iter` lines")
     eval_iters: int = option(200, "batches of each split in an evaluation, the same ones each time; 0: the whole split")
