@@ -53,6 +53,8 @@ def check(config):
     for key, least in {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0}.items():
         if not least <= getattr(config, key) < 2**63:
             raise ValueError(f"{key}={getattr(config, key)} must be at least {least}, and below 2^63")
+    if 0 < config.temperature < 0.001:
+        raise ValueError(f"temperature={config.temperature} must be 0, for the likeliest token, or at least 0.001")
     if not 0 < config.top_p <= 1:
         raise ValueError(f"top_p={config.top_p} must be above 0 and at most 1")
     if config.init_from not in ("resume", *rsm.GPT2_SHAPES):

@@ -11,6 +11,7 @@ after a stop of any kind: Ctrl-C (twice ends at once), a kill, another study.py 
 
 import contextlib
 import fcntl
+import math
 import os
 import signal
 import subprocess
@@ -43,6 +44,10 @@ def check(study):
     """Raise ValueError for a study that cannot be run."""
     if study.processes < 1:
         raise ValueError(f"processes={study.processes} must be at least 1")
+    if not study.out_dir:
+        raise ValueError("out_dir is empty: it must name a folder")
+    if not 0 <= study.tolerance < math.inf:
+        raise ValueError(f"tolerance={study.tolerance} must be at least 0, and finite")
     if not study.runs:
         raise ValueError("runs is empty: a study lists one dict a run")
     names = []
@@ -50,7 +55,7 @@ def check(study):
         if not isinstance(run, dict) or not isinstance(run.get("name"), str) or not run["name"]:
             raise ValueError(f"a run is a dict with a name, not {run!r}")
         names.append(run["name"])
-        if Path(run["name"]).name != run["name"]:
+        if Path(run["name"]).name != run["name"] or run["name"] == "..":
             raise ValueError(f"run {run['name']!r}: its name is that of a folder in out_dir, without a /")
         for key in ("max_iters", "n_layer", "n_embd"):
             if type(run.get(key)) is not int or run[key] < 1:

@@ -119,12 +119,26 @@ def check(config):
     not_negative = "eval_iters checkpoint_interval checkpoint_minutes weight_decay grad_clip warmup_iters"
     least = dict.fromkeys(f"{positive} n_embd n_shard tp_size max_bad_steps max_iters timeout_s".split(), 1)
     least |= dict.fromkeys(f"{not_negative} learning_rate min_lr seed beta1 beta2".split(), 0)
+    if config.lr_decay_iters is not None:
+        least["lr_decay_iters"] = 1
+    limits = {"beta1": 1, "beta2": 1, "timeout_s": 10**6}  # 11 days
     for key, lowest in least.items():
-        if not lowest <= getattr(config, key) < math.inf:
-            raise ValueError(f"{key}={getattr(config, key)} must be at least {lowest}, and finite")
-    for key, limit in {"beta1": 1, "beta2": 1, "seed": 2**63}.items():
-        if getattr(config, key) >= limit:
-            raise ValueError(f"{key}={getattr(config, key)} must be below {limit}")
+        if not lowest <= getattr(config, key) < limits.get(key, 2**63):
+            limit = limits.get(key, "2^63")
+            raise ValueError(f"{key}={getattr(config, key)} must be at least {lowest}, and below {limit}")
+    if not config.out_dir:
+        raise ValueError("out_dir is empty: it must name a folder")
+    if config.decay_lr and not config.eval_only:
+        if config.min_lr > config.learning_rate:
+            raise ValueError(
+                f"min_lr={config.min_lr} is above learning_rate={config.learning_rate}: a tenth of it is usual, "
+                f"--min_lr={config.learning_rate / 10:g}"
+            )
+        if config.warmup_iters > (end := min(config.max_iters, config.lr_decay_iters or config.max_iters)):
+            raise ValueError(
+                f"warmup_iters={config.warmup_iters} is past step {end}, where the run or its decay ends: for a short "
+                f"run add --warmup_iters={end // 10}"
+            )
     if config.init_from not in ("scratch", "resume", *rsm.GPT2_SHAPES):
         raise ValueError(f"init_from={config.init_from!r}: allowed are scratch, resume, {', '.join(rsm.GPT2_SHAPES)}")
     if config.n_shard % config.tp_size:

@@ -292,6 +292,7 @@ def test_gpt2(tmp_path):
         (dict(max_new_tokens=0), ["max_new_tokens=0 must be at least 1"]),
         (dict(temperature=-1.0), ["temperature=-1.0 must be at least 0"]),
         (dict(temperature="1e999"), ["temperature=inf"]),
+        (dict(temperature=1e-9), ["temperature=1e-09 must be 0", "at least 0.001"]),
         (dict(top_k=-1), ["top_k=-1 must be at least 0"]),
         (dict(top_p=0.0), ["top_p=0.0 must be above 0 and at most 1"]),
         (dict(top_p=1.5), ["top_p=1.5"]),
