@@ -23,6 +23,7 @@ import torch.distributed as dist
 import checkpoint as ckpt
 import parallel
 import reduced_sync_model as rsm
+from commands import set_up
 from configurator import configure, describe, option
 from data import corpus
 from generation import cast, choose, compiled, generate
@@ -202,4 +203,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    set_up()
     main(sys.argv[1:])

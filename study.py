@@ -10,7 +10,6 @@ after a stop of any kind: Ctrl-C (twice ends at once), a kill, another study.py 
 """
 
 import contextlib
-import fcntl
 import math
 import os
 import signal
@@ -24,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 import compare
+from commands import one_line, set_up, stop_signals
 from configurator import configure, describe, option
 from run_log import read_log
 
@@ -94,6 +94,8 @@ class Run:
 
     def is_held(self):
         """Whether a live process that is not ours trains it."""
+        import fcntl  # not on Windows, where the start says so
+
         with contextlib.suppress(FileNotFoundError), open(self.out_dir / ".lock") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -148,7 +150,7 @@ def slots(processes):
 def run_missing(runs, free, gpus):
     """Train what has not finished. Returns whether it was interrupted; failures are the runs' own."""
     interrupts = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, lambda number, frame: interrupts.append(number))
     for run in runs:
         run.look()
@@ -221,10 +223,11 @@ def main(argv):
             if run.failure:
                 print(f"error: {run.name}: {run.failure}", file=sys.stderr)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return int(any(run.failure for run in runs))
 
 
 if __name__ == "__main__":
+    set_up(goes_on=True)
     sys.exit(main(sys.argv[1:]))

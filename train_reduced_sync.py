@@ -13,7 +13,6 @@ Go on after a stop: the same command and --init_from=resume. Then: tail -f out-*
 
 import dataclasses
 import datetime
-import fcntl
 import math
 import os
 import signal
@@ -31,6 +30,7 @@ import checkpoint as ckpt
 import parallel
 import reduced_sync_model as rsm
 from batches import Corpus
+from commands import set_up, stop_signals
 from configurator import configure, describe, option
 from parallel import RANK, RESTART_COUNT, WORLD_SIZE
 from run_log import RunLog, drop_lines_after, iter_line, step_line
@@ -233,14 +233,14 @@ def describe_run(config, model, layout, meta, step):
 
 
 class StopSignal:
-    """SIGTERM or SIGINT asks for a stop after the step; a second one, a second or more later, ends at once.
+    """A stop signal asks for a stop after the step; a second one, a second or more later, ends at once.
 
     torchrun passes a Ctrl-C on to workers that the terminal has already told: that echo is not a second one.
     """
 
     def __init__(self):
         self.asked = None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals():
             signal.signal(number, self.handle)
 
     def handle(self, number, frame):
@@ -278,6 +278,8 @@ class WandB:
 
 def open_out_dir(config):
     """Make out_dir and lock it for as long as this process lives. Raises ValueError if it holds another run."""
+    import fcntl  # not on Windows, where the start says so
+
     out_dir = Path(config.out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -487,4 +489,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    set_up(goes_on=True)
     main(sys.argv[1:])
