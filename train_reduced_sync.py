@@ -30,7 +30,7 @@ import checkpoint as ckpt
 import parallel
 import reduced_sync_model as rsm
 from batches import Corpus
-from commands import set_up, stop_signals
+from commands import one_line, set_up, stop_signals
 from configurator import configure, describe, option
 from parallel import RANK, RESTART_COUNT, WORLD_SIZE
 from run_log import RunLog, drop_lines_after, iter_line, step_line
@@ -261,6 +261,7 @@ class WandB:
     def start(self, config):
         import wandb
 
+        sys.stdin = open(os.devnull)  # no terminal: without a login it would ask, and the other ranks wait
         name = config.wandb_run_name or config.out_dir
         self.run = wandb.init(project=config.wandb_project, name=name, config=dataclasses.asdict(config))
 
@@ -272,7 +273,7 @@ class WandB:
         try:
             action()
         except Exception as error:
-            print(f"wandb failed, going on without it: {error}", file=sys.stderr)
+            print(f"wandb failed, going on without it: {one_line(error)}", file=sys.stderr)
             self.run = None
 
 

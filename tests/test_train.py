@@ -3,10 +3,13 @@
 import hashlib
 import json
 import os
+import pty
 import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -596,6 +599,23 @@ def init(**_):
     ]
     assert log_lines(tmp_path / "out-1") == log_lines(tmp_path / "out-2")
     assert [row[0] for row in read_log(tmp_path / "out-2" / "log.txt").evaluations] == [0, 2]
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_wandb_without_a_login_asks_nothing(tmp_path, mode):
+    """On a terminal, where it would: offline it logs, online the run goes on without it."""
+    code = "import train_reduced_sync as t; print(t.WandB(t.Config(wandb_log=True)).run is not None)"
+    env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_MODE": mode, "PYTHONPATH": str(ROOT)}
+    ours, terminal = pty.openpty()
+    keys = dict(stdin=terminal, stdout=subprocess.PIPE, stderr=terminal, text=True, cwd=tmp_path, timeout=60)
+    process = subprocess.run([sys.executable, "-c", code], env=env, **keys)
+    said = os.read(ours, 10_000).decode()
+    os.close(ours)
+    os.close(terminal)
+    assert process.returncode == 0 and process.stdout.startswith(f"{mode == 'offline'}\n"), said
+    if mode == "online":
+        assert said.startswith("wandb failed, going on without it: No API key") and said.count("\n") == 1
 
 
 def test_gpt2_weights_without_a_network_are_one_line(small_corpus, tmp_path):
