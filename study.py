@@ -6,7 +6,8 @@ $ python study.py config/study_cpu.py --out_dir=out-mine
 A study file is a config file whose keys are those of Study, below. Each run is an ordinary train_reduced_sync.py run in
 its own folder, out_dir/NAME; runs start in the order of the file, as many at once as there are cores, or GPUs, for
 `processes` each. Finished ones are left alone and started ones go on from their checkpoint, so the same command goes on
-after a stop of any kind: Ctrl-C (twice ends at once), a kill, another study.py that holds some of the runs.
+after a stop of any kind: Ctrl-C (twice ends at once), a closed terminal, a kill, another study.py that holds some of
+the runs.
 """
 
 import contextlib

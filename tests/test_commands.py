@@ -1,6 +1,7 @@
 """What every command does with errors, signals, terminals and pipes of any kind."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -105,6 +106,13 @@ def test_a_reader_that_has_gone(tmp_path, goes_on, status, done):
     process = subprocess.run(command, timeout=30, **keys)
     os.close(writer)
     assert (process.returncode, process.stderr, (tmp_path / "done").exists()) == (status, b"", done)
+
+
+def test_a_terminal_that_has_closed():
+    ours, terminal = pty.openpty()
+    os.close(ours)
+    assert Output(terminal, goes_on=True).write(b"xy") == 2
+    os.close(terminal)
 
 
 def test_a_full_disk_behind_the_output_is_an_error():

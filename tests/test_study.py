@@ -65,7 +65,7 @@ def test_a_study_is_resumed_and_never_runs_twice(small_corpus, tmp_path):
     assert (tmp_path / "out/spd/log.txt").read_bytes() == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_an_interrupted_study_goes_on(small_corpus, tmp_path, number):
     """Stopped as asked its run saves; killed, it leaves a run that another study.py waits for instead of failing."""
     path = write(tmp_path, small_corpus, dict(name="long", max_iters=1000, eval_interval=500, checkpoint_interval=100))
