@@ -4,6 +4,7 @@ data/NAME/ holds train.bin and val.bin (uint16 token ids) and meta.json, made by
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ class Corpus:
     """
 
     def __init__(self, dataset, block_size, vocab_size=None):
-        self.folder = DATA / dataset
+        self.folder = DATA / os.path.expanduser(dataset)
         self.block_size = block_size
         self.meta = self._read_meta()
         self.vocab_size = vocab_size or self.meta["vocab_size"]

@@ -18,7 +18,7 @@ import argparse
 import contextlib
 import itertools
 import json
-import resource
+import os
 import statistics
 import sys
 import time
@@ -30,6 +30,7 @@ import latency
 import parallel
 import reduced_sync_model as rsm
 from candidates import Candidate, build, measure, parse, synchronize
+from commands import check_figure, one_line, set_up
 from measure_decode import Decoding, patterns_of
 
 
@@ -44,6 +45,8 @@ def peak_memory(device, reset=False):
             file.write("5")  # Linux: start VmHWM anew
     with contextlib.suppress(OSError), open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    import resource  # not on Windows, where the start says so
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -153,6 +156,8 @@ def decode(args):
         raise ValueError(f"prompts of {max(args.prompts)} and {args.new_tokens} new tokens exceed --block_size")
     if args.png and max(args.tp_sizes) < 2:
         raise ValueError("--png draws TPOT against sync count at tp_size 2 or more; --tp_sizes names none")
+    if args.png:
+        check_figure(args.png)
     patterns_of(args)
     setups = {}  # tp_size: ours eager, the rival, and for one process ours compiled
     for tp_size in args.tp_sizes:
@@ -238,7 +243,7 @@ def print_case(case):
 
 
 def draw(table, path):
-    """A PNG of TPOT against sync count at tp_size 2 or more: measured points, fit and bounds. Raises OSError."""
+    """A figure of TPOT against sync count at tp_size 2 or more: measured points, fit and bounds. Raises OSError."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -262,7 +267,7 @@ def draw(table, path):
         axes.set(xlabel="sync points in a forward pass", ylabel="time per token (ms)", title=title, ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130, format="png")
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
@@ -310,7 +315,7 @@ def main(argv):
         command.add_argument("--n_layer", type=int, default=n_layer, help="default: %(default)s")
         command.add_argument("--n_embd", type=int, default=n_embd, help="default: %(default)s")
         command.add_argument("--vocab_size", type=int, default=50304)
-        command.add_argument("--json", help="write the results there as well")
+        command.add_argument("--json", type=os.path.expanduser, help="write the results there as well")
     command = commands.choices["train"]
     command.add_argument("candidates", nargs="*", default=["gpt2", "baseline@1", "grouped:3@2", "grouped:3@4"])
     command.add_argument("--mode", choices=["eager", "compiled", "both"], default="both")
@@ -333,7 +338,8 @@ def main(argv):
     command.add_argument("--prompts", type=int, nargs="+", default=[128], help="tokens of the prompts")
     command.add_argument("--new_tokens", type=int, default=16, help="tokens decoded after the first one")
     command.add_argument("--compile", action="store_true", help="the first variant in one process compiled, too")
-    command.add_argument("--png", help="where a figure of TPOT against sync count goes, if anywhere")
+    where = "where a figure of TPOT against sync count goes, if anywhere: .png, .pdf or .svg"
+    command.add_argument("--png", type=os.path.expanduser, help=where)
     for name in ("train", "decode"):
         command = commands.choices[name]
         command.add_argument("--rounds", type=int, default=5, help="of each launch (default: %(default)s)")
@@ -349,10 +355,11 @@ def main(argv):
             with open(args.json, "w", encoding="utf-8") as file:
                 json.dump({"settings": vars(args), "results": results}, file, indent=1)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
+    set_up()
     sys.exit(main(sys.argv[1:]))

@@ -87,14 +87,15 @@ def start(candidate, job, store, args):
 
 def answers(ranks, message):
     """Send `message` to all ranks and return their answers. Raises RuntimeError if a process ended instead."""
-    for pipe in ranks:
-        pipe.send(message)
     try:
+        for pipe in ranks:
+            pipe.send(message)
         return [pipe.recv() for pipe in ranks]
     except (EOFError, ConnectionError):
         raise RuntimeError("a process ended; its error stands above") from None
 
 
+@parallel.clear_errors()
 def serve(pipe, rank, candidate, job, store, args):
     """A rank's process: build what `job` makes, then measure at each message until the last one."""
     device, dtype, backend = parallel.choose_device(args.device, args.dtype)

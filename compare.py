@@ -19,11 +19,13 @@ import argparse
 import csv
 import itertools
 import math
+import os
 import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from commands import check_figure, one_line, set_up
 from reduced_sync_model import count_syncs
 from run_log import changes, read_log, settings
 
@@ -416,7 +418,7 @@ def write_csv(arms, path):
 
 
 def draw(arms, path, tolerance):
-    """A PNG, a row a size, two panels each: validation loss over steps, and the last one over syncs. Raises OSError.
+    """A figure, a row a size, two panels each: validation loss over steps, and the last one over syncs. Raises OSError.
 
     Of an architecture at several learning rates only the best is drawn.
     """
@@ -430,7 +432,7 @@ def draw(arms, path, tolerance):
     figure, rows = plt.subplots(len(groups), 2, **shape)
     for group, (curves, points) in zip(groups, rows, strict=True):
         _draw_scale(group, arms, curves, points, tolerance)
-    figure.savefig(path, dpi=130, format="png")
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
@@ -533,10 +535,12 @@ def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", help="folders with a log.txt, or logs; default: out*/log.txt")
     parser.add_argument("--tolerance", type=float, default=2.0, help="percent above the baseline that count as equal")
-    parser.add_argument("--png", default="comparison.png", help="where the figure goes")
-    parser.add_argument("--csv", help="where the table goes as CSV, if anywhere")
+    path = {"type": os.path.expanduser}
+    parser.add_argument("--png", **path, default="comparison.png", help="where the figure goes: .png, .pdf or .svg")
+    parser.add_argument("--csv", **path, help="where the table goes as CSV, if anywhere")
     args = parser.parse_args(argv)
     try:
+        check_figure(args.png)
         if not 0 <= args.tolerance < math.inf:
             raise ValueError(f"--tolerance={args.tolerance} must be at least 0, and finite")
         paths = args.paths or sorted(Path().glob("out*/log.txt"))
@@ -544,10 +548,11 @@ def main(argv):
             raise ValueError("no out*/log.txt here; name the runs' folders")
         report(load_runs(paths), args.tolerance, args.png, args.csv)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
+    set_up()
     sys.exit(main(sys.argv[1:]))

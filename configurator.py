@@ -2,9 +2,11 @@
 
     script.py config/a.py config/b.py --batch_size=8 --device=cpu
 
-The defaults are a dataclass whose fields are made with `option`. Files are executed in order, each seeing the values so
-far as globals, and the arguments come last. A name with a leading underscore, a module, a function or a class in a
-config file is the file's own; every other name must be a key, and its value must have the key's type.
+The defaults are a dataclass whose fields are made with `option`. Files are executed in order, each seeing the defaults
+and what earlier files have set as globals; then come the arguments, which win wherever they stand. The value of a text
+key is the argument as it is typed, without quotes of Python's; where a key may be None, the text None is that. Other
+values are Python literals. A name with a leading underscore, a module, a function or a class in a config file is the
+file's own; every other name must be a key, and its value must have the key's type.
 """
 
 import ast
@@ -15,28 +17,26 @@ import types
 from pathlib import Path
 
 
-def option(default, meaning):
-    """A field of a config dataclass: its default, and a line for --help."""
-    return dataclasses.field(default=default, metadata={"meaning": meaning})
+def option(default, meaning, is_path=False):
+    """A field of a config dataclass: default, a line for --help, and whether a ~ at its start is the home folder."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "is_path": is_path})
 
 
 def configure(cls, argv):
     """The config of dataclass `cls` that the arguments `argv` ask for. Raises ValueError with one clear line."""
     values = {field.name: field.default for field in dataclasses.fields(cls)}
+    for path in argv:
+        if not path.startswith("--"):
+            values.update(_run_file(cls, path, values))
     for argument in argv:
         if argument.startswith("--"):
             key, equals, text = argument[2:].partition("=")
             if not equals:
                 raise ValueError(f"{argument}: arguments are CONFIG.py or --key=value (--help lists the keys)")
-            try:
-                value = ast.literal_eval(text)
-            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                value = text
-            if str in (allowed := _allowed(cls, key)) and type(value) not in allowed:
-                value = text  # --sync_pattern=1111 is no number
-            values[key] = _checked(cls, key, value, argument)
-        else:
-            values.update(_run_file(cls, argument, values))
+            values[key] = _checked(cls, key, _value(text, _allowed(cls, key)), argument)
+    for field in dataclasses.fields(cls):
+        if field.metadata["is_path"]:
+            values[field.name] = os.path.expanduser(values[field.name])
     return cls(**values)
 
 
@@ -68,6 +68,16 @@ def _allowed(cls, key):
     """The types that `key` may have; none for an unknown key."""
     wanted = next((field.type for field in dataclasses.fields(cls) if field.name == key), None)
     return wanted.__args__ if isinstance(wanted, types.UnionType) else (wanted,) if wanted else ()
+
+
+def _value(text, allowed):
+    """What the text of an argument stands for, for a key of the `allowed` types."""
+    if str in allowed:
+        return None if text == "None" and types.NoneType in allowed else text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text  # no literal: of the wrong type
 
 
 def _checked(cls, key, value, where):

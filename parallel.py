@@ -14,7 +14,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from commands import one_line, stop_signals
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+
+# what torch says on a CPU; of a GPU it raises OutOfMemoryError
+NO_MEMORY = "can't allocate memory|Storage size calculation overflowed|integer multiplication overflow"
+NO_COMPILER = "InvalidCxxCompiler|CppCompileError|TritonMissing|Failed to find C compiler"
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -239,11 +245,15 @@ def clear_errors():
         return
     except KeyboardInterrupt:
         line, status, shared, lost = "interrupted", 130, True, False
-    except (ValueError, OSError, RuntimeError) as error:
-        line, status = str(error).strip().split("\n")[0] or type(error).__name__, 1
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        line, status = one_line(error), 1
         shared = isinstance(error, SameOnAllRanks) or not dist.is_initialized()
         lost = False
-        if isinstance(error, RuntimeError):
+        if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
+            line = f"not enough memory: {line}"
+        elif re.search(NO_COMPILER, str(error)):
+            line = f"torch.compile finds no compiler that works: install one, or use --compile=False ({line})"
+        elif isinstance(error, RuntimeError):
             lost = WORLD_SIZE > 1 and re.search(
                 r"gloo|NCCL|socket|connection|timeout|timed out", str(error), re.IGNORECASE
             )
@@ -255,8 +265,8 @@ def clear_errors():
                 raise  # a mistake of ours: its traceback is wanted
     if RANK > 0 if shared else lost:
         # The rank at fault says the line, and then torchrun ends this process; on another node local rank 0 speaks.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for number in stop_signals():
+            signal.signal(number, signal.SIG_DFL)
         time.sleep(20 if LOCAL_RANK == 0 else 30)
     print(f"rank {RANK}: {line}" if not shared else f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(status)

@@ -11,6 +11,7 @@ The first sample appears as it is generated, the others, computed in the same ba
 """
 
 import codecs
+import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ import torch.distributed as dist
 import checkpoint as ckpt
 import parallel
 import reduced_sync_model as rsm
+from commands import set_up
 from configurator import configure, describe, option
 from data import corpus
 from generation import cast, choose, compiled, generate
@@ -33,7 +35,7 @@ class Config:
     """Every key; names, meanings and most defaults are nanoGPT's."""
 
     init_from: str = option("resume", "resume (out_dir's ckpt.pt), gpt2, gpt2-medium, gpt2-large or gpt2-xl")
-    out_dir: str = option("out", "folder of the checkpoint")
+    out_dir: str = option("out", "folder of the checkpoint", is_path=True)
     start: str = option("\n", "the prompt; FILE:NAME reads it from a file, FILE:- from standard input")
     num_samples: int = option(1, "samples, computed as one batch")
     max_new_tokens: int = option(500, "tokens of a sample; end-of-text ends it earlier")
@@ -52,6 +54,8 @@ def check(config):
     for key, least in {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0}.items():
         if not least <= getattr(config, key) < 2**63:
             raise ValueError(f"{key}={getattr(config, key)} must be at least {least}, and below 2^63")
+    if 0 < config.temperature < 0.001:
+        raise ValueError(f"temperature={config.temperature} must be 0, for the likeliest token, or at least 0.001")
     if not 0 < config.top_p <= 1:
         raise ValueError(f"top_p={config.top_p} must be above 0 and at most 1")
     if config.init_from not in ("resume", *rsm.GPT2_SHAPES):
@@ -122,7 +126,7 @@ def read_prompt(start):
         return start
     name = start.removeprefix("FILE:")
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        data = sys.stdin.buffer.read() if name == "-" else Path(os.path.expanduser(name)).read_bytes()
     except OSError as error:
         raise ValueError(f"start={start!r} cannot be read: {error}") from None
     return corpus.decode_text(data, f"start={start!r}")
@@ -200,4 +204,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    set_up()
     main(sys.argv[1:])

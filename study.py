@@ -6,11 +6,12 @@ $ python study.py config/study_cpu.py --out_dir=out-mine
 A study file is a config file whose keys are those of Study, below. Each run is an ordinary train_reduced_sync.py run in
 its own folder, out_dir/NAME; runs start in the order of the file, as many at once as there are cores, or GPUs, for
 `processes` each. Finished ones are left alone and started ones go on from their checkpoint, so the same command goes on
-after a stop of any kind: Ctrl-C (twice ends at once), a kill, another study.py that holds some of the runs.
+after a stop of any kind: Ctrl-C (twice ends at once), a closed terminal, a kill, another study.py that holds some of
+the runs.
 """
 
 import contextlib
-import fcntl
+import math
 import os
 import re
 import signal
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 import compare
 from batches import Corpus
+from commands import one_line, set_up, stop_signals
 from configurator import configure, describe, option
 from run_log import read_log
 from train_reduced_sync import Config
@@ -36,7 +38,7 @@ HERE = Path(__file__).parent
 class Study:
     """Every key of a study file."""
 
-    out_dir: str = option("out-study", "folder for the runs' folders and the comparison")
+    out_dir: str = option("out-study", "folder for the runs' folders and the comparison", is_path=True)
     runs: list | None = option(None, "dicts: name, max_iters, n_layer, n_embd, any training key")  # noqa: RUF009
     processes: int = option(1, "processes a run; above 1 each run is started by torchrun")
     tolerance: float = option(2.0, "percent above the baseline that count as equal, for compare.py")
@@ -46,6 +48,10 @@ def check(study):
     """Raise ValueError for a study that cannot be run."""
     if study.processes < 1:
         raise ValueError(f"processes={study.processes} must be at least 1")
+    if not study.out_dir:
+        raise ValueError("out_dir is empty: it must name a folder")
+    if not 0 <= study.tolerance < math.inf:
+        raise ValueError(f"tolerance={study.tolerance} must be at least 0, and finite")
     if not study.runs:
         raise ValueError("runs is empty: a study lists one dict a run")
     names = []
@@ -53,7 +59,7 @@ def check(study):
         if not isinstance(run, dict) or not isinstance(run.get("name"), str) or not run["name"]:
             raise ValueError(f"a run is a dict with a name, not {run!r}")
         names.append(run["name"])
-        if Path(run["name"]).name != run["name"]:
+        if Path(run["name"]).name != run["name"] or run["name"] == "..":
             raise ValueError(f"run {run['name']!r}: its name is that of a folder in out_dir, without a /")
         counted = ("eval_interval", "gradient_accumulation_steps", "batch_size", "block_size")
         for key in ("max_iters", "n_layer", "n_embd", *(key for key in counted if key in run)):
@@ -113,6 +119,8 @@ class Run:
 
     def is_held(self):
         """Whether a live process that is not ours trains it."""
+        import fcntl  # not on Windows, where the start says so
+
         with contextlib.suppress(FileNotFoundError), open(self.out_dir / ".lock") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -187,7 +195,7 @@ def slots(processes):
 def run_missing(runs, free, gpus):
     """Train what has not finished. Returns whether it was interrupted; failures are the runs' own."""
     interrupts = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, lambda number, frame: interrupts.append(number))
     for run in runs:
         run.look()
@@ -261,12 +269,13 @@ def main(argv):
             compare.report(arms, study.tolerance, f"{study.out_dir}/comparison.png", f"{study.out_dir}/table.csv")
         for run in runs:
             if run.failure:
-                print(f"error: {run.name}: {run.failure}", file=sys.stderr)
+                print(f"error: {one_line(f'{run.name}: {run.failure}')}", file=sys.stderr)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return int(any(run.failure for run in runs))
 
 
 if __name__ == "__main__":
+    set_up(goes_on=True)
     sys.exit(main(sys.argv[1:]))

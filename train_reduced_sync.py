@@ -13,7 +13,6 @@ Go on after a stop: the same command and --init_from=resume. Then: tail -f out-*
 
 import dataclasses
 import datetime
-import fcntl
 import math
 import os
 import signal
@@ -31,6 +30,7 @@ import checkpoint as ckpt
 import parallel
 import reduced_sync_model as rsm
 from batches import Corpus
+from commands import one_line, set_up, stop_signals
 from configurator import configure, describe, option
 from parallel import LOCAL_WORLD_SIZE, RANK, RESTART_COUNT, WORLD_SIZE
 from run_log import RunLog, changes, drop_lines_after, iter_line, step_line
@@ -41,7 +41,7 @@ class Config:
     """Every key. The defaults are the 124M experiment on eight GPUs; names and meanings are nanoGPT's."""
 
     # files and logging
-    out_dir: str = option("out", "folder of log.txt and the checkpoints")
+    out_dir: str = option("out", "folder of log.txt and the checkpoints", is_path=True)
     eval_interval: int = option(500, "steps between evaluations; there is always one at the last step")
     log_interval: int = option(10, "steps between `iter` lines")
     eval_iters: int = option(200, "fixed batches of each split in an evaluation; 0: the whole of val, as many of train")
@@ -119,12 +119,26 @@ def check(config):
     not_negative = "eval_iters checkpoint_interval checkpoint_minutes weight_decay grad_clip warmup_iters"
     least = dict.fromkeys(f"{positive} n_embd n_shard tp_size max_bad_steps max_iters timeout_s".split(), 1)
     least |= dict.fromkeys(f"{not_negative} learning_rate min_lr seed beta1 beta2".split(), 0)
+    if config.lr_decay_iters is not None:
+        least["lr_decay_iters"] = 1
+    limits = {"beta1": 1, "beta2": 1, "timeout_s": 10**6}  # 11 days
     for key, lowest in least.items():
-        if not lowest <= getattr(config, key) < math.inf:
-            raise ValueError(f"{key}={getattr(config, key)} must be at least {lowest}, and finite")
-    for key, limit in {"beta1": 1, "beta2": 1, "seed": 2**63}.items():
-        if getattr(config, key) >= limit:
-            raise ValueError(f"{key}={getattr(config, key)} must be below {limit}")
+        if not lowest <= getattr(config, key) < limits.get(key, 2**63):
+            limit = limits.get(key, "2^63")
+            raise ValueError(f"{key}={getattr(config, key)} must be at least {lowest}, and below {limit}")
+    if not config.out_dir:
+        raise ValueError("out_dir is empty: it must name a folder")
+    if config.decay_lr and not config.eval_only:
+        if config.min_lr > config.learning_rate:
+            raise ValueError(
+                f"min_lr={config.min_lr} is above learning_rate={config.learning_rate}: a tenth of it is usual, "
+                f"--min_lr={config.learning_rate / 10:g}"
+            )
+        if config.warmup_iters > (end := min(config.max_iters, config.lr_decay_iters or config.max_iters)):
+            raise ValueError(
+                f"warmup_iters={config.warmup_iters} is past step {end}, where the run or its decay ends: for a short "
+                f"run add --warmup_iters={end // 10}"
+            )
     if config.init_from not in ("scratch", "resume", *rsm.GPT2_SHAPES):
         raise ValueError(f"init_from={config.init_from!r}: allowed are scratch, resume, {', '.join(rsm.GPT2_SHAPES)}")
     if config.n_shard % config.tp_size:
@@ -219,14 +233,14 @@ def describe_run(config, model, layout, meta, step):
 
 
 class StopSignal:
-    """SIGTERM or SIGINT asks for a stop after the step; a second one, a second or more later, ends at once.
+    """A stop signal asks for a stop after the step; a second one, a second or more later, ends at once.
 
     torchrun passes a Ctrl-C on to workers that the terminal has already told: that echo is not a second one.
     """
 
     def __init__(self):
         self.asked = None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals():
             signal.signal(number, self.handle)
 
     def handle(self, number, frame):
@@ -247,6 +261,7 @@ class WandB:
     def start(self, config):
         import wandb
 
+        sys.stdin = open(os.devnull)  # no terminal: without a login it would ask, and the other ranks wait
         name = config.wandb_run_name or config.out_dir
         self.run = wandb.init(project=config.wandb_project, name=name, config=dataclasses.asdict(config))
 
@@ -258,12 +273,14 @@ class WandB:
         try:
             action()
         except Exception as error:
-            print(f"wandb failed, going on without it: {error}", file=sys.stderr)
+            print(f"wandb failed, going on without it: {one_line(error)}", file=sys.stderr)
             self.run = None
 
 
 def open_out_dir(config):
     """Make out_dir and lock it for as long as this process lives. Raises ValueError if it holds another run."""
+    import fcntl  # not on Windows, where the start says so
+
     out_dir = Path(config.out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -479,4 +496,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    set_up(goes_on=True)
     main(sys.argv[1:])

@@ -10,6 +10,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -47,15 +48,19 @@ class CorpusError(ValueError):
 
 def run(main):
     """Call main(); end the process with one line on stderr and exit code 1 on an error, 130 on Ctrl-C."""
+    sys.stdout.reconfigure(errors="replace")  # a file's name may have characters that the terminal does not
+    # as in --out_dir=~/x, where the shell does not do it
+    sys.argv = [re.sub(r"^(--\w+=)(~.*)", lambda m: m[1] + os.path.expanduser(m[2]), text) for text in sys.argv]
     try:
-        main()
+        return main()
     except KeyboardInterrupt:
         sys.stderr.write(INTERRUPTED)
         sys.exit(130)
     except CorpusError as error:
-        sys.exit(f"error: {error}")
+        line = str(error)
     except OSError as error:
-        sys.exit(f"error: {error.filename or 'reading or writing'}: {error.strerror or error}")
+        line = f"{error.filename or 'reading or writing'}: {error.strerror or error}"
+    sys.exit("error: " + (line if len(line) <= 2000 else f"{line[:500]} ... {line[-1400:]}"))
 
 
 def decode_text(data, name):

@@ -261,3 +261,9 @@ def test_a_vocabulary_larger_than_the_models(folder):
     refused(folder, "400", "399", vocab_size=399)
     assert Corpus(str(folder), T, vocab_size=448).vocab_size == 448
     assert Corpus(str(folder), T).vocab_size == 400
+
+
+def test_a_dataset_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=f"no {tmp_path}/texts/meta.json; prepare the data first"):
+        Corpus("~/texts", T)

@@ -23,6 +23,7 @@ class Small:
     name: str = option("x", "a name")
     flag: bool = option(False, "a switch")
     label: str | None = option(None, "a name or nothing")
+    folder: str = option("here", "a folder", is_path=True)
     limit: int | None = option(None, "a count or nothing")
 
 
@@ -52,7 +53,7 @@ def fails(*argv):
 
 def test_no_arguments_give_the_defaults():
     assert configure(Small, []) == Small()
-    assert dataclasses.astuple(Small()) == (1, 0.5, "x", False, None, None)
+    assert dataclasses.astuple(Small()) == (1, 0.5, "x", False, None, "here", None)
 
 
 def test_later_files_and_arguments_override_earlier_ones(write):
@@ -60,14 +61,21 @@ def test_later_files_and_arguments_override_earlier_ones(write):
     assert configure(Small, [first, second]) == Small(n=3, name="second", rate=0.1)
     assert configure(Small, [second, first]) == Small(n=2, name="first", rate=0.1)
     assert configure(Small, [first, second, "--n=4"]).n == 4
-    assert configure(Small, ["--n=4", first]).n == 2  # in order, as in nanoGPT: files after an argument win
+    assert configure(Small, ["--n=4", first, "--rate=1", second]) == Small(n=4, name="second", rate=1.0)
     assert configure(Small, ["--n=4", "--n=5"]).n == 5
 
 
 def test_files_see_earlier_values(write):
     files = [write("n = 10"), write("n = n * 2\nlimit = n + 1"), write("rate = n / 4")]
     assert configure(Small, files) == Small(n=20, limit=21, rate=5.0)
-    assert configure(Small, ["--n=7", write("limit = n")]).limit == 7
+    assert configure(Small, ["--n=7", write("limit = n")]) == Small(n=7, limit=1)  # arguments are on top of the files
+
+
+def test_a_tilde_is_the_home_folder_where_a_path_is_wanted(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert configure(Small, ["--folder=~/x", "--name=~/x"]) == Small(folder="/home/me/x", name="~/x")
+    assert configure(Small, [write("folder = '~'")]).folder == "/home/me"
+    assert configure(Small, ["--folder=a~/~"]).folder == "a~/~"
 
 
 @pytest.mark.parametrize(
@@ -80,7 +88,12 @@ def test_files_see_earlier_values(write):
         ("--rate=2", "rate", 2.0),
         ("--flag=True", "flag", True),
         ("--name=text with spaces", "name", "text with spaces"),
-        ("--name='quoted'", "name", "quoted"),
+        ("--name='quoted'", "name", "'quoted'"),
+        ('--name="Hello"', "name", '"Hello"'),
+        ("--name='it's", "name", "'it's"),
+        ("--name= two\n", "name", " two\n"),
+        ("--name=\\n", "name", "\\n"),
+        ("--name=None", "name", "None"),
         ("--name=a=b", "name", "a=b"),
         ("--name=", "name", ""),
         ("--name=0101", "name", "0101"),  # no literal: a leading zero
@@ -90,11 +103,13 @@ def test_files_see_earlier_values(write):
         ("--label=2024", "label", "2024"),
         ("--label=text", "label", "text"),
         ("--label=None", "label", None),
+        ("--label='None'", "label", "'None'"),
+        ("--label=none", "label", "none"),
         ("--limit=None", "limit", None),
         ("--limit=8", "limit", 8),
     ],
 )
-def test_arguments_are_literals_or_else_text(argument, key, value):
+def test_arguments_are_literals_or_text_as_it_is_typed(argument, key, value):
     config = configure(Small, ["--label=before", argument])
     assert getattr(config, key) == value and type(getattr(config, key)) is type(value)
 
@@ -136,7 +151,7 @@ def test_paths_do_not_depend_on_the_working_directory(tmp_path, monkeypatch):
 
 
 def test_unknown_key(write):
-    known = "n, rate, name, flag, label, limit"
+    known = "n, rate, name, flag, label, folder, limit"
     message = fails("--batchsize=3")
     assert "unknown key 'batchsize'" in message and known in message
     path = write("batchsize = 3")
@@ -222,7 +237,7 @@ def test_an_argument_without_a_value():
 
 KEYS = [field.name for field in dataclasses.fields(Small)]
 KINDS = {"n": {int}, "rate": {float}, "name": {str}, "flag": {bool}, "label": {str, type(None)}}
-KINDS["limit"] = {int, type(None)}
+KINDS |= {"folder": {str}, "limit": {int, type(None)}}
 # The files are executed: no letters of a keyword or of a builtin that acts, no `*` that makes numbers huge.
 code = st.text("nxb_=+-/()[]{}:,.#'\"019 \n\t\\", max_size=40)
 values = st.recursive(

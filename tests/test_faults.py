@@ -62,6 +62,12 @@ def assert_nothing_lives(folder):
             assert not (entry.isdigit() and os.readlink(f"/proc/{entry}/cwd") == str(folder)), entry
 
 
+def children(process):
+    """The ids of the processes that `process` has started, torchrun's workers."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return list(map(int, found.stdout.split()))
+
+
 @pytest.fixture(scope="module")
 def whole(small_corpus, tmp_path_factory):
     """{tp_size: folder of an uninterrupted run on two processes}."""
@@ -165,13 +171,13 @@ def test_a_dead_rendezvous(small_corpus, tmp_path):
 # --- signals
 
 
-def torchrun_at(argv, folder, update, nproc=2):
+def torchrun_at(argv, folder, update, nproc=2, **options):
     """A context with the running torchrun, once its log has the line of `update`."""
 
     @contextlib.contextmanager
     def running():
         log = folder / "out" / "log.txt"
-        with ending(start([TRAIN, *argv], nproc=nproc, cwd=folder)) as process:
+        with ending(start([TRAIN, *argv], nproc=nproc, cwd=folder, **options)) as process:
             end = time.monotonic() + 60
             while not (log.exists() and f"iter {update}:" in log.read_text()):
                 assert process.poll() is None and time.monotonic() < end, process.communicate()
@@ -199,6 +205,22 @@ def test_a_signal_to_torchrun_saves_on_every_rank(small_corpus, tmp_path, number
     whole.mkdir()
     succeeded(run_script([TRAIN, *argv], nproc=2, cwd=whole))
     assert_ended_as(whole, tmp_path)
+
+
+@pytest.mark.parametrize("number, to_worker", [(signal.SIGHUP, False), (signal.SIGUSR1, False), (signal.SIGUSR1, True)])
+def test_a_closed_terminal_or_a_warning_saves_on_every_rank(small_corpus, tmp_path, number, to_worker):
+    """SIGHUP comes when nobody reads what is printed any more; torchrun has to be told to pass SIGUSR1 on."""
+    argv = arguments(small_corpus, tp_size=2, max_iters=10_000, eval_interval=10_000, checkpoint_interval=0)
+    launcher = ["--standalone", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    with torchrun_at(argv, tmp_path, update=20, launcher=launcher) as process:
+        if number == signal.SIGHUP:
+            process.stdout.close()
+            process.stderr.close()
+        os.kill(children(process)[1] if to_worker else process.pid, number)
+        process.wait(BOUND)
+    assert_nothing_lives(tmp_path)
+    step = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"]
+    assert 20 < step < 10_000 and losses(tmp_path)[-1].startswith(f"iter {step - 1}:")
 
 
 def test_a_second_ctrl_c_ends_at_once(small_corpus, tmp_path):
@@ -438,10 +460,9 @@ def test_soak_random_kills(whole, small_corpus, tmp_path):
     with ending(start([TRAIN, *argv], nproc=2, cwd=tmp_path, restarts=1000)) as process:
         while process.poll() is None:
             time.sleep(random.uniform(0.5, 15))
-            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-            if children:
+            if workers := children(process):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(random.choice(children)), signal.SIGKILL)
+                    os.kill(random.choice(workers), signal.SIGKILL)
                     kills += 1
     print(f"{kills} kills survived", file=sys.stderr)
     assert kills > 10

@@ -220,10 +220,12 @@ def test_ids_that_no_text_has_are_never_drawn(out):
     assert set(drawn) == set(CHARS)
 
 
-def test_prompts(out, tmp_path):
+def test_prompts(out, tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_text("he said", encoding="utf-8")
     expected = text_of(out)
     assert text_of(out, start=f"FILE:{tmp_path}/prompt.txt") == expected
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert text_of(out, start="FILE:~/prompt.txt") == expected
     for nproc in (None, 2):
         argv = under(nproc) + arguments(out, start="FILE:-")
         with open(tmp_path / "prompt.txt") as stdin, ending(start(argv, nproc, stdin=stdin)) as process:
@@ -309,12 +311,14 @@ def test_gpt2(tmp_path):
         (dict(max_new_tokens=0), ["max_new_tokens=0 must be at least 1"]),
         (dict(temperature=-1.0), ["temperature=-1.0 must be at least 0"]),
         (dict(temperature="1e999"), ["temperature=inf"]),
+        (dict(temperature=1e-9), ["temperature=1e-09 must be 0", "at least 0.001"]),
         (dict(top_k=-1), ["top_k=-1 must be at least 0"]),
         (dict(top_p=0.0), ["top_p=0.0 must be above 0 and at most 1"]),
         (dict(top_p=1.5), ["top_p=1.5"]),
         (dict(init_from="gpt5"), ["init_from='gpt5'", "resume, gpt2"]),
         (dict(temperatur=1.0), ["unknown key 'temperatur'", "temperature"]),
         (dict(start=""), ["the prompt is empty"]),
+        (dict(start='"he said"'), ["does not know the character '\"'"]),  # quotes are part of a prompt
         (dict(start="he said X"), ["does not know the character 'X'", "aeiou"]),
         (dict(start="FILE:nowhere.txt"), ["FILE:nowhere.txt", "No such file"]),
         (dict(out_dir="nowhere"), ["no checkpoint nowhere/ckpt.pt"]),

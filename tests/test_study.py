@@ -72,7 +72,7 @@ def test_a_study_is_resumed_and_never_runs_twice(small_corpus, tmp_path):
     assert (tmp_path / "out/spd/log.txt").read_bytes() == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_an_interrupted_study_goes_on(small_corpus, tmp_path, number):
     """Stopped as asked its run saves; killed, it leaves a run that another study.py waits for instead of failing."""
     path = write(tmp_path, small_corpus, dict(name="long", max_iters=1000, eval_interval=500, checkpoint_interval=100))
@@ -116,6 +116,7 @@ def test_under_torchrun(small_corpus, tmp_path):
         ([], ["runs is empty"]),
         ([dict(name="a"), dict(name="a")], ["several runs are named a"]),
         ([dict(name="../a")], ["'../a'", "without a /"]),
+        ([dict(name="..")], ["'..'", "without a /"]),
         ([dict()], ["a dict with a name"]),
         ([dict(name="a", max_iters=0)], ["'a'", "max_iters=0"]),
         ([dict(name="a", out_dir="b")], ["out_dir"]),
@@ -184,7 +185,9 @@ def test_a_folder_that_holds_another_run(small_corpus, tmp_path, capsys):
     succeeded(run_script([STUDY, path], cwd=tmp_path))
     assert study.main([str(write(tmp_path, small_corpus, dict(name="a", learning_rate=0.5)))]) == 1
     assert "learning_rate=0.0006, not 0.5" in capsys.readouterr().err
-    assert study.main([str(path), "--processes=0"]) == 1
+    for mistake in ("processes=0", "tolerance=-1", "tolerance=1e999", "out_dir="):
+        assert study.main([str(path), f"--{mistake}"]) == 1
+        assert capsys.readouterr().err.startswith(f"error: {mistake.split('=')[0]}")
 
 
 def test_a_run_held_elsewhere_is_left_alone(tmp_path):

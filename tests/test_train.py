@@ -3,10 +3,13 @@
 import hashlib
 import json
 import os
+import pty
 import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -106,7 +109,16 @@ def pretend(monkeypatch, world_size, local_world_size=None):
         (dict(eval_interval=0), ["eval_interval=0", "at least 1"]),
         (dict(max_iters=0), ["max_iters=0", "at least 1"]),
         (dict(eval_iters=-1), ["eval_iters=-1", "at least 0"]),
-        (dict(learning_rate="1e999"), ["learning_rate=inf", "finite"]),
+        (dict(learning_rate="1e999"), ["learning_rate=inf", "below 2^63"]),
+        (dict(max_iters=2**63), [f"max_iters={2**63}", "below 2^63"]),
+        (dict(timeout_s=10**15), ["timeout_s=1000000000000000", "below 1000000"]),
+        (dict(lr_decay_iters=-1), ["lr_decay_iters=-1", "at least 1"]),
+        (dict(lr_decay_iters=0), ["lr_decay_iters=0", "at least 1"]),
+        (dict(min_lr=6e-3), ["min_lr=0.006 is above learning_rate=0.005", "--min_lr=0.0005"]),
+        (dict(learning_rate=1e-4), ["min_lr=0.0005 is above learning_rate=0.0001", "--min_lr=1e-05"]),
+        (dict(warmup_iters=2000, max_iters=20), ["warmup_iters=2000", "past step 20", "--warmup_iters=2"]),
+        (dict(lr_decay_iters=4), ["warmup_iters=5", "past step 4"]),
+        (dict(warmup_iters=13, lr_decay_iters=100), ["warmup_iters=13", "past step 12"]),
         (dict(learning_rate="nan"), ["learning_rate", "float"]),
         (dict(beta2=1.0), ["beta2=1.0", "below 1"]),
         (dict(seed=-1), ["seed=-1", "at least 0"]),
@@ -120,6 +132,11 @@ def pretend(monkeypatch, world_size, local_world_size=None):
 def test_what_cannot_be_trained_is_refused(small_corpus, tmp_path, keys, words):
     refused(tiny(small_corpus, tmp_path, **keys), *words)
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("switch", [dict(decay_lr=False), dict(eval_only=True)], ids=str)
+def test_a_schedule_that_is_not_used_is_not_refused(small_corpus, tmp_path, switch):
+    prepare(configure(Config, tiny(small_corpus, tmp_path, warmup_iters=2000, min_lr=1.0, **switch)))
 
 
 def test_a_device_that_is_not_there(small_corpus, tmp_path):
@@ -155,6 +172,7 @@ def test_an_out_dir_in_use_or_not_writable(tmp_path):
     with open_out_dir(config), pytest.raises(ValueError, match=r"out_dir='.*out' is in use by another live run"):
         open_out_dir(config)
     open_out_dir(config).close()
+    refused(["--out_dir="], "out_dir is empty")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"out_dir='.*file' cannot be written: File exists"):
         open_out_dir(Config(out_dir=str(tmp_path / "file")))
@@ -191,7 +209,7 @@ def test_an_error_under_torchrun_is_said_once(small_corpus, tmp_path):
 
 
 def test_losses_that_are_not_finite_stop_the_run(small_corpus, tmp_path):
-    keys = dict(learning_rate=1e30, min_lr=1e30, max_bad_steps=3, grad_clip=0.0, warmup_iters=0, weight_decay=0.0)
+    keys = dict(learning_rate=1e18, min_lr=1e18, max_bad_steps=3, grad_clip=0.0, warmup_iters=0, weight_decay=0.0)
     process = run_script([TRAIN, *tiny(small_corpus, max_iters=50, eval_interval=50, **keys)], cwd=tmp_path)
     assert process.returncode == 1
     errors = [line for line in process.stderr.splitlines() if "error" in line.lower()]
@@ -341,6 +359,20 @@ def test_the_config_files_on_eight_processes_in_theory(path, small_corpus, tmp_p
     assert configure(Config, [str(path)]).out_dir == f"out-{config.wandb_run_name}"
 
 
+def test_the_commands_of_the_documents_are_accepted(small_corpus, tmp_path, monkeypatch):
+    texts = [(ROOT / name).read_text() for name in ("README.md", "TRAINING_INSTRUCTIONS.md")]
+    text = "\n".join(texts).replace("\\\n", " ")
+    commands = re.findall(r"torchrun .*train_reduced_sync.py [^#\n]*", text)
+    for command in commands:
+        launcher, _, argv = command.partition("train_reduced_sync.py")
+        local, nodes = (re.search(rf"--{key}=(\d+)", launcher) for key in ("nproc_per_node", "nnodes"))
+        pretend(monkeypatch, int(local[1]) * int(nodes[1] if nodes else 1), int(local[1]))
+        argv = [argument for argument in argv.split() if argument.startswith(("config/", "--"))]
+        replaced = [f"--dataset={small_corpus}", "--block_size=64", "--device=cpu", f"--out_dir={tmp_path}"]
+        prepare(configure(Config, [*argv, *replaced]))
+    assert len(commands) > 12 and any("out-smoke" in command for command in commands)
+
+
 def check_run_of_config(folder, path):
     log = read_log(folder / f"out-{path.stem.removeprefix('train_').replace('_', '-')}-cpu" / "log.txt")
     assert log.header["layout"] == "dp 8 x tp 1, 2 shards a rank"
@@ -352,7 +384,8 @@ def check_run_of_config(folder, path):
 @pytest.mark.timeout(400)
 def test_the_config_files_on_eight_processes(small_corpus, tmp_path):
     """Each in turn in the same eight processes, the first also by its launch command."""
-    small = ["config/on_cpu.py", f"--dataset={small_corpus}", "--max_iters=2", "--eval_iters=1", "--n_embd=32"]
+    small = ["config/on_cpu.py", f"--dataset={small_corpus}", "--max_iters=2", "--warmup_iters=1", "--eval_iters=1"]
+    small += ["--n_embd=32"]
     first = [f"config/{CONFIGS[0].name}", *small]
     succeeded(run_script([TRAIN, *first], nproc=8, cwd=tmp_path, timeout=200))
     check_run_of_config(tmp_path, CONFIGS[0])
@@ -507,7 +540,7 @@ def test_resuming_another_model_names_the_fields(resumed, small_corpus, keys, wo
 
 
 def test_resuming_with_another_dropout_or_schedule_is_allowed(resumed, small_corpus):
-    keys = LONG | dict(init_from="resume", dropout=0.1, learning_rate=1e-4, max_iters=500)
+    keys = LONG | dict(init_from="resume", dropout=0.1, learning_rate=6e-4, max_iters=500)
     *_, saved = prepare(configure(Config, tiny(small_corpus, resumed / "whole" / "out", **keys)))
     assert saved["step"] == 300
 
@@ -568,7 +601,7 @@ def init(**_):
     return Run()
 """
     )
-    runs = [tiny(small_corpus, name, wandb_log=True, max_iters=2) for name in ("out-1", "out-2")]
+    runs = [tiny(small_corpus, name, wandb_log=True, max_iters=2, warmup_iters=1) for name in ("out-1", "out-2")]
     env = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     process = run_script([RANKS_AGREE, *chain(runs)], cwd=tmp_path, env=env)
     succeeded(process)
@@ -579,6 +612,23 @@ def init(**_):
     ]
     assert log_lines(tmp_path / "out-1") == log_lines(tmp_path / "out-2")
     assert [row[0] for row in read_log(tmp_path / "out-2" / "log.txt").evaluations] == [0, 2]
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_wandb_without_a_login_asks_nothing(tmp_path, mode):
+    """On a terminal, where it would: offline it logs, online the run goes on without it."""
+    code = "import train_reduced_sync as t; print(t.WandB(t.Config(wandb_log=True)).run is not None)"
+    env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_MODE": mode, "PYTHONPATH": str(ROOT)}
+    ours, terminal = pty.openpty()
+    keys = dict(stdin=terminal, stdout=subprocess.PIPE, stderr=terminal, text=True, cwd=tmp_path, timeout=60)
+    process = subprocess.run([sys.executable, "-c", code], env=env, **keys)
+    said = os.read(ours, 10_000).decode()
+    os.close(ours)
+    os.close(terminal)
+    assert process.returncode == 0 and process.stdout.startswith(f"{mode == 'offline'}\n"), said
+    if mode == "online":
+        assert said.startswith("wandb failed, going on without it: No API key") and said.count("\n") == 1
 
 
 def test_gpt2_weights_without_a_network_are_one_line(small_corpus, tmp_path):

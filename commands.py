@@ -1,0 +1,60 @@
+"""What commands share: the one line of an error, signals that ask for a stop, output to any terminal or pipe."""
+
+import errno
+import io
+import os
+import signal
+import sys
+
+
+def one_line(error):
+    """The first line of an error's text, without the middle of a long one; the error's type where it has no text."""
+    line = str(error).strip().split("\n")[0] or type(error).__name__
+    return line if len(line) <= 2000 else f"{line[:500]} ... {line[-1400:]}"
+
+
+def check_figure(path):
+    """Raise ValueError unless the name of a figure says its format, by which it is written."""
+    if os.path.splitext(path)[1] not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"a figure's name ends in .png, .pdf or .svg, not as {path!r} does")
+
+
+def stop_signals():
+    """The signals that ask for a stop: a kill, Ctrl-C, a scheduler's warning, and a closed terminal unless ignored.
+
+    nohup has SIGHUP ignored.
+    """
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    return numbers if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [*numbers, signal.SIGHUP]
+
+
+class Output(io.FileIO):
+    """stdout or stderr of a command, which ends once nobody reads it, as in `| head`, unless it `goes_on` unheard."""
+
+    def __init__(self, number, goes_on):
+        super().__init__(number, "w", closefd=False)
+        self.unheard = goes_on
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # of a pipe, of a closed terminal
+                raise
+            if not self.unheard:
+                self.unheard = True  # what is flushed at the end
+                raise SystemExit(141) from None  # 128 + SIGPIPE, as of any tool
+            return len(data)
+
+
+def set_up(goes_on=False):
+    """Let output work on every terminal, where a character that it does not have is a `?`, and in a broken pipe.
+
+    A command that `goes_on` does its work without a reader, too. Ends with one line on systems that are not supported.
+    """
+    if os.name != "posix":
+        sys.exit("error: Linux and macOS are supported; on Windows use WSL")
+    for name, errors in (("stdout", "replace"), ("stderr", "backslashreplace")):
+        if (old := getattr(sys, name)) is not None:  # not closed
+            raw = io.BufferedWriter(Output(old.fileno(), goes_on))
+            setattr(sys, name, io.TextIOWrapper(raw, old.encoding, errors, line_buffering=old.line_buffering))

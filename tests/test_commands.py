@@ -1,0 +1,120 @@
+"""What every command does with errors, signals, terminals and pipes of any kind."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch._inductor.config
+from launch import ROOT
+
+import bench
+import compare
+import parallel
+from commands import Output, check_figure, one_line, stop_signals
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def test_one_line_is_one_and_short():
+    assert one_line(ValueError("what\nhow")) == "what" and one_line(ValueError()) == "ValueError"
+    assert one_line(ValueError("a" * 2000)) == "a" * 2000
+    line = one_line(ValueError("n_layr" + "x" * 65_535 + ": unknown key; known are n_layer"))
+    assert len(line) < 2000 and line.startswith("n_layr") and line.endswith("known are n_layer")
+
+
+def said(capsys, action):
+    """The line on stderr with which clear_errors ends what `action` does."""
+    with pytest.raises(SystemExit) as ended, parallel.clear_errors():
+        action()
+    line = capsys.readouterr().err
+    assert ended.value.code == 1 and line.startswith("error: ") and line.count("\n") == 1, line
+    return line
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        lambda: torch.empty(4_000_000, 16_000_000),  # as --n_embd=4000000 asks for
+        lambda: torch.empty(2**40, 2**40),
+        lambda: np.zeros((4_000_000, 16_000_000)),
+        lambda: [0] * 10**15,
+    ],
+)
+def test_memory_that_there_is_not(capsys, action):
+    assert said(capsys, action).startswith("error: not enough memory: ")
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "/bin/false"])
+def test_no_compiler_for_torch_compile(capsys, compiler):
+    with torch._inductor.config.patch({"cpp.cxx": (None, compiler), "force_disable_caches": True}):
+        line = said(capsys, lambda: torch.compile(lambda x: x.sin() + 1)(torch.ones(99)))
+    assert "finds no compiler that works" in line and "--compile=False" in line and compiler in line
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="a mistake"), parallel.clear_errors():
+        raise RuntimeError("a mistake")
+
+
+def test_a_figures_format_is_that_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = str(ROOT / "results/pilot/2x128-baseline-lr0.004-seed1")
+    assert compare.main([run, "--png=~/c.pdf", "--csv=~/c.csv"]) == 0
+    assert (tmp_path / "c.pdf").read_bytes().startswith(b"%PDF") and (tmp_path / "c.csv").exists()
+    for name in ("a.b/c.png", "c.svg"):
+        check_figure(name)
+
+
+@pytest.mark.parametrize("path", ["c", "c.", "c.jpeg2", "png", ".png", "c.png.gz"])
+def test_names_that_no_figure_has(path, capsys):
+    line = f"error: a figure's name ends in .png, .pdf or .svg, not as {path!r} does\n"
+    assert compare.main([f"--png={path}"]) == 1 and capsys.readouterr().err == line
+    assert bench.main(["decode", f"--png={path}"]) == 1 and capsys.readouterr().err == line
+
+
+def test_a_hangup_asks_for_a_stop_unless_it_is_ignored():
+    """As nohup does it."""
+    assert {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1} == set(stop_signals())
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1} == set(stop_signals())
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("encoding, text", [("ascii", b"? ? | caf?\n"), ("latin-1", b"? ? | caf\xe9\n")])
+def test_characters_that_the_terminal_does_not_have(encoding, text):
+    code = "from commands import set_up; set_up(); print('✓ █ | café')"
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=30)
+    assert (process.returncode, process.stdout, process.stderr) == (0, text, b"")
+
+
+@pytest.mark.parametrize("goes_on, status, done", [(False, 141, False), (True, 0, True)])
+def test_a_reader_that_has_gone(tmp_path, goes_on, status, done):
+    """A command ends without a word, a run goes on to its end."""
+    code = f"import os; from commands import set_up; set_up({goes_on})\nfor i in range(9): print('x', flush=True)\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", code + "os.mkdir('done')"]
+    keys = dict(stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    process = subprocess.run(command, timeout=30, **keys)
+    os.close(writer)
+    assert (process.returncode, process.stderr, (tmp_path / "done").exists()) == (status, b"", done)
+
+
+def test_a_terminal_that_has_closed():
+    ours, terminal = pty.openpty()
+    os.close(ours)
+    assert Output(terminal, goes_on=True).write(b"xy") == 2
+    os.close(terminal)
+
+
+def test_a_full_disk_behind_the_output_is_an_error():
+    with open("/dev/full", "wb") as full, pytest.raises(OSError, match="No space left"):
+        Output(full.fileno(), goes_on=True).write(b"x")
