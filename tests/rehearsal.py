@@ -211,14 +211,14 @@ class Memory(TorchDispatchMode):
 
 def peak(keys):
     """Bytes held at most in uncompiled updates of the 124M model with `keys`, evaluation included."""
-    keys = dict(device="cuda", max_iters=2, eval_interval=2, eval_iters=1, gradient_accumulation_steps=2) | keys
+    keys = dict(max_iters=2, eval_interval=2, eval_iters=1, gradient_accumulation_steps=2, warmup_iters=0) | keys
     with tempfile.TemporaryDirectory() as folder:
         tokens = np.zeros(2 * 12 * 1024 + 1, "<u2")  # which they are makes no difference
         splits = {split: (len(tokens), [tokens]) for split in ("train", "val")}
         with contextlib.redirect_stdout(sys.stderr):
             corpus.write_corpus(Path(folder), splits, 50257, "gpt2", "zeros")
             with Memory() as memory:
-                train(keys | dict(compile=False, dataset=folder), folder)
+                train(keys | dict(device="cuda", compile=False, dataset=folder), folder)
     return memory.most
 
 
