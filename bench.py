@@ -26,12 +26,12 @@ from functools import partial
 
 import torch
 
-import latency
-import parallel
 import reduced_sync_model as rsm
-from candidates import Candidate, build, measure, parse, synchronize
-from commands import check_figure, one_line, set_up
-from measure_decode import Decoding, patterns_of
+from reduced_sync import latency, parallel
+from reduced_sync.accelerators import ACCELERATORS, Accelerator
+from reduced_sync.candidates import Candidate, build, measure, parse, synchronize
+from reduced_sync.commands import check_figure, one_line, set_up
+from reduced_sync.decode_timing import Decoding, patterns_of
 
 
 def peak_memory(device, reset=False):
@@ -138,7 +138,7 @@ def constants_of(rounds, B, T, args):
     """(bytes/s that a rank streams, Accelerator, Link or None): medians of what all ranks measured."""
     found = [constants for one in rounds for _, constants in one]
     middle = {key: statistics.median(one[key] for one in found) for key in found[0]}
-    accelerator = latency.Accelerator(middle["bandwidth", B], middle["peak", B, T], middle["overhead", B], "measured")
+    accelerator = Accelerator(middle["bandwidth", B], middle["peak", B, T], middle["overhead", B], "measured")
     link, n = None, len(rounds[0])
     if n > 1:
         sizes = [4 * B * t * args.n_embd for t in (1, T)]
@@ -278,7 +278,7 @@ def draw(table, path):
 def predict(args):
     """PREDICTED time per token and to the first token on named links, by the cost model of latency.py."""
     shape = latency.Shape(args.n_layer, args.n_embd, args.vocab_size, args.itemsize)
-    accelerator = latency.ACCELERATORS[args.accelerator]
+    accelerator = NAMED[args.accelerator]
     setting = f"tp_size {args.n_shard}, batch {args.batch_size}, prompt {args.prompt}"
     print(f"PREDICTED, not measured: {args.accelerator}, {setting}")
     print(f"{'link':16}{'variant':14}{'syncs':>6}{'TTFT ms':>10}{'TPOT ms':>10}{'faster':>8}{'bound':>8}")
@@ -302,6 +302,7 @@ def predict(args):
     return table
 
 
+NAMED = {name.lower(): accelerator for name, accelerator in ACCELERATORS.items()}
 EVERY = ["baseline", "spd", "110111011101", "grouped:2", "grouped:3", "grouped:4", "grouped:6", "grouped:12"]
 
 
@@ -328,7 +329,7 @@ def main(argv):
         command.add_argument("patterns", nargs="*", default=every, help="baseline, spd, grouped:LAYERS or a pattern")
         command.add_argument("--n_shard", type=int, default=2 if name == "decode" else 8)
     command.add_argument("--links", nargs="+", choices=latency.LINKS, help="default: all")
-    command.add_argument("--accelerator", choices=latency.ACCELERATORS, default="h100")
+    command.add_argument("--accelerator", choices=NAMED, default="h100")
     command.add_argument("--batch_size", type=int, default=1)
     command.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (default: %(default)s)")
     command.add_argument("--itemsize", type=int, default=2, help="bytes of a weight (default: %(default)s)")

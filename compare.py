@@ -25,9 +25,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from commands import check_figure, one_line, set_up
+from reduced_sync.commands import check_figure, one_line, set_up
+from reduced_sync.run_log import changes, read_log, settings
 from reduced_sync_model import count_syncs
-from run_log import changes, read_log, settings
 
 LEAST_TOKENS = 10  # a parameter; shorter runs cannot tell variants apart: EXPERIMENT_SUMMARY.md
 HEADER = "sync_pattern parameters dtype config".split()  # lines that a header must have, and keys of its config

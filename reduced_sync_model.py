@@ -10,7 +10,8 @@ attention and every MLP. Here a sync pattern, one character per layer, says wher
     0  not at all
 
 Between two sync points a shard sees the last synced stream x plus its own local delta d; a sync adds the sum of all
-deltas to x. All of torch.distributed is in the section "Collectives"; where it is called, see Block and Stream.
+deltas to x. That is Stream.sync, and with it every all-reduce of the forward pass. Those of the backward pass come from
+Stream.read: the gradient of x, which all shards have read, is the sum of theirs.
 
 Other ways to wait less, each an option of GPTConfig: parallel_block (attention and MLP read the same stream), merge
 (what a sync makes of the deltas) and overlap (an all-reduce is in flight while the next sublayer runs).
@@ -20,7 +21,9 @@ per shard. `model = GPT(GPTConfig(n_shard=2, sync_pattern=spd(12)))` needs no la
 """
 
 import math
+import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,17 +34,17 @@ from torch.nn import functional as F
 # Sync patterns
 
 
-def baseline(n_layer):
+def baseline(n_layer: int) -> str:
     """Standard TP: 2 syncs a layer, 24 for 12 layers."""
     return "2" * n_layer
 
 
-def spd(n_layer):
+def spd(n_layer: int) -> str:
     """Sync-point drop (arXiv 2502.20727): one sync a layer, 12 for 12 layers."""
     return "1" * n_layer
 
 
-def grouped(n_layer, layers_per_group):
+def grouped(n_layer: int, layers_per_group: int) -> str:
     """`layers_per_group` layers on rank-local streams, then one sync. Raises ValueError if they do not fit."""
     if layers_per_group < 1 or n_layer % layers_per_group:
         divisors = [n for n in range(1, n_layer + 1) if n_layer % n == 0]
@@ -49,7 +52,7 @@ def grouped(n_layer, layers_per_group):
     return ("0" * (layers_per_group - 1) + "1") * (n_layer // layers_per_group)
 
 
-def selective(n_layer, pattern):
+def selective(n_layer: int, pattern: str) -> str:
     """Any pattern of one character per layer. Raises ValueError unless it is valid for `n_layer` layers."""
     if not isinstance(pattern, str) or set(pattern) - set("210a"):
         raise ValueError(f"sync_pattern={pattern!r}: allowed are the characters 2, 1, 0 and a, one per layer")
@@ -60,12 +63,22 @@ def selective(n_layer, pattern):
     return pattern
 
 
-def count_syncs(pattern):
+def parse_pattern(text: str, n_layer: int) -> str:
+    """The pattern that `baseline`, `spd`, `grouped:LAYERS` or a pattern itself names. Raises ValueError."""
+    name, _, layers = text.partition(":")
+    if name == "grouped" and layers.isdecimal():
+        return grouped(n_layer, int(layers))
+    if text in ("baseline", "spd"):
+        return baseline(n_layer) if text == "baseline" else spd(n_layer)
+    return selective(n_layer, text)
+
+
+def count_syncs(pattern: str) -> int:
     """All-reduces of one forward pass: the pattern's digit sum, with a = 1."""
     return sum({"2": 2, "1": 1, "a": 1, "0": 0}[character] for character in pattern)
 
 
-def draw_pattern(pattern):
+def draw_pattern(pattern: str) -> str:
     """The pattern as a drawing: A attention, M MLP, | an all-reduce. `draw_pattern('21')` is 'A|M| AM|'."""
     return " ".join({"2": "A|M|", "1": "AM|", "a": "A|M", "0": "AM"}[character] for character in pattern)
 
@@ -136,98 +149,55 @@ def finish_sum_over_ranks(x, total):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers. Every parameter has a leading dimension: the shards that this rank holds.
-
-
-def few_rows(x):
-    """Whether x (..., B, T, C) is a decode step on a CPU: its products take as long as reading their matrices.
-
-    MKL gives a product with a few rows one thread and half the memory's bandwidth; multiply_few does better.
-    """
-    return not torch.is_grad_enabled() and x.device.type == "cpu" and x.size(-3) * x.size(-2) <= 8
-
-
-def multiply_few(x, weight):
-    """x (S, n, C) times weight (S, out, C) -> (S, n, out), for few rows n."""
-    if torch.compiler.is_compiling() and x.size(1) == 1:  # becomes one loop over the matrix, on all threads
-        return (weight[:, :, None] * x[:, None]).sum(-1).mT
-    if len(weight) == 1 and weight.is_contiguous() and weight.size(1) % 4 == 0:  # a batch is spread over the threads
-        y = torch.bmm(x.expand(4, -1, -1), weight.squeeze(0).unflatten(0, (4, -1)).mT)  # (4, n, out/4)
-        return y.transpose(0, 1).flatten(1).unsqueeze(0)
-    return torch.bmm(x, weight.mT)
+# Layers, each for the S shards that this rank holds: their parameters lead with S. What goes in is per shard, or the
+# synced stream (B, T, C) that all shards see; a norm's gains, (S, 1, 1, C), make either one (S, B, T, C).
 
 
 class LayerNorm(nn.Module):
-    """The gain and bias (S, C) of a layer norm per shard; ColumnParallel applies them."""
+    """A layer norm per shard. weight and bias (S, C)."""
 
     def __init__(self, n_local, n_embd, bias):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(n_local, n_embd))
         self.bias = nn.Parameter(torch.zeros(n_local, n_embd)) if bias else None
 
+    def forward(self, h):
+        """h (B, T, C) or (S, B, T, C) -> (S, B, T, C)."""
+        h = F.layer_norm(h, h.shape[-1:]) * self.weight[:, None, None]
+        return h if self.bias is None else h + self.bias[:, None, None]
+
+
+def multiply(x, weight, bias):
+    """x (S, B, T, in) times weight (S, in, out), plus bias (S, out) or None -> (S, B, T, out)."""
+    rows = x.flatten(1, 2)  # (S, B*T, in)
+    y = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias[:, None], rows, weight)
+    return y.unflatten(1, x.shape[1:3])
+
 
 class ColumnParallel(nn.Module):
-    """Layer norm, then a linear layer cut by its output. weight (S, out, C), bias (S, out)."""
+    """A linear layer cut by its output. weight (S, out, in), bias (S, out)."""
 
     def __init__(self, n_local, n_in, n_out, bias):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_local, n_out, n_in))
         self.bias = nn.Parameter(torch.zeros(n_local, n_out)) if bias else None
 
-    def forward(self, norm, h):
-        """h is (B, T, C) where all shards see the same stream, else (S, B, T, C); returns (S, B, T, out) per shard."""
-        n_local, _, C = self.weight.shape
-        weight, bias = self.weight, self.bias
-        if n_local == 1 and not few_rows(h):
-            bias = None if bias is None else bias.squeeze(0)  # a view; indexing would copy the gradient
-            h = F.layer_norm(h, (C,), norm.weight.squeeze(0), None if norm.bias is None else norm.bias.squeeze(0))
-            y = F.linear(h, weight.squeeze(0), bias)
-            return y if y.dim() == 4 else y.unsqueeze(0)
-        h = F.layer_norm(h, (C,))
-        if h.dim() == 3 and h.size(0) * h.size(1) >= C:
-            # One input: the dense model's product. The gains and biases, which differ, fold into the matrix, which is
-            # the smaller work where there are more tokens than channels.
-            if bias is not None:
-                bias = (bias + torch.einsum("soc,sc->so", weight, norm.bias)).flatten()
-            weight = (weight * norm.weight[:, None, :]).flatten(0, 1)  # (S*out, C)
-            return F.linear(h, weight, bias).unflatten(-1, (n_local, -1)).permute(2, 0, 1, 3)
-        h = h * norm.weight[:, None, None, :]  # (S, B, T, C)
-        if norm.bias is not None:
-            h = h + norm.bias[:, None, None, :]
-        B, T = h.shape[1:3]
-        if few_rows(h):
-            y = multiply_few(h.flatten(1, 2), weight)  # (S, B*T, out)
-            y = y if bias is None else y + bias[:, None, :]
-        elif bias is None:
-            y = torch.bmm(h.flatten(1, 2), weight.mT)
-        else:
-            y = torch.baddbmm(bias[:, None, :], h.flatten(1, 2), weight.mT)
-        return y.unflatten(1, (B, T))
+    def forward(self, h):
+        """h (S, B, T, in) -> (S, B, T, out)."""
+        return multiply(h, self.weight.mT, self.bias)
 
 
 class RowParallel(nn.Module):
-    """A linear layer cut by its input. weight (S, in, out), so that all shards' rows are one matrix; bias (S, out)."""
+    """A linear layer cut by its input: its output is the sum over shards. weight (S, in, out), bias (S, out)."""
 
     def __init__(self, n_local, n_in, n_out, bias):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_local, n_in, n_out))
         self.bias = nn.Parameter(torch.zeros(n_local, n_out)) if bias else None
 
-    def forward(self, y, summed):
-        """y is (S, B, T, in) per shard; returns (S, B, T, out) per shard or, `summed` over this rank's, (B, T, out)."""
-        B, T = y.shape[1:3]
-        if few_rows(y):
-            y = multiply_few(y.flatten(1, 2), self.weight.mT).unflatten(1, (B, T))
-            y = y if self.bias is None else y + self.bias[:, None, None, :]
-            return y.sum(0) if summed else y
-        if summed:  # a sync follows: the sum over shards is part of the dense model's product
-            y = y.permute(1, 2, 0, 3).flatten(2)  # (B, T, S*in)
-            return F.linear(y, self.weight.flatten(0, 1).t(), None if self.bias is None else self.bias.sum(0))
-        if self.bias is None:
-            y = torch.bmm(y.flatten(1, 2), self.weight)
-        else:
-            y = torch.baddbmm(self.bias[:, None, :], y.flatten(1, 2), self.weight)
-        return y.unflatten(1, (B, T))
+    def forward(self, y):
+        """y (S, B, T, in) -> (S, B, T, out), of which a sync makes the sum."""
+        return multiply(y, self.weight, self.bias)
 
 
 class CausalSelfAttention(nn.Module):
@@ -239,9 +209,9 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = ColumnParallel(n_local, config.n_embd, 3 * n_embd_shard, config.bias)
         self.c_proj = RowParallel(n_local, n_embd_shard, config.n_embd, config.bias)
 
-    def forward(self, norm, h, summed, past=None):
-        """`past`: this layer's (keys, values, positions held) of a KVCache, to which those of h are added."""
-        qkv = self.c_attn(norm, h)  # (S, B, T, 3*C/n_shard)
+    def forward(self, h, past=None):
+        """h (S, B, T, C) -> (S, B, T, C). `past`: this layer's (keys, values, positions held) of a KVCache."""
+        qkv = self.c_attn(h)  # (S, B, T, 3*C/n_shard)
         S, B, T, _ = qkv.shape
         qkv = qkv.unflatten(-1, (3, -1, self.head_size)).permute(3, 0, 1, 4, 2, 5)  # (3, S, B, heads, T, D)
         q, k, v = (t.flatten(0, 1) for t in qkv)  # (S*B, heads, T, D): a shard's heads attend by themselves
@@ -252,7 +222,7 @@ class CausalSelfAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)  # a single token sees all
         y = y.transpose(1, 2).reshape(S, B, T, -1)  # (S, B, T, C/n_shard)
-        return F.dropout(self.c_proj(y, summed), self.dropout, self.training)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -263,21 +233,22 @@ class MLP(nn.Module):
         self.c_fc = ColumnParallel(n_local, config.n_embd, n_hidden_shard, config.bias)
         self.c_proj = RowParallel(n_local, n_hidden_shard, config.n_embd, config.bias)
 
-    def forward(self, norm, h, summed):
-        y = F.gelu(self.c_fc(norm, h), approximate="tanh")  # (S, B, T, 4*C/n_shard); tanh: GPT-2's own
-        return F.dropout(self.c_proj(y, summed), self.dropout, self.training)
+    def forward(self, h):
+        """h (S, B, T, C) -> (S, B, T, C)."""
+        y = F.gelu(self.c_fc(h), approximate="tanh")  # (S, B, T, 4*C/n_shard); tanh: GPT-2's own
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
-def add(d, y):
-    """d + y, where d may be None, that is zero. Accumulated in float32 also under autocast, as the stream is."""
-    return y.to(torch.promote_types(y.dtype, torch.float32)) if d is None else d + y
+# ---------------------------------------------------------------------------------------------------------------------
+# The stream and the block
 
 
 class Stream:
     """The residual stream of a forward pass: what was synced, and what each shard has added to it since.
 
     x (B, T, C) is the synced stream and x_in what the shards read of it, f(x); d (S, B, T, C) are their local deltas,
-    None where they are zero; late is the sum of a sync in flight, None where there is none.
+    None where they are zero; late is the sum of a sync in flight, None where there is none. x and d are float32 also
+    under autocast.
     """
 
     def __init__(self, x, config, tp_group):
@@ -294,24 +265,20 @@ class Stream:
     def keep(self, y):
         """No sync: y (S, B, T, C) stays with its shard."""
         self.arrive()
-        self.d = add(self.d, y)
+        self.d = y.to(self.x.dtype) if self.d is None else self.d + y
 
     def sync(self, y):
-        """A sync point: x plus the sum of all shards' deltas, of which y (B, T, C), of this rank's shards, is the last.
+        """A sync point: x plus the sum of all shards' deltas, of which y (S, B, T, C) is the last.
 
         With merge="desync" the deltas before y count by their mean (arXiv 2501.06589v1). With overlap x has the sum one
-        sublayer later: until then a shard sees nothing of it ("ladder", arXiv 2501.06589) or its own part ("delayed",
-        for which y is per shard).
+        sublayer later: until then a shard sees nothing of it ("ladder", arXiv 2501.06589) or its own part ("delayed").
         """
         self.arrive()
-        if self.overlap == "delayed":
-            self.d = add(self.d, y)
-            delta = self.d.sum(0)
-        else:
-            before = None if self.d is None else self.d.sum(0)
-            if self.desync and before is not None:
-                before = before / self.n_shard
-            delta, self.d = add(before, y), None
+        if self.desync and self.d is not None:
+            self.d = self.d / self.n_shard
+        d = y if self.d is None else self.d + y
+        delta = d.sum(0, dtype=self.x.dtype)  # (B, T, C): of this rank's shards
+        self.d = d if self.overlap == "delayed" else None
         if self.overlap:
             self.late = start_sum_over_ranks(delta, self.tp_group)
         else:
@@ -325,12 +292,13 @@ class Stream:
 
 
 class Block(nn.Module):
-    def __init__(self, config, n_local, syncs):
+    """One layer; `character` is its place in the sync pattern."""
+
+    def __init__(self, config, n_local, character):
         super().__init__()
-        self.sync_after_attn = syncs in "2a"
-        self.sync_after_mlp = syncs in "21"
+        self.sync_after_attn = character in "2a"
+        self.sync_after_mlp = character in "21"
         self.parallel = config.parallel_block
-        self.per_shard = config.overlap == "delayed"  # a sync needs each shard's part, not only their sum
         self.ln_1 = LayerNorm(n_local, config.n_embd, config.bias)
         self.attn = CausalSelfAttention(config, n_local)
         self.ln_2 = LayerNorm(n_local, config.n_embd, config.bias)
@@ -339,7 +307,7 @@ class Block(nn.Module):
     def forward(self, stream, past=None):
         """Add this layer to the Stream; `past` is its part of a KVCache."""
         h = stream.read()
-        y = self.attn(self.ln_1, h, summed=self.sync_after_attn and not self.per_shard, past=past)
+        y = self.attn(self.ln_1(h), past)
         if self.sync_after_attn:
             stream.sync(y)
         else:
@@ -347,7 +315,7 @@ class Block(nn.Module):
 
         if not self.parallel:  # else the MLP reads what the attention has read
             h = stream.read()
-        y = self.mlp(self.ln_2, h, summed=self.sync_after_mlp and not self.per_shard)
+        y = self.mlp(self.ln_2(h))
         if self.sync_after_mlp:
             stream.sync(y)
         else:
@@ -355,22 +323,87 @@ class Block(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model
+# Parameters: how each is cut into shards. Dense tensors have nanoGPT's names and nn.Linear's layout (out, in).
 
 
-class KVCache:
-    """Keys and values of the tokens that a model has seen, for this rank's shards, allocated once.
+class Role(NamedTuple):
+    """How a dense tensor is cut, and whether it is a matrix: matrices decay and can be kept in fewer bits.
 
-    model(idx, cache=cache) adds those of idx: a whole prompt to an empty cache (prefill), then one token at a time
-    (decode). Setting `length` to 0 empties it.
+    replicated  not at all: it acts on the synced stream, and every rank has it
+    copied      each shard has one of its own, equal at the start
+    heads       by its output, Q, K and V each by heads: (3*C, ...) -> (S, 3*C/n_shard, ...)
+    output      by its output: (out, ...) -> (S, out/n_shard, ...)
+    input       by its input, transposed so that all shards' rows are one matrix: (out, in) -> (S, in/n_shard, out)
+    divided     into equal parts, of which a sync makes the sum: (C) -> (S, C)
     """
 
-    def __init__(self, model, batch_size):
-        c, wte = model.config, model.transformer.wte.weight
-        n_local = c.n_shard // model.tp_size
-        shape = (n_local * batch_size, c.n_head // c.n_shard, c.block_size, c.n_embd // c.n_head)  # (S*B, heads, T, D)
-        self.layers = [(wte.new_empty(shape), wte.new_empty(shape)) for _ in range(c.n_layer)]
-        self.length = 0
+    cut: str
+    is_matrix: bool
+
+
+ROLES = {
+    "wte.weight": Role("replicated", True),
+    "wpe.weight": Role("replicated", True),
+    "ln_1.weight": Role("copied", False),
+    "ln_1.bias": Role("copied", False),
+    "attn.c_attn.weight": Role("heads", True),
+    "attn.c_attn.bias": Role("heads", False),
+    "attn.c_proj.weight": Role("input", True),
+    "attn.c_proj.bias": Role("divided", False),
+    "ln_2.weight": Role("copied", False),
+    "ln_2.bias": Role("copied", False),
+    "mlp.c_fc.weight": Role("output", True),
+    "mlp.c_fc.bias": Role("output", False),
+    "mlp.c_proj.weight": Role("input", True),
+    "mlp.c_proj.bias": Role("divided", False),
+    "ln_f.weight": Role("replicated", False),
+    "ln_f.bias": Role("replicated", False),
+    "lm_head.weight": Role("replicated", True),
+}
+
+
+def role_of(name: str) -> Role:
+    """The role of the parameter `name` of a GPT, such as transformer.h.3.attn.c_attn.weight."""
+    return ROLES[re.sub(r"^transformer\.(h\.\d+\.)?", "", name)]
+
+
+def is_sharded(name: str) -> bool:
+    """Whether the parameter `name` has the shard dimension."""
+    return role_of(name).cut != "replicated"
+
+
+def shard_tensor(name: str, dense: torch.Tensor, n_shard: int) -> torch.Tensor:
+    """One dense tensor -> (n_shard, ...), or itself where it is replicated."""
+    match role_of(name).cut:
+        case "replicated":
+            return dense
+        case "copied":
+            return dense.expand(n_shard, -1)
+        case "heads":
+            return dense.unflatten(0, (3, n_shard, -1)).transpose(0, 1).flatten(1, 2)
+        case "output":
+            return dense.unflatten(0, (n_shard, -1))
+        case "input":
+            return dense.t().unflatten(0, (n_shard, -1))
+        case "divided":
+            return (dense / n_shard).expand(n_shard, -1)
+
+
+def initial_weights(config):
+    """Yield name and value of every random tensor of a dense GPT-2, drawn on the CPU in a fixed order."""
+    C = config.n_embd
+    small = 0.02 / math.sqrt(2 * config.n_layer)  # GPT-2: the 2*n_layer layers that write to the residual stream
+    yield "transformer.wte.weight", torch.normal(0.0, 0.02, (config.vocab_size, C))
+    yield "transformer.wpe.weight", torch.normal(0.0, 0.02, (config.block_size, C))
+    for i in range(config.n_layer):
+        yield f"transformer.h.{i}.attn.c_attn.weight", torch.normal(0.0, 0.02, (3 * C, C))
+        yield f"transformer.h.{i}.attn.c_proj.weight", torch.normal(0.0, small, (C, C))
+        yield f"transformer.h.{i}.mlp.c_fc.weight", torch.normal(0.0, 0.02, (4 * C, C))
+        yield f"transformer.h.{i}.mlp.c_proj.weight", torch.normal(0.0, small, (C, 4 * C))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
 
 
 @dataclass
@@ -412,6 +445,21 @@ class GPTConfig:
             raise ValueError(f"overlap={self.overlap!r}: a single sync, the last, has nothing to hide behind")
 
 
+class KVCache:
+    """Keys and values of the tokens that a model has seen, for this rank's shards, allocated once.
+
+    model(idx, cache=cache) adds those of idx: a whole prompt to an empty cache (prefill), then one token at a time
+    (decode). Setting `length` to 0 empties it.
+    """
+
+    def __init__(self, model, batch_size):
+        c, wte = model.config, model.transformer.wte.weight
+        n_local = c.n_shard // model.tp_size
+        shape = (n_local * batch_size, c.n_head // c.n_shard, c.block_size, c.n_embd // c.n_head)  # (S*B, heads, T, D)
+        self.layers = [(wte.new_empty(shape), wte.new_empty(shape)) for _ in range(c.n_layer)]
+        self.length = 0
+
+
 class GPT(nn.Module):
     """`GPT(config)` holds all shards in one process; with a process group it holds this rank's n_shard / tp_size.
 
@@ -441,7 +489,7 @@ class GPT(nn.Module):
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.block_size, config.n_embd),
                 drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList([Block(config, n_local, syncs) for syncs in config.sync_pattern]),
+                h=nn.ModuleList([Block(config, n_local, character) for character in config.sync_pattern]),
                 ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
             )
         )
@@ -449,7 +497,7 @@ class GPT(nn.Module):
         self.lm_head.weight = self.transformer.wte.weight
         parameters = dict(self.named_parameters())
         with torch.no_grad():
-            for name, dense in _initial_weights(config):
+            for name, dense in initial_weights(config):
                 parameters[name].copy_(self.local_part(name, shard_tensor(name, dense, config.n_shard)))
 
     def forward(self, idx, targets=None, cache=None):
@@ -465,26 +513,21 @@ class GPT(nn.Module):
         if held and T > 1:
             raise ValueError(f"{T} tokens behind the {held} in the cache: decoding takes one at a time")
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[held : held + T]  # (B, T, C)
-        x = self.transformer.drop(x)
-        stream = Stream(x, self.config, self.tp_group)
+        stream = Stream(self.transformer.drop(x), self.config, self.tp_group)
         for i, block in enumerate(self.transformer.h):
             block(stream, None if cache is None else (*cache.layers[i], held))
         stream.arrive()
-        x = stream.x
         if cache is not None:
             cache.length += T
         if targets is None:
-            x = self.transformer.ln_f(x[:, -1:])  # (B, 1, C)
-            if few_rows(x):
-                return multiply_few(x.transpose(0, 1), self.lm_head.weight[None]).transpose(0, 1), None
-            return self.lm_head(x), None
-        logits = self.lm_head(self.transformer.ln_f(x))
+            return self.lm_head(self.transformer.ln_f(stream.x[:, -1:])), None
+        logits = self.lm_head(self.transformer.ln_f(stream.x))
         # in float32 also under autocast: in bfloat16 a token's log-softmax is off by 0.02
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(exact.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
         return logits, loss
 
-    def get_num_params(self, non_embedding=True):
+    def get_num_params(self, non_embedding=True) -> int:
         """Parameters of the whole model, all ranks together; like nanoGPT's count, without the position embedding."""
         n = sum(p.numel() * (self.tp_size if is_sharded(name) else 1) for name, p in self.named_parameters())
         return n - self.transformer.wpe.weight.numel() if non_embedding else n
@@ -495,151 +538,9 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """AdamW, fused on CUDA and CPU; matrices and embeddings decay, biases and norm gains do not."""
-        # By role, not by dim(): a norm gain with a shard dimension is 2-D.
-        decays = {name: name.endswith("weight") and ".ln_" not in name for name, _ in self.named_parameters()}
+        named = list(self.named_parameters())
         groups = [
-            {"params": [p for n, p in self.named_parameters() if decays[n]], "weight_decay": weight_decay},
-            {"params": [p for n, p in self.named_parameters() if not decays[n]], "weight_decay": 0.0},
+            {"params": [p for name, p in named if role_of(name).is_matrix], "weight_decay": weight_decay},
+            {"params": [p for name, p in named if not role_of(name).is_matrix], "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
-
-    def estimate_mfu(self, fwdbwd_per_iter, dt, device_name):
-        """Model flops utilisation: the share of its device's bfloat16 peak that one rank attains, or None if unknown.
-
-        fwdbwd_per_iter: sequences of block_size that this rank's TP group trains on in `dt` seconds. Flops as in PaLM
-        (arXiv 2204.02311, appendix B).
-        """
-        peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
-        if peak is None:
-            return None
-        c = self.config
-        flops_per_token = 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
-        return flops_per_token * c.block_size * fwdbwd_per_iter / self.tp_size / dt / peak
-
-    @classmethod
-    def from_pretrained(cls, model_type, tp_group=None, block_size=None, **choices):
-        """OpenAI's weights ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder of save_pretrained) in shards.
-
-        block_size crops the position embedding; `choices` are GPTConfig's fields from dropout on, but bias. With
-        dropped syncs it is another function than GPT-2: a place to train from. Raises ValueError or OSError where the
-        weights cannot be had or do not fit.
-        """
-        from transformers import GPT2LMHeadModel
-
-        hf = GPT2LMHeadModel.from_pretrained(model_type)
-        if block_size is not None and block_size > hf.config.n_positions:
-            raise ValueError(f"block_size={block_size} is above the {hf.config.n_positions} positions of {model_type}")
-        config = GPTConfig(
-            block_size=block_size or hf.config.n_positions,
-            vocab_size=hf.config.vocab_size,
-            n_layer=hf.config.n_layer,
-            n_head=hf.config.n_head,
-            n_embd=hf.config.n_embd,
-            bias=True,
-            **choices,
-        )
-        dense = {}
-        for name, tensor in hf.state_dict().items():
-            # transformers keeps the four linear layers of a block transposed (Conv1D)
-            is_matrix = name.startswith("transformer.h.") and tensor.dim() == 2
-            dense[name] = tensor.t() if is_matrix else tensor
-        dense["transformer.wpe.weight"] = dense["transformer.wpe.weight"][: config.block_size]
-        model = cls(config, tp_group)
-        shards = dense_to_shards(dense, config)
-        model.load_state_dict({name: model.local_part(name, tensor) for name, tensor in shards.items()})
-        return model
-
-
-# OpenAI's models: n_layer, n_head, n_embd. All have 1024 positions, 50257 tokens and biases.
-GPT2_SHAPES = {
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
-}
-
-# Dense bfloat16 flops a second by a part of the device's name; from NVIDIA's data sheets, without sparsity.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Dense weights and shards. Dense tensors have nanoGPT's names and nn.Linear's layout (out, in).
-
-
-def is_sharded(name):
-    """Whether the parameter `name` has the shard dimension: those of the blocks have, all others are replicated."""
-    return name.startswith("transformer.h.")
-
-
-def shard_tensor(name, dense, n_shard):
-    """One dense tensor -> (n_shard, ...), or itself where it is replicated."""
-    if not is_sharded(name):
-        return dense
-    if ".ln_" in name:
-        return dense.expand(n_shard, -1)
-    if "c_attn" in name:  # Q, K and V are each cut by heads
-        return dense.unflatten(0, (3, n_shard, -1)).transpose(0, 1).flatten(1, 2)
-    if "c_fc" in name:
-        return dense.unflatten(0, (n_shard, -1))
-    if name.endswith("c_proj.weight"):
-        return dense.t().unflatten(0, (n_shard, -1))
-    return (dense / n_shard).expand(n_shard, -1)  # c_proj.bias: the sum over shards adds it n_shard times
-
-
-def unshard_tensor(name, shards):
-    """The inverse of shard_tensor; of a norm it takes the first shard's."""
-    if not is_sharded(name):
-        return shards
-    if ".ln_" in name:
-        return shards[0]
-    if "c_attn" in name:
-        return shards.unflatten(1, (3, -1)).transpose(0, 1).flatten(0, 2)
-    if "c_fc" in name:
-        return shards.flatten(0, 1)
-    if name.endswith("c_proj.weight"):
-        return shards.flatten(0, 1).t()
-    return shards.sum(0)
-
-
-def dense_to_shards(dense, config):
-    """State dict of a dense GPT-2 -> state dict of the whole sharded model."""
-    return {name: shard_tensor(name, tensor, config.n_shard) for name, tensor in dense.items()}
-
-
-def shards_to_dense(shards, config):
-    """State dict of the whole sharded model -> the dense GPT-2 that computes the same.
-
-    Raises ValueError if there is none, as the pattern drops a sync or the block is another one. A norm whose gains
-    differ from shard to shard folds into the matrix behind it.
-    """
-    if config.parallel_block or config.overlap:
-        raise ValueError("a model with parallel_block or overlap equals no GPT-2")
-    if config.sync_pattern != baseline(config.n_layer) and config.n_shard > 1:
-        raise ValueError(f"sync_pattern={config.sync_pattern}: only all-2 (or n_shard=1) equals a dense model")
-    shards = dict(shards)
-    for i in range(config.n_layer):
-        for norm, linear in (("ln_1", "attn.c_attn"), ("ln_2", "mlp.c_fc")):
-            norm, linear = f"transformer.h.{i}.{norm}", f"transformer.h.{i}.{linear}"
-            gain, bias = shards[f"{norm}.weight"], shards.get(f"{norm}.bias")
-            if all(t is None or torch.equal(t, t[:1].expand_as(t)) for t in (gain, bias)):
-                continue
-            weight = shards[f"{linear}.weight"]
-            if bias is not None:
-                shards[f"{linear}.bias"] = shards[f"{linear}.bias"] + torch.einsum("soc,sc->so", weight, bias)
-                shards[f"{norm}.bias"] = torch.zeros_like(bias)
-            shards[f"{linear}.weight"] = weight * gain[:, None, :]
-            shards[f"{norm}.weight"] = torch.ones_like(gain)
-    return {name: unshard_tensor(name, tensor) for name, tensor in shards.items()}
-
-
-def _initial_weights(config):
-    """Yield the name and the value of every random tensor of a dense GPT-2, on the CPU and in a fixed order."""
-    C = config.n_embd
-    small = 0.02 / math.sqrt(2 * config.n_layer)  # GPT-2: the 2*n_layer layers that write to the residual stream
-    yield "transformer.wte.weight", torch.normal(0.0, 0.02, (config.vocab_size, C))
-    yield "transformer.wpe.weight", torch.normal(0.0, 0.02, (config.block_size, C))
-    for i in range(config.n_layer):
-        yield f"transformer.h.{i}.attn.c_attn.weight", torch.normal(0.0, 0.02, (3 * C, C))
-        yield f"transformer.h.{i}.attn.c_proj.weight", torch.normal(0.0, small, (C, C))
-        yield f"transformer.h.{i}.mlp.c_fc.weight", torch.normal(0.0, 0.02, (4 * C, C))
-        yield f"transformer.h.{i}.mlp.c_proj.weight", torch.normal(0.0, small, (C, 4 * C))

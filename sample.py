@@ -20,14 +20,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import checkpoint as ckpt
-import parallel
 import reduced_sync_model as rsm
-from commands import set_up
-from configurator import configure, describe, option
-from data import corpus
-from generation import cast, choose, compiled, generate
-from parallel import RANK, WORLD_SIZE
+from reduced_sync import checkpoint as ckpt
+from reduced_sync import parallel, preparing
+from reduced_sync.commands import set_up
+from reduced_sync.config import configure, describe, option
+from reduced_sync.decoding import cast, choose, for_decoding, generate
+from reduced_sync.parallel import RANK, WORLD_SIZE
+from reduced_sync.weights import GPT2_SHAPES, from_pretrained
 
 
 @dataclass
@@ -58,8 +58,8 @@ def check(config):
         raise ValueError(f"temperature={config.temperature} must be 0, for the likeliest token, or at least 0.001")
     if not 0 < config.top_p <= 1:
         raise ValueError(f"top_p={config.top_p} must be above 0 and at most 1")
-    if config.init_from not in ("resume", *rsm.GPT2_SHAPES):
-        raise ValueError(f"init_from={config.init_from!r}: allowed are resume, {', '.join(rsm.GPT2_SHAPES)}")
+    if config.init_from not in ("resume", *GPT2_SHAPES):
+        raise ValueError(f"init_from={config.init_from!r}: allowed are resume, {', '.join(GPT2_SHAPES)}")
 
 
 def load(config):
@@ -91,18 +91,18 @@ def build(config, saved, model_config, layout):
         ckpt.restore(saved, model)
     else:
         try:
-            model = rsm.GPT.from_pretrained(config.init_from, layout.tp_group, n_shard=WORLD_SIZE)
+            model = from_pretrained(config.init_from, layout.tp_group, n_shard=WORLD_SIZE)
         except (OSError, ValueError) as error:
             raise parallel.SameOnAllRanks(f"init_from={config.init_from!r}: {error}") from None
     cast(model.eval().to(layout.device), layout.dtype)
-    return compiled(model) if config.compile else model
+    return for_decoding(model, config.compile)
 
 
 class Tokens:
     """Text to token ids and back, as meta.json describes them: GPT-2's, or characters, which have no end-of-text."""
 
     def __init__(self, meta):
-        self.encoding = corpus.gpt2_encoding() if meta["tokenizer"] == "gpt2" else None
+        self.encoding = preparing.gpt2_encoding() if meta["tokenizer"] == "gpt2" else None
         if self.encoding:
             self.end_of_text = self.encoding.eot_token
             self.bytes_of = self.encoding.decode_single_token_bytes
@@ -129,7 +129,7 @@ def read_prompt(start):
         data = sys.stdin.buffer.read() if name == "-" else Path(os.path.expanduser(name)).read_bytes()
     except OSError as error:
         raise ValueError(f"start={start!r} cannot be read: {error}") from None
-    return corpus.decode_text(data, f"start={start!r}")
+    return preparing.decode_text(data, f"start={start!r}")
 
 
 def prompt_ids(config, tokens, block_size):

@@ -25,10 +25,10 @@ import torch
 from tqdm import tqdm
 
 import compare
-from batches import Corpus
-from commands import one_line, set_up, stop_signals
-from configurator import configure, describe, option
-from run_log import read_log
+from reduced_sync.commands import one_line, set_up, stop_signals
+from reduced_sync.config import configure, describe, option
+from reduced_sync.data import Corpus
+from reduced_sync.run_log import read_log
 from train_reduced_sync import Config
 
 HERE = Path(__file__).parent

@@ -23,7 +23,7 @@ import torch.multiprocessing as mp
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from commands import set_up
+from reduced_sync.commands import set_up
 from reduced_sync_model import GPT, GPTConfig, baseline, draw_pattern, grouped, selective, spd
 
 VARIANTS = {  # name: (syncs, GPTConfig fields); grouped ones are named by their syncs

@@ -26,14 +26,16 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import checkpoint as ckpt
-import parallel
 import reduced_sync_model as rsm
-from batches import Corpus
-from commands import one_line, set_up, stop_signals
-from configurator import configure, describe, option
-from parallel import LOCAL_WORLD_SIZE, RANK, RESTART_COUNT, WORLD_SIZE
-from run_log import RunLog, changes, drop_lines_after, iter_line, step_line
+from reduced_sync import checkpoint as ckpt
+from reduced_sync import parallel
+from reduced_sync.accelerators import model_flops_utilisation
+from reduced_sync.commands import one_line, set_up, stop_signals
+from reduced_sync.config import configure, describe, option
+from reduced_sync.data import Corpus
+from reduced_sync.parallel import LOCAL_WORLD_SIZE, RANK, RESTART_COUNT, WORLD_SIZE
+from reduced_sync.run_log import RunLog, changes, drop_lines_after, iter_line, step_line
+from reduced_sync.weights import GPT2_SHAPES, from_pretrained
 
 
 @dataclass
@@ -110,7 +112,7 @@ def sync_pattern(config):
         return rsm.grouped(config.n_layer, config.layers_per_group)
     if config.architecture == "selective":
         return rsm.selective(config.n_layer, config.sync_pattern)
-    return rsm.spd(config.n_layer) if config.architecture == "spd" else rsm.baseline(config.n_layer)
+    return rsm.parse_pattern(config.architecture, config.n_layer)
 
 
 def check(config):
@@ -139,8 +141,8 @@ def check(config):
                 f"warmup_iters={config.warmup_iters} is past step {end}, where the run or its decay ends: for a short "
                 f"run add --warmup_iters={end // 10}"
             )
-    if config.init_from not in ("scratch", "resume", *rsm.GPT2_SHAPES):
-        raise ValueError(f"init_from={config.init_from!r}: allowed are scratch, resume, {', '.join(rsm.GPT2_SHAPES)}")
+    if config.init_from not in ("scratch", "resume", *GPT2_SHAPES):
+        raise ValueError(f"init_from={config.init_from!r}: allowed are scratch, resume, {', '.join(GPT2_SHAPES)}")
     if config.n_shard % config.tp_size:
         raise ValueError(f"n_shard={config.n_shard} is not divisible by tp_size={config.tp_size}")
     if WORLD_SIZE % config.tp_size:
@@ -305,8 +307,8 @@ def prepare(config):
         raise ValueError(
             f"out_dir={config.out_dir!r} holds a run already: go on with --init_from=resume, or choose another out_dir"
         )
-    if pretrained := config.init_from in rsm.GPT2_SHAPES:
-        config.n_layer, config.n_head, config.n_embd = rsm.GPT2_SHAPES[config.init_from]
+    if pretrained := config.init_from in GPT2_SHAPES:
+        config.n_layer, config.n_head, config.n_embd = GPT2_SHAPES[config.init_from]
         config.bias = True
     check(config)
     model_args = "block_size n_layer n_head n_embd dropout bias n_shard parallel_block merge overlap".split()
@@ -331,11 +333,11 @@ def train(config, choice, corpus, model_config, saved):
     device, on_rank_0 = layout.device, RANK == 0
     stop = StopSignal()
     torch.manual_seed(config.seed)
-    if config.init_from in rsm.GPT2_SHAPES:
+    if config.init_from in GPT2_SHAPES:
         theirs = ("vocab_size", "n_layer", "n_head", "n_embd", "bias")
         choices = {key: value for key, value in dataclasses.asdict(model_config).items() if key not in theirs}
         try:
-            model = rsm.GPT.from_pretrained(config.init_from, layout.tp_group, **choices)
+            model = from_pretrained(config.init_from, layout.tp_group, **choices)
         except OSError as error:
             raise parallel.SameOnAllRanks(f"init_from={config.init_from!r}: {error}") from None
     else:
@@ -458,7 +460,7 @@ def train(config, choice, corpus, model_config, saved):
             if step % config.log_interval == 0 or bad_steps:
                 now = time.monotonic()
                 seconds, tokens = (now - last_log) / updates, windows * config.block_size
-                mfu = model.estimate_mfu(windows / layout.dp_size, seconds, name)
+                mfu = model_flops_utilisation(model, windows / layout.dp_size, seconds, name)
                 values = {"train/iter_loss": loss, "lr": lr, "grad_norm": norm, "tok/s": tokens / seconds}
                 say(iter_line(step, loss, seconds, tokens, norm, mfu, bad_steps and skipped), values)
                 last_log, updates = now, 0

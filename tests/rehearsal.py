@@ -39,13 +39,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import checkpoint
-import parallel
 import reduced_sync_model as rsm
 import sample
 import train_reduced_sync as script
-from configurator import configure
-from data import corpus
+from reduced_sync import checkpoint, parallel, preparing
+from reduced_sync.config import configure
 
 host_syncs = 0
 SHAPE = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, batch_size=2, gradient_accumulation_steps=4)
@@ -216,7 +214,7 @@ def peak(keys):
         tokens = np.zeros(2 * 12 * 1024 + 1, "<u2")  # which they are makes no difference
         splits = {split: (len(tokens), [tokens]) for split in ("train", "val")}
         with contextlib.redirect_stdout(sys.stderr):
-            corpus.write_corpus(Path(folder), splits, 50257, "gpt2", "zeros")
+            preparing.write_corpus(Path(folder), splits, 50257, "gpt2", "zeros")
             with Memory() as memory:
                 train(keys | dict(device="cuda", compile=False, dataset=folder), folder)
     return memory.most

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from batches import DATA, Corpus
+from reduced_sync.data import DATA, Corpus
 
 pytestmark = pytest.mark.timeout(60)
 T, WINDOWS = 8, 24

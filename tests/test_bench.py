@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import bench
-import latency
-from measure_decode import tensor_parallel_gpt2
+from reduced_sync import latency
+from reduced_sync.accelerators import ACCELERATORS
+from reduced_sync.decode_timing import tensor_parallel_gpt2
 from reduced_sync_model import GPT, GPTConfig, KVCache, count_syncs
 
 pytestmark = pytest.mark.timeout(200)
@@ -154,7 +155,7 @@ def test_links():
 def test_published_no_communication_bounds(tp_size, published):
     """Ladder residual (arXiv 2501.06589): a 70B model on H100 with NVLink, batch 1, against no communication at all."""
     shape = latency.Shape(n_layer=80, n_embd=8192, vocab_size=32000, itemsize=2)
-    tpot = partial(latency.forward_seconds, shape, latency.ACCELERATORS["h100"], latency.LINKS["nvlink"], tp_size)
+    tpot = partial(latency.forward_seconds, shape, ACCELERATORS["H100"], latency.LINKS["nvlink"], tp_size)
     assert tpot(160, 1, 1, 1024) / tpot(0, 1, 1, 1024) == pytest.approx(published, rel=0.03)
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import checkpoint as ckpt
+from reduced_sync import checkpoint as ckpt
 from reduced_sync_model import GPT, GPTConfig
 
 pytestmark = pytest.mark.timeout(60)

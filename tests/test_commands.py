@@ -14,8 +14,8 @@ from launch import ROOT
 
 import bench
 import compare
-import parallel
-from commands import Output, check_figure, one_line, stop_signals
+from reduced_sync import parallel
+from reduced_sync.commands import Output, check_figure, one_line, stop_signals
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -89,7 +89,7 @@ def test_a_hangup_asks_for_a_stop_unless_it_is_ignored():
 
 @pytest.mark.parametrize("encoding, text", [("ascii", b"? ? | caf?\n"), ("latin-1", b"? ? | caf\xe9\n")])
 def test_characters_that_the_terminal_does_not_have(encoding, text):
-    code = "from commands import set_up; set_up(); print('✓ █ | café')"
+    code = "from reduced_sync.commands import set_up; set_up(); print('✓ █ | café')"
     environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=30)
     assert (process.returncode, process.stdout, process.stderr) == (0, text, b"")
@@ -98,7 +98,8 @@ def test_characters_that_the_terminal_does_not_have(encoding, text):
 @pytest.mark.parametrize("goes_on, status, done", [(False, 141, False), (True, 0, True)])
 def test_a_reader_that_has_gone(tmp_path, goes_on, status, done):
     """A command ends without a word, a run goes on to its end."""
-    code = f"import os; from commands import set_up; set_up({goes_on})\nfor i in range(9): print('x', flush=True)\n"
+    code = f"import os\nfrom reduced_sync.commands import set_up\nset_up({goes_on})\n"
+    code += "for i in range(9): print('x', flush=True)\n"
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-c", code + "os.mkdir('done')"]

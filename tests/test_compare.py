@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 import compare
-from run_log import RunLog, step_line
+from reduced_sync.run_log import RunLog, step_line
 
 RECORDED = sorted((Path(__file__).parents[1] / "results").glob("*/*/log.txt"))
 ARCHITECTURES = {"2": "baseline", "1": "spd"}

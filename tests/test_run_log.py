@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from run_log import RunLog, changes, drop_lines_after, iter_line, read_log, step_line
+from reduced_sync.run_log import RunLog, changes, drop_lines_after, iter_line, read_log, step_line
 
 
 def test_the_forms_people_grep():

@@ -18,10 +18,10 @@ from torch.distributed.tensor.debug import CommDebugMode
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-import checkpoint as ckpt
-import generation
 import sample
-from parallel import Layout
+from reduced_sync import checkpoint as ckpt
+from reduced_sync import decoding
+from reduced_sync.parallel import Layout
 from reduced_sync_model import GPT, GPTConfig, KVCache
 
 pytestmark = pytest.mark.timeout(120)
@@ -83,7 +83,7 @@ def test_decoding_on_two_ranks():
 @pytest.mark.parametrize("n_shard", [1, 2])
 def test_compiled_decoding(n_shard):
     model = build("01", n_shard, n_layer=2)
-    check_decoding(model, 2, generation.compiled(model))
+    check_decoding(model, 2, decoding.for_decoding(model, compile=True))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -122,18 +122,18 @@ def test_samplers_are_those_of_transformers(temperature, top_k, top_p):
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(None, scores)
     expected = torch.multinomial(scores.softmax(-1), 1, generator=torch.Generator().manual_seed(2)).squeeze(1)
-    chosen = generation.choose(logits, temperature, top_k, top_p, torch.Generator().manual_seed(2))
+    chosen = decoding.choose(logits, temperature, top_k, top_p, torch.Generator().manual_seed(2))
     assert torch.equal(chosen, expected)
     assert len(set(chosen.tolist())) > 10
 
 
 def test_temperature_0_takes_the_likeliest():
     logits = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(generation.choose(logits, temperature=0, top_k=5, top_p=0.5), logits.argmax(-1))
+    assert torch.equal(decoding.choose(logits, temperature=0, top_k=5, top_p=0.5), logits.argmax(-1))
 
 
 def draws():
-    return partial(generation.choose, generator=torch.Generator().manual_seed(9))
+    return partial(decoding.choose, generator=torch.Generator().manual_seed(9))
 
 
 @pytest.mark.parametrize("length", [1, 9, 16, 30])
@@ -145,7 +145,7 @@ def test_generating_is_nanogpts_loop(length):
         for _ in range(25):
             logits, _ = model(expected[:, -16:])
             expected = torch.cat((expected, draw(logits[:, -1])[:, None]), 1)
-    new = torch.stack(list(generation.generate(model, idx, 25, draws(), contextlib.nullcontext)), 1)
+    new = torch.stack(list(decoding.generate(model, idx, 25, draws(), contextlib.nullcontext)), 1)
     assert torch.equal(new, expected[:, length:]) and len(set(new.flatten().tolist())) > 5
 
 
@@ -153,8 +153,8 @@ def test_bfloat16_decodes_as_float32_does():
     model, autocast = rough(build("0101")), partial(torch.autocast, "cpu", dtype=torch.bfloat16)
     with torch.no_grad():
         expected = model(prompt(2))[0]
-    generation.cast(model, torch.bfloat16)
-    assert len(list(generation.generate(model, prompt(2, 4), 14, draws(), autocast))) == 14
+    decoding.cast(model, torch.bfloat16)
+    assert len(list(decoding.generate(model, prompt(2, 4), 14, draws(), autocast))) == 14
     with torch.no_grad(), autocast():
         cache = KVCache(model, 2)
         model(prompt(2)[:, :15], cache=cache)
@@ -293,7 +293,7 @@ def test_gpt2(tmp_path):
     argv = [SAMPLE, "--init_from=gpt2", "--start=Hello", "--max_new_tokens=6", "--temperature=0", "--device=cpu"]
     one = succeeded(run_script(argv, cwd=tmp_path))
     assert one == succeeded(run_script([*under(2), *argv], nproc=2, cwd=tmp_path))
-    encoding = sample.corpus.gpt2_encoding()
+    encoding = sample.preparing.gpt2_encoding()
     idx = torch.tensor([encoding.encode("Hello")])
     with torch.no_grad():
         for _ in range(6):

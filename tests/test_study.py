@@ -13,8 +13,8 @@ from launch import ROOT, ending, one_line_error, run_script, start, succeeded
 
 import study
 import train_reduced_sync as script
-from configurator import configure
-from run_log import read_log
+from reduced_sync.config import configure
+from reduced_sync.run_log import read_log
 
 pytestmark = pytest.mark.timeout(200)
 STUDY = ROOT / "study.py"

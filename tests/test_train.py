@@ -17,10 +17,10 @@ import pytest
 import torch
 from launch import ROOT, TRAIN, ending, one_line_error, run_script, start, succeeded, timeless
 
-import parallel
 import train_reduced_sync as script
-from configurator import configure
-from run_log import read_log
+from reduced_sync import parallel
+from reduced_sync.config import configure
+from reduced_sync.run_log import read_log
 from train_reduced_sync import Config, open_out_dir, prepare
 
 pytestmark = pytest.mark.timeout(200)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import corpus
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from reduced_sync import preparing
 
 
 def read_pickle(data):
@@ -69,18 +69,20 @@ def read_vocabulary(path):
         return "".join(tokens)
     except (LookupError, TypeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 200)
-        raise corpus.CorpusError(f"{path} is not nanoGPT's vocab_size, itos and stoi of characters: {reason}") from None
+        raise preparing.CorpusError(
+            f"{path} is not nanoGPT's vocab_size, itos and stoi of characters: {reason}"
+        ) from None
 
 
 def check_bin(path, vocab_size, vocabulary):
     """(number of tokens, sha256) of a file of uint16 token ids. Raises CorpusError where it is none."""
     size = path.stat().st_size
     if size == 0 or size % 2:
-        raise corpus.CorpusError(f"{path} has {size} bytes: these are no uint16 token ids")
+        raise preparing.CorpusError(f"{path} has {size} bytes: these are no uint16 token ids")
     largest = int(np.memmap(path, dtype="<u2", mode="r").max())
     if largest >= vocab_size:
-        raise corpus.CorpusError(f"{path} holds token id {largest}, but {vocabulary} has {vocab_size} tokens")
-    return size // 2, corpus.file_sha256(path)
+        raise preparing.CorpusError(f"{path} holds token id {largest}, but {vocabulary} has {vocab_size} tokens")
+    return size // 2, preparing.file_sha256(path)
 
 
 def main():
@@ -92,18 +94,18 @@ def main():
     if pkl.exists():
         chars = read_vocabulary(pkl)
         tokenizer, vocab_size, vocabulary = "char", len(chars), pkl
-        source += f", characters of meta.pkl (sha256 {corpus.file_sha256(pkl)})"
+        source += f", characters of meta.pkl (sha256 {preparing.file_sha256(pkl)})"
     else:
         tokenizer, vocab_size, vocabulary, chars = "gpt2", 50257, "GPT-2's vocabulary (there is no meta.pkl)", None
-    if corpus.is_complete(folder, tokenizer, source):
+    if preparing.is_complete(folder, tokenizer, source):
         print(f"{folder}: already there, {source}")
         return
     if (folder / "meta.json").exists():
-        raise corpus.CorpusError(f"{folder / 'meta.json'} is there, and is about other files: remove it first")
+        raise preparing.CorpusError(f"{folder / 'meta.json'} is there, and is about other files: remove it first")
     bins = {split: check_bin(folder / f"{split}.bin", vocab_size, vocabulary) for split in ("train", "val")}
-    corpus.write_meta(folder, bins, vocab_size, tokenizer, source, chars)
+    preparing.write_meta(folder, bins, vocab_size, tokenizer, source, chars)
     print(f"the tokens are taken for ids of {vocabulary}; train with --dataset={folder}")
 
 
 if __name__ == "__main__":
-    corpus.run(main)
+    preparing.run(main)

@@ -46,8 +46,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import corpus
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from reduced_sync import preparing
 
 HUB, REVISION = "Skylion007/openwebtext", "refs/convert/parquet"
 N_DOCS, VAL_FRACTION = 8_013_769, 0.0005
@@ -65,7 +65,7 @@ def kind_of(path):
 def describe_source(data_files, max_docs, val_fraction):
     """One line that says which documents these are: for files of one's own with the hash of their content."""
     if data_files:
-        digest = hashlib.sha256("".join(map(corpus.file_sha256, data_files)).encode()).hexdigest()
+        digest = hashlib.sha256("".join(map(preparing.file_sha256, data_files)).encode()).hexdigest()
         source = f"{', '.join(path.name for path in data_files)} (sha256 of its files' sha256s: {digest})"
     else:
         source = f"{HUB} {REVISION}"
@@ -107,13 +107,13 @@ def check_disk(needs):
         free = shutil.disk_usage(folder).free
         line = f"disk at {folder}: about {needed / 1e9:,.1f} GB needed, {free / 1e9:,.1f} GB free"
         if needed > free:
-            raise corpus.CorpusError(f"{line}; HF_HOME moves the caches, --out_dir the token files")
+            raise preparing.CorpusError(f"{line}; HF_HOME moves the caches, --out_dir the token files")
         print(line)
 
 
 @contextlib.contextmanager
 def ctrl_c_ends_at_once():
-    """On Ctrl-C, end this process and its workers, with corpus.run's line and exit code.
+    """On Ctrl-C, end this process and its workers, with preparing.run's line and exit code.
 
     No KeyboardInterrupt: it is lost if it comes while a worker starts (Python ignores it in fork hooks), and datasets
     and its pool of processes may answer it with another exception or wait for ever. Nothing of ours is being written.
@@ -122,7 +122,7 @@ def ctrl_c_ends_at_once():
 
     def end(number, frame):
         if os.getpid() == parent:  # not in a worker that has only just been forked
-            os.write(sys.stderr.fileno(), corpus.INTERRUPTED.encode())
+            os.write(sys.stderr.fileno(), preparing.INTERRUPTED.encode())
             os._exit(130)
 
     def end_with_parent():
@@ -167,14 +167,14 @@ def load(what, *args, **options):
             documents.data["text"].validate(full=True)  # UTF-8, which the readers do not check
     except Exception as error:  # any of several libraries'
         reason = textwrap.shorten(str(error.__cause__ or error), 300) or type(error).__name__
-        raise corpus.CorpusError(f"cannot load {what}: {reason}") from None
+        raise preparing.CorpusError(f"cannot load {what}: {reason}") from None
     if "text" not in documents.column_names:
-        raise corpus.CorpusError(f"{what} has no column `text` for the documents, but {documents.column_names}")
+        raise preparing.CorpusError(f"{what} has no column `text` for the documents, but {documents.column_names}")
     if getattr(documents.features["text"], "dtype", None) not in ("string", "large_string"):
-        raise corpus.CorpusError(f"{what}: column `text` must hold strings, it holds {documents.features['text']}")
+        raise preparing.CorpusError(f"{what}: column `text` must hold strings, it holds {documents.features['text']}")
     documents = documents.select_columns("text")
     if nulls := documents.data["text"].null_count:
-        raise corpus.CorpusError(f"{what}: column `text` is null in {nulls} documents: every document needs a text")
+        raise preparing.CorpusError(f"{what}: column `text` is null in {nulls} documents: every document needs a text")
     return documents
 
 
@@ -190,14 +190,14 @@ def load_documents(data_files, max_docs, num_proc):
     else:
         documents = load(HUB, HUB, revision=REVISION, num_proc=num_proc)
         if len(documents) != N_DOCS and not (max_docs and max_docs <= len(documents)):
-            raise corpus.CorpusError(
+            raise preparing.CorpusError(
                 f"{HUB} {REVISION} has {len(documents):,} documents, the whole has {N_DOCS:,}: "
                 f"--max_docs {len(documents)} takes what is there"
             )
     if max_docs:
         documents = documents.select(range(min(max_docs, len(documents))))
     if len(documents) < 2:
-        raise corpus.CorpusError(f"{len(documents)} documents: at least 2 are needed, one each for train and val")
+        raise preparing.CorpusError(f"{len(documents)} documents: at least 2 are needed, one each for train and val")
     return documents
 
 
@@ -215,7 +215,9 @@ def tokenize(documents, encoding, val_fraction, num_proc):
         return {"ids": ids, "len": [len(one) for one in ids]}
 
     if math.ceil(val_fraction * len(documents)) == len(documents):
-        raise corpus.CorpusError(f"--val_fraction {val_fraction} of {len(documents)} documents leaves none for train")
+        raise preparing.CorpusError(
+            f"--val_fraction {val_fraction} of {len(documents)} documents leaves none for train"
+        )
     halves = documents.train_test_split(test_size=val_fraction, seed=2357, shuffle=True)
     return {
         split: half.map(
@@ -250,22 +252,22 @@ def main():
     args = parser.parse_args()
 
     if args.num_proc < 1:
-        raise corpus.CorpusError(f"--num_proc is {args.num_proc}: it must be at least 1")
+        raise preparing.CorpusError(f"--num_proc is {args.num_proc}: it must be at least 1")
     if args.max_docs is not None and args.max_docs < 2:
-        raise corpus.CorpusError(f"--max_docs is {args.max_docs}: it must be at least 2, one each for train and val")
-    corpus.check_fraction(args.val_fraction)
+        raise preparing.CorpusError(f"--max_docs is {args.max_docs}: it must be at least 2, one each for train and val")
+    preparing.check_fraction(args.val_fraction)
     for path in args.data_files or []:
         if kind_of(path) is None:
-            raise corpus.CorpusError(f"--data_files has {path}: allowed are {', '.join(KINDS)}")
+            raise preparing.CorpusError(f"--data_files has {path}: allowed are {', '.join(KINDS)}")
         if "::" in (name := str(path.absolute())) or os.path.expandvars(name) != name:
-            raise corpus.CorpusError(f"--data_files has {path}: the datasets library takes no path with :: or $NAME")
+            raise preparing.CorpusError(f"--data_files has {path}: the datasets library takes no path with :: or $NAME")
 
     source = describe_source(args.data_files, args.max_docs, args.val_fraction)
-    if corpus.is_complete(args.out_dir, "gpt2", source):
+    if preparing.is_complete(args.out_dir, "gpt2", source):
         print(f"{args.out_dir}: already there, {source}")
         return
     check_disk(disk_needs(args.data_files, args.max_docs, args.out_dir))
-    encoding = corpus.gpt2_encoding()
+    encoding = preparing.gpt2_encoding()
     with ctrl_c_ends_at_once():
         documents = load_documents(args.data_files, args.max_docs, args.num_proc)
         tokenized = tokenize(documents, encoding, args.val_fraction, args.num_proc)
@@ -273,8 +275,8 @@ def main():
         split: (int(dataset.with_format("numpy")["len"][:].sum()), chunks(dataset, split))
         for split, dataset in tokenized.items()
     }
-    corpus.write_corpus(args.out_dir, splits, 50257, "gpt2", source)
+    preparing.write_corpus(args.out_dir, splits, 50257, "gpt2", source)
 
 
 if __name__ == "__main__":
-    corpus.run(main)
+    preparing.run(main)

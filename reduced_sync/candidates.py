@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import parallel
 import reduced_sync_model as rsm
+from reduced_sync import parallel
 
 
 @dataclass
@@ -39,13 +39,7 @@ def parse(text, n_layer, tp_size=1, compiled=False):
     variant, _, n_shard = text.partition("@")
     if not n_shard.isdecimal() or int(n_shard) < 1:
         raise ValueError(f"{text!r}: a candidate is gpt2 or VARIANT@N_SHARD, such as grouped:3@2")
-    name, _, layers = variant.partition(":")
-    if name == "grouped" and layers.isdecimal():
-        pattern = rsm.grouped(n_layer, int(layers))
-    elif name in ("baseline", "spd") and not layers:
-        pattern = getattr(rsm, name)(n_layer)
-    else:
-        pattern = rsm.selective(n_layer, variant)
+    pattern = rsm.parse_pattern(variant, n_layer)
     return Candidate(text, pattern, int(n_shard), tp_size, compiled)
 
 

@@ -9,10 +9,9 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-import generation
-import latency
 import reduced_sync_model as rsm
-from candidates import build, parse, synchronize
+from reduced_sync import decoding, latency
+from reduced_sync.candidates import build, parse, synchronize
 
 
 def patterns_of(args):
@@ -115,7 +114,7 @@ def gpt2_times(model, idx, n_tokens):
 def our_times(model, idx, n_tokens, layout):
     """The same of our generate, which sample.py uses, too."""
     times = []
-    for new in generation.generate(model, idx, n_tokens, lambda logits: logits.argmax(-1), layout.autocast):
+    for new in decoding.generate(model, idx, n_tokens, lambda logits: logits.argmax(-1), layout.autocast):
         new.tolist()  # as somebody who reads them
         times.append(time.perf_counter())
     return times
@@ -156,7 +155,7 @@ class Decoding:
             self.models = {(candidate.name, True): base.to(layout.dtype)}
             self()
             return
-        generation.cast(base, layout.dtype)
+        decoding.cast(base, layout.dtype)
         self.models = {}
         for name, pattern in patterns_of(args).items():
             self.models[name, True] = sharing(base, pattern, layout.tp_group)
@@ -164,11 +163,13 @@ class Decoding:
                 self.models[name, False] = sharing(base, pattern, self.silent_group)
         self.silent = sharing(base, candidate.pattern, self.silent_group)
         if candidate.compile:  # every pattern would take a minute: the first has to do
-            name = args.patterns[0]
-            self.silent = self.models[name, True]
-            self.models = {(name, True): generation.compiled(self.silent)}
+            self.silent = self.models[args.patterns[0], True]
+            self.models = {(args.patterns[0], True): self.silent}
+        else:
+            decoding.for_decoding(self.silent)
+        self.models = {case: decoding.for_decoding(model, candidate.compile) for case, model in self.models.items()}
         small = dataclasses.replace(base.config, n_embd=4 * args.n_head, vocab_size=64)
-        self.small = rsm.GPT(small, self.silent_group).to(self.device).eval()
+        self.small = decoding.for_decoding(rsm.GPT(small, self.silent_group).to(self.device).eval())
         self()  # what is compiled, allocated or paged in at first
 
     def __call__(self):
@@ -193,9 +194,7 @@ class Decoding:
     def constants(self):
         """What bounds and cost model need to know of this rank, measured while all ranks measure it."""
         args, tp_size, blocks = self.args, self.candidate.tp_size, self.silent.transformer.h
-        weights = [w for b in blocks for w in (b.attn.c_attn.weight, b.attn.c_proj.weight.mT)]
-        weights += [w for b in blocks for w in (b.mlp.c_fc.weight, b.mlp.c_proj.weight.mT)]
-        weights.append(self.silent.lm_head.weight[None])
+        weights = [decoding.matrix(m) for m in self.silent.modules() if isinstance(m, decoding.LINEAR)]
         n_bytes = sum(w.nbytes for w in weights)
         # the very memory that is read: how fast that is differs from place to place on a virtual machine
         found = {"stream": n_bytes / seconds_of(lambda: [w.sum() for w in weights], self.device)}
@@ -205,10 +204,10 @@ class Decoding:
         def multiply_all(B):
             """The products of a decode step, alone."""
             inputs = {shape: weights[0].new_ones(shape) for shape in {(len(w), B, w.size(2)) for w in weights}}
-            few = rsm.few_rows(weights[0].new_ones(B, 1, 1))
+            few = self.device.type == "cpu" and B <= decoding.FEW
             for w in weights:
                 x = inputs[len(w), B, w.size(2)]
-                rsm.multiply_few(x, w) if few else torch.bmm(x, w.mT)
+                decoding.multiply_few(x, w) if few else torch.bmm(x, w.mT)
 
         def run_blocks(B, T, group=None):
             """All blocks on T tokens; with a group, a real all-reduce behind each."""

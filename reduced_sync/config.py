@@ -47,7 +47,7 @@ def describe(cls):
 
 
 def _run_file(cls, path, values):
-    source = next((p for p in (Path(path), Path(__file__).parent / path) if os.path.isfile(p)), None)
+    source = next((p for p in (Path(path), Path(__file__).parents[1] / path) if os.path.isfile(p)), None)
     if source is None:
         raise ValueError(f"no config file {path!r} (arguments are CONFIG.py or --key=value)")
     namespace = dict(values)

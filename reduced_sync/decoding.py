@@ -1,0 +1,120 @@
+"""Decoding: choose tokens from logits, and generate them one after the other with a KV cache."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from reduced_sync_model import ColumnParallel, KVCache, RowParallel, role_of
+
+
+def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Logits (B, V) -> token ids (B,), drawn from the softmax of logits / temperature; temperature 0: the largest.
+
+    top_k > 0 keeps the k largest logits. top_p < 1 then keeps the fewest tokens whose probabilities reach top_p
+    (nucleus sampling, arXiv 1904.09751). `generator` is on the logits' device.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.size(-1):
+        smallest = torch.topk(logits, top_k).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    probs = F.softmax(logits, dim=-1)
+    if top_p < 1:
+        ascending, order = probs.sort(dim=-1)
+        dropped = ascending.cumsum(-1) <= 1 - top_p
+        dropped[:, -1] = False  # the likeliest stays
+        probs = probs.masked_fill(dropped.scatter(1, order, dropped), 0.0)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+
+
+@torch.inference_mode()
+def generate(model, idx, max_new_tokens, choose, autocast):
+    """Yield the next token ids (B,) of the prompts idx (B, T), up to max_new_tokens times.
+
+    choose: logits (B, vocab_size) -> ids (B,), the same on all TP ranks. autocast(): the context of a forward pass.
+    Where the block is full, its window slides by one token and is computed anew, as in nanoGPT. Raises ValueError for a
+    prompt without tokens.
+    """
+    if idx.size(1) == 0:
+        raise ValueError("the prompt is empty: it needs at least one token")
+    block_size = model.config.block_size
+    window, cache = idx[:, -block_size:], KVCache(model, len(idx))
+    unseen = window
+    for _ in range(max_new_tokens):
+        with autocast():
+            logits, _ = model(unseen, cache=cache)
+        new = choose(logits[:, -1])
+        yield new
+        unseen = new[:, None]
+        window = torch.cat((window, unseen), 1)[:, -block_size:]
+        if cache.length == block_size:
+            unseen, cache.length = window, 0
+
+
+def cast(model, dtype):
+    """Keep the matrices in `dtype`, to be read faster; norms and biases stay float32. For use under autocast."""
+    for name, parameter in model.named_parameters():
+        if role_of(name).is_matrix:
+            parameter.data = parameter.data.to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding on a CPU: a token's products take as long as reading their matrices, and MKL, which gives a product with few
+# rows one thread, reads them at half the memory's bandwidth.
+
+FEW = 8  # rows
+
+
+def multiply_few(x, weight):
+    """x (S, n, in) times weight (S, out, in) -> (S, n, out), for few rows n: torch.bmm(x, weight.mT), but faster."""
+    if torch.compiler.is_compiling() and x.size(1) == 1:  # becomes one loop over the matrix, on all threads
+        return (weight[:, :, None] * x[:, None]).sum(-1).mT
+    if len(weight) == 1 and weight.is_contiguous() and weight.size(1) % 4 == 0:  # a batch is spread over the threads
+        y = torch.bmm(x.expand(4, -1, -1), weight.squeeze(0).unflatten(0, (4, -1)).mT)  # (4, n, out/4)
+        return y.transpose(0, 1).flatten(1).unsqueeze(0)
+    return torch.bmm(x, weight.mT)
+
+
+LINEAR = (ColumnParallel, RowParallel, nn.Linear)
+
+
+def matrix(layer):
+    """The matrix of a linear layer as (S, out, in); of the head S is 1."""
+    weight = layer.weight.mT if isinstance(layer, RowParallel) else layer.weight
+    return weight if weight.dim() == 3 else weight[None]
+
+
+class FewRows(nn.Module):
+    """In the place of a linear layer: the same product, by multiply_few where there are few rows."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        rows = x.flatten(-3, -2)  # (S, n, in), or (n, in) of the head
+        if rows.size(-2) > FEW:
+            return self.layer(x)
+        y = multiply_few(rows if rows.dim() == 3 else rows[None], matrix(self.layer))  # (S, n, out)
+        if self.layer.bias is not None:
+            y = y + self.layer.bias[:, None]
+        return y.reshape(*x.shape[:-1], -1)
+
+
+def for_decoding(model, compile=False):
+    """The model made ready to decode with: on a CPU its products become FewRows; with `compile`, torch.compile.
+
+    To be called last, once weights are loaded and cast. Compiled, the first tokens take a minute.
+    """
+    if model.lm_head.weight.device.type == "cpu":
+        for parent in list(model.modules()):
+            for name, layer in parent.named_children():
+                if compile and isinstance(layer, RowParallel):  # a decode step then reads all memory in order
+                    layer.weight.data = layer.weight.data.mT.contiguous().mT  # (S, in, out), consecutive along in
+                if isinstance(layer, LINEAR):
+                    setattr(parent, name, FewRows(layer))
+    if not compile:
+        return model
+    # no look at every module before each token: they do not change
+    return torch.compile(model, options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
