@@ -1,9 +1,10 @@
 # make demo: set-up, data, smoke test, four variants trained, table and plot.   make test: set-up and all tests.
+# make results: the tables in the documents, made anew from results/.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := baseline_24sync spd_12sync grouped_6sync grouped_3sync
 
-.PHONY: demo test lint data
+.PHONY: demo test lint data results
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('error: $(PYTHON) is Python ' + \
@@ -36,3 +37,7 @@ test: data
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+results: .venv/ready
+	$(BIN)/python -m results.tables
+	$(BIN)/python bench.py predict > results/predicted/h100.txt

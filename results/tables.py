@@ -1,0 +1,92 @@
+"""The tables of recorded results in the documents, made from the logs and files that they are about: make results.
+
+A table stands between two comments, of which the first says what it is and the folder of results/ that it is made from:
+
+    <!-- make results: runs pilot -->
+    <!-- end -->
+
+$ python -m results.tables
+"""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import compare
+
+RESULTS = Path(__file__).parent
+DOCUMENTS = [RESULTS.parent / "EXPERIMENT_SUMMARY.md", *sorted(RESULTS.glob("*/README.md"))]
+TABLE = re.compile(r"(<!-- make results: (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def load(folder):
+    """The runs below a folder, as compare.py's arms."""
+    return compare.load_runs(sorted(log.parent for log in folder.glob("*/log.txt")))
+
+
+def runs_table(folder):
+    """What `python compare.py FOLDER/*/` prints of its runs."""
+    arms = load(folder)
+    return "\n".join(["```", compare.table(arms), *compare.warnings(arms), compare.verdict(arms, 2), "```"])
+
+
+def gaps_table(folder):
+    """The runs below a folder that have their baseline's learning rate: losses, and gaps with 95 % intervals."""
+    arms = load(folder)
+    usual = statistics.mode(arm.dtype for arm in arms)
+    lines = ["| layers x width | n_shard | variant | pattern | syncs | seeds | val loss | gap, % |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for arm in arms:
+        baseline, gap = compare.baseline_of(arm, arms), compare.gap(arm, arms)
+        if arm.learning_rate != baseline.learning_rate:
+            continue
+        variant = "Control" if arm.all_synced and arm.n_layer < baseline.n_layer else arm.variant
+        if arm.dtype != usual:
+            variant += f", {arm.dtype}"
+        syncs = f"{arm.syncs - arm.hidden} and {arm.hidden} hidden" if arm.hidden else arm.syncs
+        interval = "" if gap.margin is None else f" ±{gap.margin:.2f}"
+        difference = "" if arm is baseline else f"{gap.percent:+.2f}{interval}"
+        size, loss = f"{arm.n_layer} x {arm.n_embd}", f"{arm.losses[arm.step]:.4f}"
+        cells = [size, arm.n_shard, variant, f"`{arm.pattern}`", syncs, len(arm.counted), loss, difference]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def decoding_table(folder):
+    """What bench.py decode measured, of its JSON files in a folder: a table for each case."""
+    cases = [case for path in sorted(folder.glob("*.json")) for case in json.loads(path.read_text())["results"]]
+    return "\n\n".join(map(decoding_case, cases))
+
+
+def decoding_case(case):
+    head = f"**tp_size {case['tp_size']}, batch {case['batch_size']}, prompt {case['prompt']}.**"
+    others = {case["rival"]: "rival", "Ours, baseline, compiled": "compiled"}
+    for name, key in others.items():
+        if f"{key}_tpot_s" in case:
+            head += f" {name}: TTFT {1000 * case[f'{key}_ttft_s']:.0f} ms, TPOT {1000 * case[f'{key}_tpot_s']:.1f} ms."
+    head += f" Memory alone: {1000 * case['bound_s']:.1f} ms a token."
+    columns = ["variant", "syncs", "TTFT, ms", "TPOT, ms", "faster"]
+    columns += ["in all-reduces, ms", "without them, ms"] if case["tp_size"] > 1 else []
+    lines = [head, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in case["patterns"]:
+        tpot = row["tpot_s"]
+        cells = [row["variant"], row["syncs"], f"{1000 * row['ttft_s']:.0f}", f"{1000 * tpot:.1f}"]
+        cells.append(f"{case['patterns'][0]['tpot_s'] / tpot:.2f}x")
+        if case["tp_size"] > 1:
+            cells += [f"{1000 * row[key]:.1f}" for key in ("in_all_reduces_s", "silent_tpot_s")]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+TABLES = {"runs": runs_table, "gaps": gaps_table, "decoding": decoding_table}
+
+
+def renewed(text):
+    """A document's text with all its tables made anew."""
+    return TABLE.sub(lambda match: f"{match[1]}\n{TABLES[match[2]](RESULTS / match[3])}\n\n{match[4]}", text)
+
+
+if __name__ == "__main__":
+    for path in DOCUMENTS:
+        path.write_text(renewed(path.read_text(encoding="utf-8")), encoding="utf-8")
