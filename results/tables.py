@@ -60,6 +60,7 @@ def decoding_table(folder):
 
 
 def decoding_case(case):
+    """The patterns of one tp_size, batch size and prompt: milliseconds, and how much faster than the first."""
     head = f"**tp_size {case['tp_size']}, batch {case['batch_size']}, prompt {case['prompt']}.**"
     others = {case["rival"]: "rival", "Ours, baseline, compiled": "compiled"}
     for name, key in others.items():
