@@ -28,8 +28,8 @@ import compare
 from reduced_sync.commands import one_line, set_up, stop_signals
 from reduced_sync.config import configure, describe, option
 from reduced_sync.data import Corpus
+from reduced_sync.experiment import Config
 from reduced_sync.run_log import read_log
-from train_reduced_sync import Config
 
 HERE = Path(__file__).parent
 

@@ -17,6 +17,7 @@ import time
 import torch
 
 import train_reduced_sync as script
+from reduced_sync.run_log import RunLog
 
 faults = sys.argv[1].split(",")
 number = min(sum(bool(glob.glob(f"struck-{i}-*")) for i in range(len(faults))), len(faults) - 1)
@@ -90,7 +91,7 @@ elif moment == "gather":  # all ranks send their shards to be saved
 elif moment == "write":
     torch.save = half_written
 elif moment == "log":
-    striking(script.RunLog, "line")
+    striking(RunLog, "line")
 elif moment == "start":
     striking(script.parallel, "start")
 else:  # fsync, link or replace, in the middle of a save

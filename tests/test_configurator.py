@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from launch import ROOT, TRAIN, run_script, succeeded
 
 from reduced_sync.config import configure, describe, option
-from train_reduced_sync import Config
+from reduced_sync.experiment import Config
 
 pytestmark = pytest.mark.timeout(60)
 

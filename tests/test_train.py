@@ -18,7 +18,7 @@ import torch
 from launch import ROOT, TRAIN, ending, one_line_error, run_script, start, succeeded, timeless
 
 import train_reduced_sync as script
-from reduced_sync import parallel
+from reduced_sync import experiment, parallel
 from reduced_sync.config import configure
 from reduced_sync.run_log import read_log
 from train_reduced_sync import Config, open_out_dir, prepare
@@ -70,8 +70,8 @@ def refused(argv, *words):
 def pretend(monkeypatch, world_size, local_world_size=None):
     """Make this process believe that it is one of several."""
     monkeypatch.setattr(parallel, "WORLD_SIZE", world_size)
-    monkeypatch.setattr(script, "WORLD_SIZE", world_size)
-    monkeypatch.setattr(script, "LOCAL_WORLD_SIZE", local_world_size or world_size)
+    monkeypatch.setattr(experiment, "WORLD_SIZE", world_size)
+    monkeypatch.setattr(experiment, "LOCAL_WORLD_SIZE", local_world_size or world_size)
 
 
 @pytest.mark.parametrize(
@@ -617,7 +617,8 @@ def init(**_):
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_wandb_without_a_login_asks_nothing(tmp_path, mode):
     """On a terminal, where it would: offline it logs, online the run goes on without it."""
-    code = "import train_reduced_sync as t; print(t.WandB(t.Config(wandb_log=True)).run is not None)"
+    code = "from reduced_sync.recording import WandB\nfrom reduced_sync.experiment import Config\n"
+    code += "print(WandB(Config(wandb_log=True)).run is not None)"
     env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_MODE": mode, "PYTHONPATH": str(ROOT)}
     ours, terminal = pty.openpty()
