@@ -11,7 +11,6 @@ the runs.
 """
 
 import contextlib
-import math
 import os
 import re
 import signal
@@ -40,18 +39,14 @@ class Study:
 
     out_dir: str = option("out-study", "folder for the runs' folders and the comparison", is_path=True)
     runs: list | None = option(None, "dicts: name, max_iters, n_layer, n_embd, any training key")  # noqa: RUF009
-    processes: int = option(1, "processes a run; above 1 each run is started by torchrun")
-    tolerance: float = option(2.0, "percent above the baseline that count as equal, for compare.py")
+    processes: int = option(1, "processes a run; above 1 each run is started by torchrun", least=1)
+    tolerance: float = option(2.0, "percent above the baseline that count as equal, for compare.py", least=0)
 
 
 def check(study):
     """Raise ValueError for a study that cannot be run."""
-    if study.processes < 1:
-        raise ValueError(f"processes={study.processes} must be at least 1")
     if not study.out_dir:
         raise ValueError("out_dir is empty: it must name a folder")
-    if not 0 <= study.tolerance < math.inf:
-        raise ValueError(f"tolerance={study.tolerance} must be at least 0, and finite")
     if not study.runs:
         raise ValueError("runs is empty: a study lists one dict a run")
     names = []

@@ -17,9 +17,14 @@ import types
 from pathlib import Path
 
 
-def option(default, meaning, is_path=False):
-    """A field of a config dataclass: default, a line for --help, and whether a ~ at its start is the home folder."""
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "is_path": is_path})
+def option(default, meaning, least=None, below=2**63, allowed=None, is_path=False):
+    """A field of a config dataclass: its default, a line for --help, and what a value other than None must be.
+
+    A number with `least` is at least that and less than `below`; with `allowed` a value is one of those. Where
+    `is_path`, a ~ at its start is the home folder.
+    """
+    metadata = {"meaning": meaning, "least": least, "below": below, "allowed": allowed, "is_path": is_path}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def configure(cls, argv):
@@ -33,11 +38,27 @@ def configure(cls, argv):
             key, equals, text = argument[2:].partition("=")
             if not equals:
                 raise ValueError(f"{argument}: arguments are CONFIG.py or --key=value (--help lists the keys)")
-            values[key] = _checked(cls, key, _value(text, _allowed(cls, key)), argument)
+            values[key] = _typed(cls, key, _value(text, _kinds(cls, key)), argument)
     for field in dataclasses.fields(cls):
         if field.metadata["is_path"]:
             values[field.name] = os.path.expanduser(values[field.name])
-    return cls(**values)
+    config = cls(**values)
+    check_bounds(config)
+    return config
+
+
+def check_bounds(config):
+    """Raise ValueError with one clear line for a value of `config` that its option does not allow."""
+    for field in dataclasses.fields(config):
+        least, below, allowed = (field.metadata[bound] for bound in ("least", "below", "allowed"))
+        value = getattr(config, field.name)
+        if value is None:
+            continue
+        if allowed is not None and value not in allowed:
+            raise ValueError(f"{field.name}={value!r}: allowed are {', '.join(map(str, allowed))}")
+        if least is not None and not least <= value < below:
+            limit = "2^63" if below == 2**63 else below
+            raise ValueError(f"{field.name}={value} must be at least {least}, and below {limit}")
 
 
 def describe(cls):
@@ -60,37 +81,37 @@ def _run_file(cls, path, values):
     for key, value in namespace.items():
         own = key.startswith("_") or isinstance(value, types.ModuleType) or callable(value)
         if key in values or not own:
-            result[key] = _checked(cls, key, value, f"config file {path}: {key}={reprlib.repr(value)}")
+            result[key] = _typed(cls, key, value, f"config file {path}: {key}={reprlib.repr(value)}")
     return result
 
 
-def _allowed(cls, key):
+def _kinds(cls, key):
     """The types that `key` may have; none for an unknown key."""
     wanted = next((field.type for field in dataclasses.fields(cls) if field.name == key), None)
     return wanted.__args__ if isinstance(wanted, types.UnionType) else (wanted,) if wanted else ()
 
 
-def _value(text, allowed):
-    """What the text of an argument stands for, for a key of the `allowed` types."""
-    if str in allowed:
-        return None if text == "None" and types.NoneType in allowed else text
+def _value(text, kinds):
+    """What the text of an argument stands for, for a key of these types."""
+    if str in kinds:
+        return None if text == "None" and types.NoneType in kinds else text
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text  # no literal: of the wrong type
 
 
-def _checked(cls, key, value, where):
-    allowed = _allowed(cls, key)
-    if not allowed:
+def _typed(cls, key, value, where):
+    kinds = _kinds(cls, key)
+    if not kinds:
         names = ", ".join(field.name for field in dataclasses.fields(cls))
         raise ValueError(f"{where}: unknown key {key!r}; known are {names}")
-    if float in allowed and type(value) is int:
+    if float in kinds and type(value) is int:
         try:
             return float(value)
         except OverflowError:
             pass
-    if type(value) not in allowed:
-        kinds = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in allowed)
-        raise ValueError(f"{where}: {key} must be {kinds}, not {type(value).__name__}")
+    if type(value) not in kinds:
+        wanted = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
+        raise ValueError(f"{where}: {key} must be {wanted}, not {type(value).__name__}")
     return value

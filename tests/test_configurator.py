@@ -195,6 +195,39 @@ def test_an_int_too_large_for_a_float():
     assert "rate must be float" in fails(f"--rate={10**400}")
 
 
+@dataclasses.dataclass
+class Bounded:
+    """Keys with bounds."""
+
+    count: int = option(1, "a count", least=1)
+    share: float | None = option(None, "a share or nothing", least=0, below=1)
+    kind: str = option("a", "a kind", allowed=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["--count=0"], "count=0 must be at least 1, and below 2^63"),
+        ([f"--count={2**63}"], f"count={2**63} must be at least 1, and below 2^63"),
+        (["--share=-0.5"], "share=-0.5 must be at least 0, and below 1"),
+        (["--share=1"], "share=1.0 must be at least 0, and below 1"),
+        (["--kind=c", "--share=0.5"], "kind='c': allowed are a, b"),
+    ],
+)
+def test_values_out_of_bounds(arguments, line):
+    with pytest.raises(ValueError) as error:
+        configure(Bounded, arguments)
+    assert str(error.value) == line
+
+
+def test_values_at_their_bounds(write):
+    found = configure(Bounded, [write("share = 0.0"), f"--count={2**63 - 1}", "--kind=b"])
+    assert dataclasses.astuple(found) == (2**63 - 1, 0.0, "b")
+    assert configure(Bounded, ["--share=None"]).share is None
+    with pytest.raises(ValueError, match="share=nan must be at least 0, and below 1"):
+        configure(Bounded, [write("share = float('nan')")])
+
+
 def test_files_that_are_not_there(tmp_path):
     assert "no config file 'config/missing.py'" in fails("config/missing.py")
     assert "no config file" in fails(str(tmp_path))  # a folder
