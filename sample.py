@@ -34,15 +34,15 @@ from reduced_sync.weights import GPT2_SHAPES, from_pretrained
 class Config:
     """Every key; names, meanings and most defaults are nanoGPT's."""
 
-    init_from: str = option("resume", "resume (out_dir's ckpt.pt), gpt2, gpt2-medium, gpt2-large or gpt2-xl")
+    init_from: str = option("resume", "resume: out_dir's ckpt.pt; or a GPT-2", allowed=("resume", *GPT2_SHAPES))
     out_dir: str = option("out", "folder of the checkpoint", is_path=True)
     start: str = option("\n", "the prompt; FILE:NAME reads it from a file, FILE:- from standard input")
-    num_samples: int = option(1, "samples, computed as one batch")
-    max_new_tokens: int = option(500, "tokens of a sample; end-of-text ends it earlier")
-    temperature: float = option(0.8, "below 1 bolder, above 1 wilder; 0: always the likeliest token")
-    top_k: int = option(200, "draw from so many likeliest tokens; 0: from all")
+    num_samples: int = option(1, "samples, computed as one batch", least=1)
+    max_new_tokens: int = option(500, "tokens of a sample; end-of-text ends it earlier", least=1)
+    temperature: float = option(0.8, "below 1 bolder, above 1 wilder; 0: always the likeliest token", least=0)
+    top_k: int = option(200, "draw from so many likeliest tokens; 0: from all", least=0)
     top_p: float = option(1.0, "draw from the likeliest tokens that have this probability together; 1: from all")
-    seed: int = option(1337, "of the draws")
+    seed: int = option(1337, "of the draws", least=0)
     device: str | None = option(None, "cuda, cuda:N or cpu; None: cuda where there is one")
     dtype: str | None = option(None, "float32, bfloat16 or float16; None: bfloat16 on CUDA, float32 on CPU")
     compile: bool = option(False, "torch.compile: a minute at the start, then faster; worth it for many tokens")
@@ -51,15 +51,10 @@ class Config:
 
 def check(config):
     """Raise ValueError for values that mean nothing."""
-    for key, least in {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0}.items():
-        if not least <= getattr(config, key) < 2**63:
-            raise ValueError(f"{key}={getattr(config, key)} must be at least {least}, and below 2^63")
     if 0 < config.temperature < 0.001:
         raise ValueError(f"temperature={config.temperature} must be 0, for the likeliest token, or at least 0.001")
     if not 0 < config.top_p <= 1:
         raise ValueError(f"top_p={config.top_p} must be above 0 and at most 1")
-    if config.init_from not in ("resume", *GPT2_SHAPES):
-        raise ValueError(f"init_from={config.init_from!r}: allowed are resume, {', '.join(GPT2_SHAPES)}")
 
 
 def load(config):
