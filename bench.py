@@ -32,6 +32,7 @@ from reduced_sync.accelerators import ACCELERATORS, Accelerator
 from reduced_sync.candidates import Candidate, build, measure, parse, synchronize
 from reduced_sync.commands import check_figure, one_line, set_up
 from reduced_sync.decode_timing import Decoding, patterns_of
+from reduced_sync.figures import draw_decoding
 
 
 def peak_memory(device, reset=False):
@@ -171,14 +172,14 @@ def decode(args):
     for tp_size, setup in setups.items():
         measured = [next(results) for _ in setup]
         for B, T in itertools.product(args.batch_sizes, args.prompts):
-            table.append(describe(tp_size, setup, measured, shape, B, T, args))
+            table.append(figures_of(tp_size, setup, measured, shape, B, T, args))
             print_case(table[-1])
     if args.png:
-        draw(table, args.png)
+        draw_decoding(table, args.png)
     return table
 
 
-def describe(tp_size, setup, measured, shape, B, T, args):
+def figures_of(tp_size, setup, measured, shape, B, T, args):
     """The figures of one tp_size, batch size and prompt length."""
     figures = partial(summarize, n_forwards=args.new_tokens + 1)
     stream, accelerator, link = constants_of(measured[0], B, T, args)
@@ -240,35 +241,6 @@ def print_case(case):
             cells += [f"{1000 * row[key]:.2f}" for key in ("in_all_reduces_s", "silent_tpot_s", "residual_s")]
             cells.append(f"{100 * (row['line_s'] / row['tpot_s'] - 1):+.1f}%")
         print(f"{row['variant']:14}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
-
-
-def draw(table, path):
-    """A figure of TPOT against sync count at tp_size 2 or more: measured points, fit and bounds. Raises OSError."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    cases = [case for case in table if case["tp_size"] > 1]
-    figure, panels = plt.subplots(1, len(cases), figsize=(6 * len(cases), 4.5), layout="constrained", squeeze=False)
-    for axes, case in zip(panels[0], cases, strict=True):
-        syncs = [row["syncs"] for row in case["patterns"]]
-        for key, style, label in (("tpot_s", "o", "measured"), ("silent_tpot_s", "x", "all-reduces send nothing")):
-            axes.plot(syncs, [1000 * row[key] for row in case["patterns"]], style, label=label)
-        ends = [0, max(syncs)]
-        fitted = [1000 * (case["fit_compute_s"] + n * case["fit_all_reduce_s"]) for n in ends]
-        axes.plot(ends, fitted, "-", color="tab:blue", linewidth=1, label="fit: compute + syncs x all-reduce")
-        axes.axhline(1000 * case["bound_s"], color="0.4", linestyle=":", label="memory-bandwidth bound")
-        alone = next((c for c in table if c["tp_size"] == 1 and c["batch_size"] == case["batch_size"]), None)
-        if alone:
-            one = 1000 * alone["patterns"][0]["tpot_s"]
-            axes.axhline(one, color="tab:green", linestyle="--", label="one process, all cores")
-        title = f"tp_size {case['tp_size']}, batch {case['batch_size']}, prompt {case['prompt']}"
-        axes.set(xlabel="sync points in a forward pass", ylabel="time per token (ms)", title=title, ylim=(0, None))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

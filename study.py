@@ -23,12 +23,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import compare
 from reduced_sync.commands import one_line, set_up, stop_signals
+from reduced_sync.comparison import report
 from reduced_sync.config import configure, describe, option
 from reduced_sync.data import Corpus
 from reduced_sync.experiment import Config
 from reduced_sync.run_log import read_log
+from reduced_sync.runs import load_runs
 
 HERE = Path(__file__).parent
 
@@ -260,8 +261,8 @@ def main(argv):
             print(f"stopped, {len(finished)} of {len(runs)} runs finished; the same command goes on", file=sys.stderr)
             return 130
         if finished:
-            arms = compare.load_runs(finished)
-            compare.report(arms, study.tolerance, f"{study.out_dir}/comparison.png", f"{study.out_dir}/table.csv")
+            arms = load_runs(finished)
+            report(arms, study.tolerance, f"{study.out_dir}/comparison.png", f"{study.out_dir}/table.csv")
         for run in runs:
             if run.failure:
                 print(f"error: {one_line(f'{run.name}: {run.failure}')}", file=sys.stderr)

@@ -13,7 +13,8 @@ import re
 import statistics
 from pathlib import Path
 
-import compare
+from reduced_sync.comparison import table, verdict, warnings
+from reduced_sync.runs import baseline_of, gap, load_runs
 
 RESULTS = Path(__file__).parent
 DOCUMENTS = [RESULTS.parent / "EXPERIMENT_SUMMARY.md", *sorted(RESULTS.glob("*/README.md"))]
@@ -21,14 +22,14 @@ TABLE = re.compile(r"(<!-- make results: (\w+) (\S+) -->\n).*?(<!-- end -->)", r
 
 
 def load(folder):
-    """The runs below a folder, as compare.py's arms."""
-    return compare.load_runs(sorted(log.parent for log in folder.glob("*/log.txt")))
+    """The runs below a folder, as arms."""
+    return load_runs(sorted(log.parent for log in folder.glob("*/log.txt")))
 
 
 def runs_table(folder):
     """What `python compare.py FOLDER/*/` prints of its runs."""
     arms = load(folder)
-    return "\n".join(["```", compare.table(arms), *compare.warnings(arms), compare.verdict(arms, 2), "```"])
+    return "\n".join(["```", table(arms), *warnings(arms), verdict(arms, 2), "```"])
 
 
 def gaps_table(folder):
@@ -38,17 +39,17 @@ def gaps_table(folder):
     lines = ["| layers x width | n_shard | variant | pattern | syncs | seeds | val loss | gap, % |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for arm in arms:
-        baseline, gap = compare.baseline_of(arm, arms), compare.gap(arm, arms)
+        baseline, difference = baseline_of(arm, arms), gap(arm, arms)
         if arm.learning_rate != baseline.learning_rate:
             continue
         variant = "Control" if arm.all_synced and arm.n_layer < baseline.n_layer else arm.variant
         if arm.dtype != usual:
             variant += f", {arm.dtype}"
         syncs = f"{arm.syncs - arm.hidden} and {arm.hidden} hidden" if arm.hidden else arm.syncs
-        interval = "" if gap.margin is None else f" ±{gap.margin:.2f}"
-        difference = "" if arm is baseline else f"{gap.percent:+.2f}{interval}"
+        interval = "" if difference.margin is None else f" ±{difference.margin:.2f}"
+        percent = "" if arm is baseline else f"{difference.percent:+.2f}{interval}"
         size, loss = f"{arm.n_layer} x {arm.n_embd}", f"{arm.losses[arm.step]:.4f}"
-        cells = [size, arm.n_shard, variant, f"`{arm.pattern}`", syncs, len(arm.counted), loss, difference]
+        cells = [size, arm.n_shard, variant, f"`{arm.pattern}`", syncs, len(arm.counted), loss, percent]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 

@@ -1,15 +1,21 @@
 """compare.py on logs that the training code's own writer made, and on the recorded ones."""
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from scipy import stats
 
 import compare
+from reduced_sync.comparison import table, verdict, warnings
+from reduced_sync.figures import draw_comparison
 from reduced_sync.run_log import RunLog, step_line
+from reduced_sync.runs import baseline_of, gap, load_runs, noise
 
-RECORDED = sorted((Path(__file__).parents[1] / "results").glob("*/*/log.txt"))
+ROOT = Path(__file__).parents[1]
+RECORDED = sorted((ROOT / "results").glob("*/*/log.txt"))
 ARCHITECTURES = {"2": "baseline", "1": "spd"}
 
 
@@ -26,7 +32,8 @@ def make(folder, name, pattern, losses, n_params=609344, hidden=0, dtype="float3
     (folder / name).mkdir()
     log = RunLog(folder / name / "log.txt")
     header = {"architecture": architecture, "sync_pattern": pattern, "parameters": f"0.61M ({n_params})"}
-    header |= {"hidden syncs": hidden, "dtype": dtype}
+    syncs = sum(int(character) for character in pattern)
+    header |= {"syncs": f"{syncs} of {2 * len(pattern)}", "hidden syncs": hidden, "dtype": dtype}
     if data is not None:
         header |= {"train data": f"sha256 {data}", "val data": f"sha256 {data}"}
     log.header({"started": "today", **header, "config": config})
@@ -47,30 +54,30 @@ def runs(tmp_path):
 
 
 def load(folder):
-    return compare.load_runs(sorted(folder.glob("out*")))
+    return load_runs(sorted(folder.glob("out*")))
 
 
 def test_table_and_verdict(runs):
     loaded = load(runs)
     assert [run.syncs for run in loaded] == [24, 12, 6, 3]
-    lines = [line.split() for line in compare.table(loaded).splitlines()]
+    lines = [line.split() for line in table(loaded).splitlines()]
     assert lines[1] == "out-base Baseline 2 222222222222 24 0.0% 0.61M 17 2.0000 +0.00% 20".split()
     assert lines[2] == "out-spd SPD 2 111111111111 12 50.0% 0.61M 17 2.0100 +0.50% 20".split()
     assert lines[3] == "out-g6 Grouped-6 2 010101010101 6 75.0% 0.61M 17 2.0400 +2.00% 20".split()
     assert lines[4] == "out-g3 Grouped-3 2 000100010001 3 87.5% 0.61M 17 2.1000 +5.00% 20".split()
-    assert "within 2.1% of the baseline: 6 (Grouped-6, +2.00%" in compare.verdict(loaded, 2.1)
-    assert "within 0.6% of the baseline: 12 (SPD" in compare.verdict(loaded, 0.6)
-    assert "no variant is within 0.1%" in compare.verdict(loaded, 0.1)
-    assert compare.warnings(loaded) == []
+    assert "within 2.1% of the baseline: 6 (Grouped-6, +2.00%" in verdict(loaded, 2.1)
+    assert "within 0.6% of the baseline: 12 (SPD" in verdict(loaded, 0.6)
+    assert "no variant is within 0.1%" in verdict(loaded, 0.1)
+    assert warnings(loaded) == []
 
 
 def test_unfinished_runs_are_marked_and_do_not_decide(runs):
     make(runs, "out-g2", "000001000001", [4.0, 2.9])
     make(runs, "out-new", "000000000001", [])
     loaded = load(runs)
-    text = compare.table(loaded)
+    text = table(loaded)
     assert "-3.33% at 10*" in text and "10 of 20*" in text and "0 of 20*" in text and "unfinished" in text
-    assert "3 (Grouped-3, +5.00%, 87.5% fewer syncs) (2 unfinished not counted)" in compare.verdict(loaded, 6)
+    assert "3 (Grouped-3, +5.00%, 87.5% fewer syncs) (2 unfinished not counted)" in verdict(loaded, 6)
 
 
 def test_a_log_that_is_being_written(runs):
@@ -86,22 +93,20 @@ def test_seeds_are_one_line(runs):
     make(runs, "out-spd-2", "1" * 12, [4.0, 3.0, 2.05], seed=2)
     loaded = load(runs)
     base, spd, g6, _ = loaded
-    assert [len(arm.seeds) for arm in loaded] == [3, 2, 1, 1] and compare.warnings(loaded) == []
+    assert [len(arm.seeds) for arm in loaded] == [3, 2, 1, 1] and warnings(loaded) == []
     assert base.losses[20] == pytest.approx(2.0) and base.deviation == pytest.approx(0.02)
     assert spd.losses[20] == pytest.approx(2.03) and spd.deviation == pytest.approx(0.04 / 2**0.5)
-    deviation, freedom = compare.noise(loaded)
+    deviation, freedom = noise(loaded)
     pooled = (2 * 0.01**2 + (0.04 / 2**0.5 / 2.03) ** 2) / 3
     assert freedom == 3 and deviation == pytest.approx(100 * pooled**0.5)
     half = stats.t.interval(0.95, 3, scale=deviation * (1 / 2 + 1 / 3) ** 0.5)[1]
-    assert compare.gap(spd, loaded).percent == pytest.approx(1.5) and compare.gap(spd, loaded).margin == pytest.approx(
-        half
-    )
-    assert compare.gap(g6, loaded).margin > half and compare.gap(base, loaded).margin is None
-    lines = compare.table(loaded).splitlines()
+    assert gap(spd, loaded).percent == pytest.approx(1.5) and gap(spd, loaded).margin == pytest.approx(half)
+    assert gap(g6, loaded).margin > half and gap(base, loaded).margin is None
+    lines = table(loaded).splitlines()
     make(runs, "out-base-4", "2" * 12, [4.0], seed=4)  # has just begun
-    assert load(runs)[0].losses == base.losses and "3 of 4" in compare.table(load(runs))
+    assert load(runs)[0].losses == base.losses and "3 of 4" in table(load(runs))
     assert lines[1].split()[:4] == ["out-base", "and", "2", "more"] and f"+1.50%  {half:.2f}%" in lines[2]
-    compare.draw(loaded, runs / "figure.png", 2)
+    draw_comparison(loaded, runs / "figure.png", 2)
 
 
 def test_an_equal_variance_t_test_agrees(tmp_path):
@@ -112,7 +117,7 @@ def test_an_equal_variance_t_test_agrees(tmp_path):
         make(tmp_path, f"out-spd-{seed}", "1" * 12, [4.0, 3.0, b], seed=seed)
     arms = load(tmp_path)
     low, high = stats.ttest_ind(spd, base).confidence_interval(0.95)
-    assert compare.gap(arms[1], arms).margin / 100 * arms[0].losses[20] == pytest.approx((high - low) / 2, rel=0.02)
+    assert gap(arms[1], arms).margin / 100 * arms[0].losses[20] == pytest.approx((high - low) / 2, rel=0.02)
 
 
 def test_sizes_controls_and_learning_rates(runs):
@@ -125,36 +130,36 @@ def test_sizes_controls_and_learning_rates(runs):
     loaded = load(runs)
     by_name = {arm.names[0]: arm for arm in loaded}
     assert by_name["out-ladder"].variant == "Baseline ladder"
-    gaps = {name: compare.gap(arm, loaded) for name, arm in by_name.items()}
+    gaps = {name: gap(arm, loaded) for name, arm in by_name.items()}
     assert gaps["out-spd"].percent == pytest.approx(100 * (2.01 / 1.95 - 1))
     assert gaps["out-control"].percent == pytest.approx(100 * (1.9 / 1.95 - 1))
     assert gaps["out-big-spd"].percent == pytest.approx(2) and not gaps["out-big-spd"].final
-    text = compare.verdict(loaded, 50)
+    text = verdict(loaded, 50)
     assert "12x64, n_shard 2: the fewest syncs within 50% of the baseline: 1 and 23 hidden (Baseline ladder" in text
     assert "12x192, n_shard 2: can't say yet: the baseline out-big has not finished" in text
-    table = compare.table(loaded).splitlines()
-    assert "hidden" in table[0] and "lr" in table[0].split() and "size" in table[0].split()
+    lines = table(loaded).splitlines()
+    assert {"hidden", "lr", "size"} < set(lines[0].split())
     rates = ["learning_rate: 0.001, 0.002", "min_lr / learning_rate: 0.05, 0.1"]
-    assert compare.warnings(loaded) == [f"warning: the runs differ in {rate}" for rate in rates]
-    compare.draw(loaded, runs / "figure.png", 2)
+    assert warnings(loaded) == [f"warning: the runs differ in {rate}" for rate in rates]
+    draw_comparison(loaded, runs / "figure.png", 2)
 
 
 def test_when_nothing_can_be_said(tmp_path):
     make(tmp_path, "out-spd", "1" * 12, [4.0, 3.1, 2.01])
-    assert "no baseline among the runs" in compare.verdict(load(tmp_path), 2)
+    assert "no baseline among the runs" in verdict(load(tmp_path), 2)
     make(tmp_path, "out-base", "2" * 12, [4.0, 3.0])
-    assert "the baseline out-base has not finished" in compare.verdict(load(tmp_path), 2)
+    assert "the baseline out-base has not finished" in verdict(load(tmp_path), 2)
     make(tmp_path, "out-base2", "2" * 12, [4.0, 3.0, 2.0])
-    assert "2 baselines among the runs" in compare.verdict(load(tmp_path), 2)
+    assert "2 baselines among the runs" in verdict(load(tmp_path), 2)
 
 
 def test_each_n_shard_has_its_own_baseline(runs):
     make(runs, "out-base4", "2" * 12, [4.0, 3.0, 1.9], n_shard=4)
     make(runs, "out-spd4", "1" * 12, [4.0, 3.0, 2.01], n_shard=4)
     loaded = load(runs)
-    gaps = {run.names[0]: compare.gap(run, loaded).percent for run in loaded}
+    gaps = {run.names[0]: gap(run, loaded).percent for run in loaded}
     assert gaps["out-spd"] == pytest.approx(0.5) and gaps["out-spd4"] == pytest.approx(100 * (2.01 / 1.9 - 1))
-    assert len(compare.verdict(loaded, 2).splitlines()) == 2
+    assert len(verdict(loaded, 2).splitlines()) == 2
 
 
 def test_each_float_type_has_its_own_baseline(runs):
@@ -162,17 +167,17 @@ def test_each_float_type_has_its_own_baseline(runs):
         make(runs, f"out-half-base{seed}", "2" * 12, [4.0, 3.0, loss], dtype="bfloat16", seed=seed)
     make(runs, "out-half-spd", "1" * 12, [4.0, 3.0, 2.01], dtype="bfloat16")
     loaded = load(runs)
-    gaps = {run.names[0]: compare.gap(run, loaded).percent for run in loaded}
+    gaps = {run.names[0]: gap(run, loaded).percent for run in loaded}
     assert gaps["out-spd"] == pytest.approx(0.5) and gaps["out-half-spd"] == pytest.approx(100 * (2.01 / 1.92 - 1))
-    assert "dtype" in compare.table(loaded).split("\n")[0].split()
-    assert "warning: the runs differ in dtype: bfloat16, float32" in compare.warnings(loaded)
+    assert "dtype" in table(loaded).split("\n")[0].split()
+    assert "warning: the runs differ in dtype: bfloat16, float32" in warnings(loaded)
 
 
 def test_nan_is_never_within_the_tolerance(runs):
     make(runs, "out-nan", "000000000001", [4.0, float("nan"), float("nan")])
     loaded = load(runs)
-    assert "3 (Grouped-3" in compare.verdict(loaded, 50) and "nan" in compare.table(loaded)
-    compare.draw(loaded, runs / "figure.png", 2)
+    assert "3 (Grouped-3" in verdict(loaded, 50) and "nan" in table(loaded)
+    draw_comparison(loaded, runs / "figure.png", 2)
 
 
 # --- runs that are not comparable
@@ -197,7 +202,7 @@ def test_nan_is_never_within_the_tolerance(runs):
 )
 def test_settings_that_differ_are_named(runs, changes, names):
     make(runs, "out-g2", "000001000001", [4.0, 2.9, 2.0], **changes)
-    lines = compare.warnings(load(runs))
+    lines = warnings(load(runs))
     assert len(lines) == len(names)
     for line, name in zip(lines, names, strict=True):
         assert line.startswith(f"warning: the runs differ in {name}")
@@ -210,13 +215,13 @@ def test_another_schedule_or_regularisation_is_named_and_no_seed(tmp_path, key, 
         make(tmp_path, f"out-{name}", pattern, [4.0, 3.0, 2.0], **{key: value}, seed=seed if name == "other" else 1)
     loaded = load(tmp_path)
     assert len(loaded) == 3
-    assert f"warning: the runs differ in {key}: {', '.join(map(str, sorted(values)))}" in compare.warnings(loaded)
+    assert f"warning: the runs differ in {key}: {', '.join(map(str, sorted(values)))}" in warnings(loaded)
 
 
 def test_from_scratch_and_from_pretrained_weights(runs):
     make(runs, "out-base-2", "2" * 12, [4.0, 3.0, 2.0], seed=2, init_from="scratch")
     make(runs, "out-base-3", "2" * 12, [4.0, 3.0, 1.0], seed=3, init_from="gpt2", resumed=dict(init_from="resume"))
-    assert "warning: the runs differ in init_from: gpt2, scratch" in compare.warnings(load(runs))
+    assert "warning: the runs differ in init_from: gpt2, scratch" in warnings(load(runs))
 
 
 OTHERS = [dict(eval_iters=10), dict(eval_iters=0), dict(batch_size=8, gradient_accumulation_steps=8000)]
@@ -229,20 +234,20 @@ def test_other_windows_or_data_are_never_compared(tmp_path, other):
     make(tmp_path, "out-base", "22", [4.0, 3.0, 2.0], data="cafe")
     make(tmp_path, "out-spd", "11", [4.0, 3.0, 1.0], seed=2, **dict(data="cafe") | other)
     loaded = load(tmp_path)
-    assert [compare.gap(arm, loaded) is None for arm in loaded] == [False, True]
+    assert [gap(arm, loaded) is None for arm in loaded] == [False, True]
     reason = "can't say: evaluated on other windows or data than the baseline"
-    assert compare.verdict(loaded, 2) == f"n_shard 2: {reason}"
-    assert any(line.endswith(": no gap between them") for line in compare.warnings(loaded))
-    compare.draw(loaded, tmp_path / "figure.png", 2)
+    assert verdict(loaded, 2) == f"n_shard 2: {reason}"
+    assert any(line.endswith(": no gap between them") for line in warnings(loaded))
+    draw_comparison(loaded, tmp_path / "figure.png", 2)
     make(tmp_path, "out-spd-2", "11", [4.0, 3.0, 2.02], data="cafe")
     loaded = load(tmp_path)
     assert [len(arm.seeds) for arm in loaded] == [1, 1, 1]
     line = "the fewest syncs within 2% of the baseline: 2 (SPD, +1.00%, 50.0% fewer syncs)"
-    assert compare.verdict(loaded, 2) == f"n_shard 2: {line} (1 evaluated on other windows or data not counted)"
+    assert verdict(loaded, 2) == f"n_shard 2: {line} (1 evaluated on other windows or data not counted)"
     make(tmp_path, "out-base-2", "22", [4.0, 3.0, 0.99], **dict(data="cafe") | other)
-    gaps = {arm.names[0]: compare.gap(arm, load(tmp_path)).percent for arm in load(tmp_path)}
+    gaps = {arm.names[0]: gap(arm, load(tmp_path)).percent for arm in load(tmp_path)}
     assert gaps["out-spd-2"] == pytest.approx(1) and gaps["out-spd"] == pytest.approx(100 * (1 / 0.99 - 1))
-    compare.draw(load(tmp_path), tmp_path / "figure.png", 2)
+    draw_comparison(load(tmp_path), tmp_path / "figure.png", 2)
 
 
 @pytest.mark.parametrize("data", [None, "unknown"])
@@ -250,7 +255,7 @@ def test_data_whose_content_is_not_known_is_that_of_its_name(tmp_path, data):
     make(tmp_path, "out-a", "22", [4.0, 3.0, 2.0], data=data)
     make(tmp_path, "out-b", "22", [4.0, 3.0, 2.1], seed=2, data="cafe")
     (arm,) = loaded = load(tmp_path)
-    assert len(arm.seeds) == 2 and compare.warnings(loaded) == []
+    assert len(arm.seeds) == 2 and warnings(loaded) == []
     make(tmp_path, "out-c", "22", [4.0, 3.0, 2.1], seed=3, data="beef")  # surely not that of the first two
     make(tmp_path, "out-d", "22", [4.0, 3.0, 2.1], seed=3, data="cafe", dataset="a copy of text")
     assert [len(arm.seeds) for arm in load(tmp_path)] == [3, 1]
@@ -262,7 +267,7 @@ def test_a_run_that_went_on_with_other_settings(runs):
     make(runs, "out-base-3", "2" * 12, [4.0, 3.0, 2.0], seed=3, resumed=dict(out_dir="x", init_from="resume"))
     loaded = load(runs)
     assert sorted(len(arm.seeds) for arm in loaded) == [1, 1, 1, 1, 2]
-    named = [line for line in compare.warnings(loaded) if "resumed" in line]
+    named = [line for line in warnings(loaded) if "resumed" in line]
     assert named == ["warning: out-base-2 was resumed with other settings: learning_rate 0.002 -> 0.001"]
 
 
@@ -275,14 +280,14 @@ def test_runs_that_are_too_short_give_no_answer(runs, tmp_path, monkeypatch):
 
     titles = []
     monkeypatch.setattr(Axes, "set_title", lambda axes, title, *_, **__: titles.append(title))
-    compare.draw(load(runs), runs / "figure.png", 2)
-    assert "too short" not in compare.verdict(load(runs), 2) and not any("too short" in title for title in titles)
+    draw_comparison(load(runs), runs / "figure.png", 2)
+    assert "too short" not in verdict(load(runs), 2) and not any("too short" in title for title in titles)
     make(runs, "out-short", "1" * 12, [4.0, 3.0, 1.0], gradient_accumulation_steps=200)
     loaded = load(runs)
     start = "n_shard 2: too short to tell: 0.84 tokens a parameter, at least 10 are needed. Seen so far, no answer: "
-    assert compare.verdict(loaded, 2.1).startswith(f"{start}the fewest syncs within 2.1% of the baseline: 6 (Grouped-6")
-    assert compare.verdict(loaded, -60).startswith(f"{start}no variant is within")
-    compare.draw(loaded, runs / "figure.png", 2)
+    assert verdict(loaded, 2.1).startswith(f"{start}the fewest syncs within 2.1% of the baseline: 6 (Grouped-6")
+    assert verdict(loaded, -60).startswith(f"{start}no variant is within")
+    draw_comparison(loaded, runs / "figure.png", 2)
     assert titles[-1] == "Loss against syncs\ntoo short to tell: 0.84 tokens a parameter"
 
 
@@ -309,14 +314,21 @@ def test_lines_of_a_figure(runs, monkeypatch):
 
     monkeypatch.setattr(Axes, "plot", remember_plot)
     monkeypatch.setattr(Axes, "annotate", remember_note)
-    compare.draw(load(runs), runs / "figure.png", 2)
+    draw_comparison(load(runs), runs / "figure.png", 2)
     assert {"Selective-7 222000000001", "Selective-8 000001111112", "Grouped-3, 3 syncs"} < set(curves)
     assert "Grouped-2, 2 syncs, other windows or data" in curves
     assert joined == [[24, 12, 6, 3]] and sorted(notes) == ["000001111112", "222000000001"]
-    assert "8 (Selective-8 000001111112, -5.00%" in compare.verdict(load(runs), -2)
+    assert "8 (Selective-8 000001111112, -5.00%" in verdict(load(runs), -2)
 
 
 # --- the command
+
+
+def test_the_command_starts_without_what_it_may_not_need():
+    """torch and matplotlib take seconds to import, and scipy one."""
+    code = "import sys, compare; print({'torch', 'numpy', 'scipy', 'matplotlib'} & set(sys.modules))"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (process.stdout, process.stderr) == ("set()\n", "")
 
 
 def test_command_writes_figure_and_csv(runs, monkeypatch, capsys):
@@ -342,7 +354,12 @@ def test_what_is_no_run_is_skipped_with_a_note(runs, monkeypatch, capsys):
     Path("out-study/table.csv").write_text("run,variant\n")
     Path("out-started/log.txt").write_text("")
     whole = Path("out-spd/log.txt").read_text()
-    lacking = {"sync_pattern": "# sync_pattern:", "parameters": "# parameters:", "dtype": "# dtype:"}
+    lacking = {
+        "sync_pattern": "# sync_pattern:",
+        "syncs": "# syncs:",
+        "parameters": "# parameters:",
+        "dtype": "# dtype:",
+    }
     lacking |= {"config": "# config:", '"learning_rate": 0.001, ': "learning_rate", '"eval_iters": 5, ': "eval_iters"}
     for i, text in enumerate(lacking):
         Path(f"out-x{i}").mkdir()
@@ -384,9 +401,9 @@ def test_mistakes_end_with_one_line(tmp_path, monkeypatch, capsys, arguments):
 @pytest.mark.parametrize("folder", sorted({path.parents[1] for path in RECORDED}), ids=lambda p: p.name)
 def test_recorded_logs(folder, tmp_path):
     """The logs that the documents cite: complete and comparable."""
-    loaded = compare.load_runs(sorted(path.parent for path in folder.glob("*/log.txt")))
+    loaded = load_runs(sorted(path.parent for path in folder.glob("*/log.txt")))
     assert len(loaded) >= 4 and all(run.finished for run in loaded)
     # tuned, where they differ in the one, and with a baseline of each in the other
-    assert all("learning_rate" in line or "dtype" in line for line in compare.warnings(loaded))
-    assert all(compare.baseline_of(run, loaded).dtype == run.dtype for run in loaded)
-    compare.draw(loaded, tmp_path / "figure.png", 2)
+    assert all("learning_rate" in line or "dtype" in line for line in warnings(loaded))
+    assert all(baseline_of(run, loaded).dtype == run.dtype for run in loaded)
+    draw_comparison(loaded, tmp_path / "figure.png", 2)

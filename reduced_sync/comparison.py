@@ -1,0 +1,154 @@
+"""Arms side by side: the table, the warnings, the verdict, and all of it as CSV."""
+
+import csv
+import itertools
+
+from reduced_sync.figures import draw_comparison
+from reduced_sync.runs import (
+    LEAST_TOKENS,
+    baseline_of,
+    by_scale,
+    comparable,
+    differ,
+    gap,
+    reference_of,
+    same_data,
+    too_short,
+)
+
+
+def table(arms):
+    """The comparison as text, a line an arm. Columns that only some comparisons need are left out of the others."""
+    several = max((len(arm.seeds) for arm in arms), default=1) > 1
+    columns = {  # heading: (aligned to the left, shown, cell of an arm and its gap)
+        "run": (True, True, lambda a, g: a.names[0] + (f" and {len(a.names) - 1} more" if len(a.names) > 1 else "")),
+        "variant": (True, True, lambda a, g: a.variant),
+        "size": (False, differ(arms, "n_layer", "n_embd"), lambda a, g: f"{a.n_layer}x{a.n_embd}"),
+        "n_shard": (False, True, lambda a, g: str(a.n_shard)),
+        "pattern": (True, True, lambda a, g: a.pattern),
+        "syncs": (False, True, lambda a, g: str(a.syncs)),
+        "hidden": (False, any(arm.hidden for arm in arms), lambda a, g: str(a.hidden)),
+        "fewer": (False, True, lambda a, g: f"{a.reduction:.1f}%"),
+        "parameters": (False, True, lambda a, g: f"{a.n_params / 1e6:.2f}M"),
+        "tok/param": (False, True, lambda a, g: f"{a.tokens / a.n_params:.2g}"),
+        "lr": (False, differ(arms, "learning_rate"), lambda a, g: f"{a.learning_rate:g}"),
+        "dtype": (True, differ(arms, "dtype"), lambda a, g: a.dtype),
+        "seeds": (False, several, _seeds_cell),
+        "val loss": (False, True, lambda a, g: f"{a.losses[a.step]:.4f}" if a.losses else "-"),
+        "sd": (False, several, lambda a, g: f"{a.deviation:.4f}" if a.deviation is not None else ""),
+        "gap": (False, True, _gap_cell),
+        "+-": (False, several, lambda a, g: f"{g.margin:.2f}%" if g and g.margin is not None else ""),
+        "step": (False, True, lambda a, g: f"{a.step}" + ("" if a.finished else f" of {a.max_iters}*")),
+    }
+    columns = {heading: (left, cell) for heading, (left, shown, cell) in columns.items() if shown}
+    gaps = [gap(arm, arms) for arm in arms]
+    rows = [list(columns)]
+    rows += [[cell(arm, g) for _, cell in columns.values()] for arm, g in zip(arms, gaps, strict=True)]
+    lines = [""] * len(rows)
+    for (left, _), cells in zip(columns.values(), zip(*rows, strict=True), strict=True):
+        width = max(map(len, cells))
+        padded = [cell.ljust(width) if left else cell.rjust(width) for cell in cells]
+        lines = [f"{line}  {cell}" if line else cell for line, cell in zip(lines, padded, strict=True)]
+    lines = [line.rstrip() for line in lines]
+    if not all(arm.finished for arm in arms):
+        lines.append("* unfinished: its gap is provisional")
+    return "\n".join(lines)
+
+
+def _seeds_cell(arm, difference):
+    count, started = len(arm.counted), len(arm.seeds)
+    return f"{count}" if count == started else f"{count} of {started}"
+
+
+def _gap_cell(arm, difference):
+    if difference is None:
+        return "-"
+    return f"{difference.percent:+.2f}%" + ("" if difference.final else f" at {difference.step}*")
+
+
+def warnings(arms):
+    """A line for each setting in which runs of one size differ, and for each run that changed some on its way."""
+    lines = []
+    for group in by_scale(arms):
+        for key in dict.fromkeys(key for arm in group for key in arm.settings):
+            values = {str(arm.settings[key]) for arm in group if key in arm.settings}
+            if len(values) > 1:
+                end = ": no gap between them" if key == "evaluation" else ""
+                lines.append(f"warning: the runs differ in {key}: {', '.join(sorted(values))}{end}")
+        if not all(itertools.starmap(same_data, itertools.combinations(group, 2))):
+            names = {
+                f"{name} (sha256 {str(train)[:8]}, {str(val)[:8]})" for name, train, val in (a.data for a in group)
+            }
+            lines.append(f"warning: the runs differ in data: {', '.join(sorted(names))}: no gap between them")
+        if len({tuple(sorted(arm.seeds)) for arm in group if len(arm.seeds) == 1}) > 1:
+            lines.append("warning: single runs differ in seed")
+    lines += [f"warning: {arm.names[0]} was resumed with other settings: {arm.changed}" for arm in arms if arm.changed]
+    references = [(arm, baseline_of(arm, arms)) for arm in arms]
+    if any(reference is not None and reference.scale != arm.scale for arm, reference in references):
+        lines.append("warning: some runs have no baseline of their own size: they are compared with another's")
+    return lines
+
+
+def verdict(arms, tolerance):
+    """For each size and n_shard a line: the fewest syncs within `tolerance` percent of the baseline, or why not."""
+    lines = []
+    for scale, n_shard in sorted({(arm.scale, arm.n_shard) for arm in arms}):
+        group = [arm for arm in arms if (arm.scale, arm.n_shard) == (scale, n_shard)]
+        reference = reference_of(group, arms)
+        size = f"{reference.n_layer}x{reference.n_embd}, " if reference is not None and len(by_scale(arms)) > 1 else ""
+        start = f"{size}n_shard {n_shard}: "
+        variants = [arm for arm in group if not arm.all_synced and arm.finished]
+        gaps = [(arm, difference) for arm in variants if (difference := gap(arm, arms)) is not None]
+        if reference is not None and all(arm.all_synced and arm.n_layer < reference.n_layer for arm in group):
+            continue  # controls only
+        if reference is None or (variants and not gaps):
+            synced = [other for other in arms if other.all_synced]
+            reason = f"{len(synced) or 'no'} baseline{'s' if synced else ''} among the runs, one is needed"
+            if synced and not any(itertools.starmap(comparable, itertools.product(variants or group, synced))):
+                reason = "evaluated on other windows or data than the baseline"
+            lines.append(start + f"can't say: {reason}")
+        elif not reference.finished:
+            lines.append(start + f"can't say yet: the baseline {reference.names[0]} has not finished")
+        elif not variants:
+            lines.append(start + "can't say: no variant has finished")
+        else:
+            if short := too_short([reference, *(arm for arm, _ in gaps)]):
+                start += f"{short}, at least {LEAST_TOKENS} are needed. Seen so far, no answer: "
+            good = [(arm, difference) for arm, difference in gaps if difference.percent <= tolerance]  # nan is not <=
+            notes = {"unfinished": sum(not arm.finished for arm in group)}
+            notes["evaluated on other windows or data"] = len(variants) - len(gaps)
+            note = "".join(f" ({count} {why} not counted)" for why, count in notes.items() if count)
+            if not good:
+                lines.append(start + f"no variant is within {tolerance:g}% of the baseline{note}")
+            else:
+                best, difference = min(good, key=lambda pair: (pair[0].syncs - pair[0].hidden, pair[1].percent))
+                count = f"{best.syncs - best.hidden} and {best.hidden} hidden" if best.hidden else best.syncs
+                lines.append(
+                    start + f"the fewest syncs within {tolerance:g}% of the baseline: {count} ({best.title}, "
+                    f"{difference.percent:+.2f}%, {best.reduction:.1f}% fewer syncs){note}"
+                )
+    return "\n".join(lines)
+
+
+def write_csv(arms, path):
+    """One row an arm, numbers in full. Raises OSError."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        head = "run variant n_layer n_embd n_shard sync_pattern syncs hidden_syncs reduction_percent parameters tokens "
+        head += "learning_rate dtype seeds step max_iters val_loss val_loss_sd gap_percent gap_margin gap_step"
+        writer.writerow(head.split())
+        for arm in arms:
+            difference, a = gap(arm, arms), arm
+            end = (difference.percent, difference.margin, difference.step) if difference else ("", "", "")
+            start = (a.names[0], a.variant, a.n_layer, a.n_embd, a.n_shard, a.pattern, a.syncs, a.hidden, a.reduction)
+            middle = (a.n_params, a.tokens, a.learning_rate, a.dtype, len(a.counted), a.step, a.max_iters)
+            writer.writerow((*start, *middle, a.losses.get(a.step, ""), a.deviation, *end))
+
+
+def report(arms, tolerance, png, csv_path=None):
+    """Print the table, warnings and verdict; write the figure and, where asked for, the CSV. Raises OSError."""
+    print(table(arms), *warnings(arms), verdict(arms, tolerance), sep="\n")
+    if csv_path:
+        write_csv(arms, csv_path)
+    draw_comparison(arms, png, tolerance)
+    print(f"figure: {png}")

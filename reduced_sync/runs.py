@@ -1,0 +1,265 @@
+"""Runs as their logs tell of them: those that differ in their seed alone are one Arm; baselines, noise, gaps."""
+
+import itertools
+import math
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from reduced_sync.run_log import changes, read_log, settings
+
+LEAST_TOKENS = 10  # a parameter; shorter runs cannot tell variants apart: EXPERIMENT_SUMMARY.md
+HEADER = "sync_pattern syncs parameters dtype config".split()  # lines that a header must have, and keys of its config
+CONFIG = """architecture n_shard n_layer n_head n_embd dataset seed learning_rate min_lr max_iters
+gradient_accumulation_steps batch_size block_size eval_iters""".split()
+
+
+@dataclass
+class Arm:
+    """Runs that differ in their seed alone: the header's facts, and evaluations as {seed: {step: validation loss}}."""
+
+    names: list
+    variant: str
+    pattern: str
+    syncs: int  # all-reduces of a forward pass
+    hidden: int  # those of them in flight while the next sublayer runs
+    n_shard: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_params: int
+    max_iters: int
+    tokens: int  # of the whole run
+    learning_rate: float
+    dtype: str
+    settings: dict  # all that should be the same in runs that are compared
+    data: tuple  # name, sha256 of train, sha256 of val; None for one that is not known
+    changed: str  # settings that changed where the run was resumed
+    seeds: dict
+    scale: int = 0  # its size's place among those of all runs: 1 for the smallest
+
+    @property
+    def model(self):
+        return self.variant, self.pattern, self.n_shard, self.n_layer, self.n_head, self.n_embd
+
+    @property
+    def title(self):
+        """The variant, with the pattern where it does not follow from it."""
+        return f"{self.variant} {self.pattern}" if self.is_selective else self.variant
+
+    @property
+    def is_selective(self):
+        return self.variant.startswith("Selective")
+
+    @property
+    def reduction(self):
+        """Percent fewer syncs than standard TP with as many layers."""
+        return 100 * (1 - self.syncs / (2 * len(self.pattern)))
+
+    @property
+    def counted(self):
+        """The losses of the finished seeds, or of all where none has finished."""
+        return [losses for losses in self.seeds.values() if self.max_iters in losses] or list(self.seeds.values())
+
+    @property
+    def losses(self):
+        """The mean over the seeds that count, at the steps that all of them have evaluated."""
+        steps = set.intersection(*map(set, self.counted))
+        return {step: statistics.fmean(losses[step] for losses in self.counted) for step in sorted(steps)}
+
+    @property
+    def step(self):
+        return max(self.losses, default=0)
+
+    @property
+    def finished(self):
+        return self.max_iters in self.losses
+
+    @property
+    def deviation(self):
+        """Standard deviation over seeds of the last loss; None for one seed."""
+        last = [losses[self.step] for losses in self.counted] if self.losses else []
+        return statistics.stdev(last) if len(last) > 1 else None
+
+    @property
+    def all_synced(self):
+        return set(self.pattern) == {"2"} and not self.hidden
+
+
+@dataclass
+class Gap:
+    """How far an arm's loss is above the baseline's, in percent, at the last step that both have evaluated."""
+
+    percent: float
+    step: int
+    final: bool  # both have finished
+    margin: float | None  # half of the 95 % confidence interval; None where no noise is known
+
+
+def load_runs(paths):
+    """The runs in `paths`, folders with a log.txt or logs, as Arms: by size, n_shard and most syncs first.
+
+    What is no run is skipped with a note on stderr. Raises ValueError with one clear line where nothing else is left.
+    """
+    arms, skipped = [], []
+    for path in map(Path, paths):
+        try:
+            arm = read_run(path)
+        except ValueError as error:
+            skipped.append(str(error))
+            continue
+        for other in arms:
+            if same_experiment(other, arm) and not set(other.seeds) & set(arm.seeds):
+                other.names += arm.names
+                other.seeds |= arm.seeds
+                other.settings = arm.settings | other.settings  # what one of them knows
+                if None in other.data:
+                    other.data = arm.data
+                break
+        else:
+            arms.append(arm)
+    if skipped and not arms:
+        raise ValueError(skipped[0] + (f" (and {len(skipped) - 1} more that are no runs)" if skipped[1:] else ""))
+    for line in skipped:
+        print(f"skipped: {line}", file=sys.stderr)
+    smallest = scale = 0
+    for arm in sorted(arms, key=lambda arm: arm.n_params):
+        if arm.n_params > 1.04 * smallest:  # shards' norms and controls: within 2 % of the middle
+            smallest, scale = arm.n_params, scale + 1
+        arm.scale = scale
+    return sorted(arms, key=lambda arm: (arm.scale, arm.n_shard, -arm.syncs, arm.names))
+
+
+def read_run(path):
+    """The run whose folder or log is `path`, as an Arm. Raises ValueError with one clear line where it is none, yet."""
+    log_path = path / "log.txt" if path.is_dir() else path
+    try:
+        log = read_log(log_path)
+    except OSError as error:
+        if any(path.glob("*/log.txt")):
+            raise ValueError(f"{path}: its runs are in folders of their own: compare.py {path}/*/") from None
+        raise ValueError(f"{log_path}: {error.strerror}; name folders that hold a log.txt") from None
+    header = log.header
+    try:
+        if missing := [f"# {key}:" for key in HEADER if key not in header]:
+            raise ValueError(f"it has no line {', '.join(missing)}" if header else "there is none, yet")
+        config = header["config"]
+        if missing := [key for key in CONFIG if key not in config]:
+            raise ValueError(f"its config has no {', '.join(missing)}")
+        # a config says which dtype was asked for, its header what that came to
+        configs = [part["config"] | {"dtype": part.get("dtype")} for part in log.headers.values() if "config" in part]
+        rate, own = float(config["learning_rate"]), settings(configs[-1])
+        own["min_lr / learning_rate"] = f"{own.pop('min_lr') / (rate or 1):.4g}"
+        own |= {key: value for key, value in configs[0].items() if key == "init_from" and value != "resume"}
+        seed, pattern, syncs = own.pop("seed"), header["sync_pattern"], int(header["syncs"].split(" of ")[0])
+        if len(pattern) != config["n_layer"]:
+            raise ValueError(f"sync_pattern {pattern!r} with n_layer={config['n_layer']}")
+        hashes = [header.get(f"{split} data", "").removeprefix("sha256 ") for split in ("train", "val")]
+        return Arm(
+            names=[path.name if path.is_dir() else path.parent.name],
+            variant=_variant(config, syncs),
+            pattern=pattern,
+            syncs=syncs,
+            hidden=int(header.get("hidden syncs", 0)),
+            n_shard=int(config["n_shard"]),
+            n_layer=int(config["n_layer"]),
+            n_head=int(config["n_head"]),
+            n_embd=int(config["n_embd"]),
+            n_params=int(header["parameters"].split("(")[1].rstrip(")")),
+            max_iters=int(config["max_iters"]),
+            tokens=int(own["tokens a step"]) * int(config["max_iters"]),
+            learning_rate=rate,
+            dtype=header["dtype"],
+            settings=own,
+            data=(config["dataset"], *(digest if digest not in ("", "unknown") else None for digest in hashes)),
+            changed=", ".join(filter(None, itertools.starmap(changes, itertools.pairwise(configs)))),
+            seeds={seed: {step: loss for step, _, loss in log.evaluations}},
+        )
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{log_path}: its header is not that of a run: {error}") from None
+
+
+def same_data(a, b):
+    """Whether two arms have the same data: by its content, or by its name where a log does not know the content."""
+    return a.data[1:] == b.data[1:] if None not in a.data + b.data else a.data[0] == b.data[0]
+
+
+def comparable(a, b):
+    """Whether the losses of two arms are those of the same tokens."""
+    return same_data(a, b) and a.settings["evaluation"] == b.settings["evaluation"]
+
+
+def same_experiment(a, b):
+    """Whether two arms differ in their seed alone. What an older log does not say is no difference."""
+    shared = a.settings.keys() & b.settings.keys()
+    equal = all(a.settings[key] == b.settings[key] for key in shared) and same_data(a, b)
+    return a.model == b.model and equal and not a.changed and not b.changed
+
+
+def _variant(config, syncs):
+    """A short name: SPD, Grouped-4 (4 syncs), with what differs from the usual block behind it."""
+    architecture = config["architecture"]
+    name = {"baseline": "Baseline", "spd": "SPD"}.get(architecture, f"{architecture.capitalize()}-{syncs}")
+    extra = [config.get("overlap", ""), config.get("merge", "sum").removeprefix("sum")]
+    extra.append("parallel" if config.get("parallel_block") else "")
+    return " ".join([name, *filter(None, extra)])
+
+
+def baseline_of(arm, arms):
+    """The baseline to compare `arm` with, or None if there is none or more than one that it could be.
+
+    Evaluated on the same tokens; of the same size, dtype and n_shard where there is one.
+    """
+    synced = [other for other in arms if other.all_synced]
+    deepest = {scale: max(a.n_layer for a in synced if a.scale == scale) for scale in {a.scale for a in synced}}
+    baselines = [other for other in synced if other.n_layer == deepest[other.scale] and comparable(other, arm)]
+    for name in ("scale", "dtype", "n_shard"):
+        baselines = [other for other in baselines if getattr(other, name) == getattr(arm, name)] or baselines
+    rates = {other.learning_rate for other in baselines}
+    if len(rates) == len(baselines) > 1:
+        baselines = [min(baselines, key=lambda other: (not other.finished, other.losses.get(other.step, math.inf)))]
+    return baselines[0] if len(baselines) == 1 else None
+
+
+def noise(arms):
+    """(standard deviation of a run's last loss over seeds in percent of it, degrees of freedom), pooled."""
+    several = [arm for arm in arms if arm.finished and arm.deviation is not None]
+    freedom = sum(len(arm.counted) - 1 for arm in several)
+    squares = sum((len(arm.counted) - 1) * (arm.deviation / arm.losses[arm.step]) ** 2 for arm in several)
+    return (100 * math.sqrt(squares / freedom) if freedom else None), freedom
+
+
+def gap(arm, arms):
+    """The arm's Gap to its baseline, or None where there is nothing to compare."""
+    reference = baseline_of(arm, arms)
+    common = set(arm.losses) & set(reference.losses) if reference is not None else set()
+    if not common:
+        return None
+    step, margin = max(common), None
+    percent = 100 * (arm.losses[step] / reference.losses[step] - 1)
+    deviation, freedom = noise([other for other in arms if other.scale == arm.scale])
+    if deviation is not None and reference is not arm:
+        from scipy.stats import t
+
+        margin = t.ppf(0.975, freedom) * deviation * math.sqrt(1 / len(arm.counted) + 1 / len(reference.counted))
+    return Gap(percent, step, arm.finished and reference.finished, margin)
+
+
+def by_scale(arms):
+    return [[arm for arm in arms if arm.scale == scale] for scale in sorted({arm.scale for arm in arms})]
+
+
+def reference_of(group, arms):
+    """The baseline of the first arm of `group` that has one."""
+    return next(filter(None, (baseline_of(arm, arms) for arm in group)), None)
+
+
+def differ(arms, *names):
+    return len({tuple(getattr(arm, name) for name in names) for arm in arms}) > 1
+
+
+def too_short(arms):
+    """A text that says so where some arms were trained on too few tokens to tell variants apart."""
+    fewest = f"{min(arm.tokens / arm.n_params for arm in arms):.2g}"
+    return f"too short to tell: {fewest} tokens a parameter" if float(fewest) < LEAST_TOKENS else ""
