@@ -9,14 +9,13 @@ Files are replaced whole, never changed.
 
 import dataclasses
 import json
-import os
-import shutil
 import zipfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from reduced_sync.files import link_file, replace_file, sync_folder
 from reduced_sync_model import GPT, is_sharded
 
 KINDS = dict.fromkeys("model optimizer model_args config data scaler".split(), dict)
@@ -61,30 +60,20 @@ def save(checkpoint, out_dir, is_best):
     """Write ckpt.pt, durably, keeping the one before; with is_best also ckpt_best.pt.
 
     Raises OSError where that fails; the old files are whole then.
-    The directory entries change only after the new file is on the disk.
     """
-    last, temporary = Path(out_dir) / "ckpt.pt", Path(out_dir) / "ckpt.pt.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch's zip writer turns a failed write into this
-                cause = error.__context__
-                raise OSError(cause.strerror if isinstance(cause, OSError) else f"writing failed: {error}") from None
-            file.flush()
-            os.fsync(file.fileno())
-        if last.exists():
-            _link(last, Path(out_dir) / "ckpt_previous.pt")
-        os.replace(temporary, last)
-        if is_best:
-            _link(last, Path(out_dir) / "ckpt_best.pt")
-        directory = os.open(out_dir, os.O_RDONLY)
+    out_dir = Path(out_dir)
+
+    def write(file):
         try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    finally:
-        temporary.unlink(missing_ok=True)
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch's zip writer turns a failed write into this
+            cause = error.__context__
+            raise OSError(cause.strerror if isinstance(cause, OSError) else f"writing failed: {error}") from None
+
+    replace_file(out_dir / "ckpt.pt", write, keep=out_dir / "ckpt_previous.pt")
+    if is_best:
+        link_file(out_dir / "ckpt.pt", out_dir / "ckpt_best.pt")
+    sync_folder(out_dir)
 
 
 def load(path):
@@ -141,17 +130,3 @@ def check_data(checkpoint, meta, path):
     if differing:
         names = ", ".join(map(repr, differing))
         raise ValueError(f"checkpoint {path} was trained on other data: meta.json differs in {names}")
-
-
-def _link(source, target):
-    """Make `target` a second name of `source`, replacing it whole; a copy where the file system has no links."""
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)  # a failure's, or where both were one file already: then replace does nothing

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from reduced_sync.files import replace_file
+
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 
 # A build backend that knows one archive's name and version, and runs nothing of the archive's.
@@ -160,7 +162,7 @@ def gpt2_encoding():
             folder.mkdir(parents=True, exist_ok=True)
             for name, target in targets.items():
                 ((_, content),) = read_members(archive, f"*/{name}")
-                replace_file(target, content)
+                replace_file(target, lambda file, content=content: file.write(content))
         except (CorpusError, OSError) as error:
             problem = f"; {error}"
     try:
@@ -215,44 +217,27 @@ def write_meta(out_dir, bins, vocab_size, tokenizer, source, chars=None):
     meta["source"] = source
     meta |= {f"{split}_tokens": bins[split][0] for split in ("train", "val")}
     meta |= {f"{split}_sha256": bins[split][1] for split in ("train", "val")}
-    replace_file(out_dir / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
+    text = json.dumps(meta, indent=1) + "\n"
+    replace_file(out_dir / "meta.json", lambda file: file.write(text.encode()))
     print(f"{out_dir}: train.bin {meta['train_tokens']:,} tokens, val.bin {meta['val_tokens']:,} tokens, meta.json")
 
 
 def write_bin(path, n_tokens, chunks):
     """Write the uint16 arrays of `chunks`, `n_tokens` in all, through a memory map; return the file's sha256."""
-    temporary = path.with_name(f"tmp_{path.name}")
-    try:
-        with open(temporary, "wb") as file:
-            # A full disk is an error here, and a crash (SIGBUS) when the memory map meets it.
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, 2 * n_tokens)
-            else:
-                file.truncate(2 * n_tokens)
-        tokens = np.memmap(temporary, dtype="<u2", mode="r+", shape=(n_tokens,))
+
+    def write(file):
+        # A full disk is an error here, and a crash (SIGBUS) when the memory map meets it.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, 2 * n_tokens)
+        else:
+            file.truncate(2 * n_tokens)
+        tokens = np.memmap(file, dtype="<u2", mode="r+", shape=(n_tokens,))
         done = 0
         for chunk in chunks:
             tokens[done : done + len(chunk)] = chunk
             done += len(chunk)
         assert done == n_tokens, f"{done} tokens, expected {n_tokens}"
         tokens.flush()
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        digest = file_sha256(temporary)
-        os.replace(temporary, path)
-        return digest
-    finally:
-        temporary.unlink(missing_ok=True)  # there only if something failed
 
-
-def replace_file(path, content):
-    """Write bytes to `path`, whole or not at all."""
-    temporary = path.with_name(f"tmp_{path.name}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, write)
+    return file_sha256(path)

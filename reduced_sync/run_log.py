@@ -18,6 +18,8 @@ import os
 import re
 from dataclasses import dataclass, field
 
+from reduced_sync.files import replace_file
+
 NUMBER = r"(-?\d+\.?\d*(?:e[+-]?\d+)?|nan|-?inf)"
 STEP = re.compile(rf"step (\d+): train loss {NUMBER}, val loss {NUMBER}$")
 ITER = re.compile(
@@ -157,9 +159,4 @@ def drop_lines_after(path, step, evaluated):
         if not ((match := STEP.match(line)) and int(match[1]) > evaluated)
         and not ((match := ITER.match(line)) and int(match[1]) >= step)
     ]
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_file(path, lambda file: file.write("".join(kept).encode()))

@@ -163,9 +163,8 @@ def test_own_text(tmp_path):
 
 
 def test_default_folder_is_the_scripts(tmp_path):
-    for name in ("reduced_sync/__init__.py", "reduced_sync/preparing.py", "data/shakespeare_char/prepare.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("reduced_sync", "data/shakespeare_char"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.bin", "*.json", "__pycache__"))
     (tmp_path / "own.txt").write_text("some text")
     succeeded(prepare(tmp_path / "data/shakespeare_char/prepare.py", "--input", "own.txt", cwd=tmp_path))
     (tmp_path / "data/shakespeare_char/prepare.py").unlink()

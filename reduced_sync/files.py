@@ -1,0 +1,48 @@
+"""Files that are replaced whole: whatever ends the writing, under the name stands the old file or the new one."""
+
+import os
+import shutil
+from pathlib import Path
+
+
+def replace_file(path, write, keep=None):
+    """Replace the file at `path` by what write(file) writes to a binary file, once that is on the disk.
+
+    With `keep`, a path, the old file goes on under that name. Raises what write raises, and OSError; all files are as
+    they were then, and nothing is left beside them.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "w+b") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            link_file(path, keep)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # there only if something failed
+
+
+def link_file(source, target):
+    """Make `target` a second name of `source`, replacing it whole; a copy where the file system has no links."""
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)  # a failure's, or where both were one file already: then replace does nothing
+
+
+def sync_folder(folder):
+    """Wait until the folder's entries are on the disk: a new name outlives a loss of power only then."""
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
