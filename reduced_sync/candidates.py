@@ -94,14 +94,9 @@ def serve(pipe, rank, candidate, job, store, args):
     """A rank's process: build what `job` makes, then measure at each message until the last one."""
     device, dtype, backend = parallel.choose_device(args.device, args.dtype)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // candidate.tp_size))
-    layout = parallel.Layout(parallel.set_device(device, rank), dtype, tp_size=candidate.tp_size)
-    if candidate.tp_size > 1:
-        if backend == "gloo":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=candidate.tp_size)
-        layout.tp_group = dist.group.WORLD
-        if layout.device.type == "cpu":
-            parallel.bind_to_cores(rank, candidate.tp_size)
+    if backend == "gloo":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    layout = parallel.start(device, dtype, backend, candidate.tp_size, timeout_s=1800, spawned=(rank, store))
     measured = job(candidate, layout, args)
     while pipe.recv() == "measure":
         pipe.send(measured())

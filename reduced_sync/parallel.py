@@ -109,32 +109,46 @@ def set_device(device, local_rank):
     return device
 
 
-def start(device, dtype, backend, tp_size, timeout_s):
-    """This process's Layout; joins the process group that torchrun describes if there is more than one process."""
-    layout = Layout(set_device(device, LOCAL_RANK), dtype)
+def start(device, dtype, backend, tp_size, timeout_s, spawned=None):
+    """This process's Layout; joins the process group that torchrun describes if there is more than one process.
+
+    With `spawned`, (rank, file), torchrun has no part in it: the group is tp_size processes of this machine that meet
+    in the file.
+    """
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if spawned:
+        rank, world_size = local_rank, local_size = spawned[0], tp_size
+    else:
+        rank, world_size, local_rank, local_size = RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE
+    layout = Layout(set_device(device, local_rank), dtype)
     if layout.device.type == "cpu":
         keep_freed_memory()
-    if WORLD_SIZE > 1:
-        timeout = datetime.timedelta(seconds=timeout_s)
-        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun keeps its store over restarts: a new group would find the addresses of the dead one there
-            # (pytorch#135712). Several nodes do not count restarts alike; TRAINING_INSTRUCTIONS.md says what to do.
-            store = dist.PrefixStore(f"restart {RESTART_COUNT}", store)
-        keys = dict(store=store, rank=RANK, world_size=WORLD_SIZE, timeout=timeout)
+    if world_size > 1:
+        store = dist.FileStore(spawned[1], world_size) if spawned else _torchruns_store(timeout)
+        keys = dict(store=store, rank=rank, world_size=world_size, timeout=timeout)
         if backend == "nccl":
             keys["device_id"] = layout.device  # connects now: a bad link shows at the start
         dist.init_process_group(backend, **keys)
         if layout.device.type == "cpu":
-            bind_to_cores(LOCAL_RANK, LOCAL_WORLD_SIZE)
-        layout.dp_size, layout.dp_rank, layout.tp_size = WORLD_SIZE // tp_size, RANK // tp_size, tp_size
-        tp_groups = [list(range(first, first + tp_size)) for first in range(0, WORLD_SIZE, tp_size)]
+            bind_to_cores(local_rank, local_size)
+        layout.dp_size, layout.dp_rank, layout.tp_size = world_size // tp_size, rank // tp_size, tp_size
+        tp_groups = [list(range(first, first + tp_size)) for first in range(0, world_size, tp_size)]
         dp_groups = [list(ranks) for ranks in zip(*tp_groups, strict=True)]
         if layout.dp_size > 1:
             layout.dp_group, _ = dist.new_subgroups_by_enumeration(dp_groups, timeout=timeout)
         if layout.tp_size > 1:
             layout.tp_group, _ = dist.new_subgroups_by_enumeration(tp_groups, timeout=timeout)
     return layout
+
+
+def _torchruns_store(timeout):
+    """The store in which the ranks of this attempt find each other."""
+    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun keeps its store over restarts: a new group would find the addresses of the dead one there
+        # (pytorch#135712). Several nodes do not count restarts alike; TRAINING_INSTRUCTIONS.md says what to do.
+        store = dist.PrefixStore(f"restart {RESTART_COUNT}", store)
+    return store
 
 
 def keep_freed_memory():
