@@ -20,7 +20,7 @@ data: .venv/ready
 demo: data
 	$(BIN)/python test_all_architectures.py --small
 	@set -e; export OMP_NUM_THREADS=1; processes=2; \
-	device=$$($(BIN)/python -c "import parallel; print(parallel.choose_device()[0])"); \
+	device=$$($(BIN)/python -c "from reduced_sync import parallel; print(parallel.choose_device()[0])"); \
 	if [ $$device = cuda ]; then processes=1; fi; \
 	for name in $(DEMO); do \
 		out=out-$$(echo $$name | tr _ -)-cpu; resume=; \

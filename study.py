@@ -94,7 +94,8 @@ class Run:
         except FileNotFoundError:
             return
         config = log.header.get("config", {})
-        for key, value in self.keys.items():
+        for key in self.keys:
+            value = getattr(self.config, key)  # as the training script reads it: a number from a text, too
             if config and config.get(key) != value:
                 found = f"{self.out_dir} holds a run with {key}={config.get(key)!r}, not {value!r}"
                 raise ValueError(f"{found}: rename the run, or remove the folder")

@@ -212,3 +212,16 @@ def test_make_refuses_an_older_python(tmp_path):
     first, _ = process.stderr.splitlines()  # the second is make's own
     assert process.returncode and first.startswith(f"error: {python} is Python 3.") and "3.11 or newer" in first
     assert not (tmp_path / ".venv").exists()
+
+
+def test_the_device_that_make_demo_chooses():
+    """The line of Python in the Makefile still runs."""
+    code = (ROOT / "Makefile").read_text().split('-c "from')[1].split('"')[0]
+    done = subprocess.run([sys.executable, "-c", "from" + code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() in ("cpu", "cuda"), done.stderr
+
+
+def test_a_number_written_as_text_is_the_same_run(small_corpus, tmp_path):
+    path = write(tmp_path, small_corpus, dict(name="a", learning_rate="1e-3"))
+    for _ in range(2):
+        succeeded(run_script([STUDY, str(path)], cwd=tmp_path))
