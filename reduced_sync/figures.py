@@ -85,7 +85,7 @@ def _draw_curves(axes, look):
         keys = {"color": look.colour(arm), "label": look.label(arm), "linewidth": 1.6}
         axes.plot(list(arm.losses), list(arm.losses.values()), look.style(arm.n_shard), **keys)
     final = [arm.losses[arm.step] for arm in group if arm.losses and math.isfinite(arm.losses[arm.step])]
-    if final:  # the start of the curves would squeeze what matters
+    if final and min(final) > 0:  # the start of the curves would squeeze what matters
         axes.set_ylim(min(final) * 0.97, min(final) * 1.35)
     axes.set(xlabel="step", ylabel="validation loss (nats per token)", title="Loss curves")
     axes.legend(fontsize=8 if len(group) < 16 else 5, ncols=1 + len(group) // 24)

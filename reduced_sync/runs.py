@@ -155,6 +155,8 @@ def read_run(path):
         seed, pattern, syncs = own.pop("seed"), header["sync_pattern"], int(header["syncs"].split(" of ")[0])
         if len(pattern) != config["n_layer"]:
             raise ValueError(f"sync_pattern {pattern!r} with n_layer={config['n_layer']}")
+        if (n_params := int(header["parameters"].split("(")[1].rstrip(")"))) < 1:
+            raise ValueError(f"parameters {n_params}")
         hashes = [header.get(f"{split} data", "").removeprefix("sha256 ") for split in ("train", "val")]
         return Arm(
             names=[path.name if path.is_dir() else path.parent.name],
@@ -166,7 +168,7 @@ def read_run(path):
             n_layer=int(config["n_layer"]),
             n_head=int(config["n_head"]),
             n_embd=int(config["n_embd"]),
-            n_params=int(header["parameters"].split("(")[1].rstrip(")")),
+            n_params=n_params,
             max_iters=int(config["max_iters"]),
             tokens=int(own["tokens a step"]) * int(config["max_iters"]),
             learning_rate=rate,
@@ -176,7 +178,7 @@ def read_run(path):
             changed=", ".join(filter(None, itertools.starmap(changes, itertools.pairwise(configs)))),
             seeds={seed: {step: loss for step, _, loss in log.evaluations}},
         )
-    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{log_path}: its header is not that of a run: {error}") from None
 
 
@@ -224,7 +226,7 @@ def baseline_of(arm, arms):
 
 def noise(arms):
     """(standard deviation of a run's last loss over seeds in percent of it, degrees of freedom), pooled."""
-    several = [arm for arm in arms if arm.finished and arm.deviation is not None]
+    several = [arm for arm in arms if arm.finished and arm.deviation is not None and arm.losses[arm.step]]
     freedom = sum(len(arm.counted) - 1 for arm in several)
     squares = sum((len(arm.counted) - 1) * (arm.deviation / arm.losses[arm.step]) ** 2 for arm in several)
     return (100 * math.sqrt(squares / freedom) if freedom else None), freedom
@@ -237,7 +239,8 @@ def gap(arm, arms):
     if not common:
         return None
     step, margin = max(common), None
-    percent = 100 * (arm.losses[step] / reference.losses[step] - 1)
+    loss, baseline = arm.losses[step], reference.losses[step]
+    percent = 100 * (loss / baseline - 1) if baseline else 0.0 if loss == 0 else math.inf  # a text learnt by heart
     deviation, freedom = noise([other for other in arms if other.scale == arm.scale])
     if deviation is not None and reference is not arm:
         from scipy.stats import t

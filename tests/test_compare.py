@@ -407,3 +407,25 @@ def test_recorded_logs(folder, tmp_path):
     assert all("learning_rate" in line or "dtype" in line for line in warnings(loaded))
     assert all(baseline_of(run, loaded).dtype == run.dtype for run in loaded)
     draw_comparison(loaded, tmp_path / "figure.png", 2)
+
+
+def test_a_text_learnt_by_heart(tmp_path):
+    """Losses of 0.0000 have a gap of nothing, or one without end, and a figure."""
+    make(tmp_path, "out-base", "22", [4.0, 1.0, 0.0])
+    make(tmp_path, "out-spd", "11", [4.0, 1.0, 0.0])
+    make(tmp_path, "out-late", "01", [4.0, 1.0, 0.5])
+    loaded = load(tmp_path)
+    assert [gap(run, loaded).percent for run in loaded] == [0.0, 0.0, float("inf")]
+    draw_comparison(loaded, tmp_path / "figure.png", 2.0)
+
+
+def test_a_run_without_parameters_is_skipped(tmp_path):
+    make(tmp_path, "out-none", "22", [4.0], n_params=0)
+    with pytest.raises(ValueError, match="parameters 0"):
+        load(tmp_path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_that_has_not_evaluated_is_drawn_without_a_warning(tmp_path):
+    make(tmp_path, "out-base", "22", [])
+    draw_comparison(load(tmp_path), tmp_path / "figure.png", 2.0)
