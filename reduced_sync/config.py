@@ -73,7 +73,7 @@ def _run_file(cls, path, values):
         raise ValueError(f"no config file {path!r} (arguments are CONFIG.py or --key=value)")
     namespace = dict(values)
     try:
-        exec(compile(source.read_text(encoding="utf-8"), path, "exec"), namespace)
+        exec(compile(source.read_text(encoding="utf-8-sig"), path, "exec"), namespace)
     except Exception as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"config file {path}: {type(error).__name__}: {reason}") from None

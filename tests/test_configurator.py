@@ -322,3 +322,9 @@ def test_help_of_the_script_lists_every_key(tmp_path):
 def test_every_config_file_in_the_repository_is_valid():
     for path in set((ROOT / "config").glob("*.py")) - set((ROOT / "config").glob("study_*.py")):
         assert configure(Config, [str(path)]) != Config()
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path):
+    (tmp_path / "bom.py").write_bytes(b"\xef\xbb\xbf\r\n")
+    fields = dataclasses.make_dataclass("Empty", [])
+    assert configure(fields, [str(tmp_path / "bom.py")]) == fields()
