@@ -154,7 +154,15 @@ def sample(config, model, tokens, vocab_size, layout):
         print(f"past {block_size} tokens, a block, the window slides and each token takes longer", file=sys.stderr)
     idx = torch.tensor([prompt] * config.num_samples, device=layout.device)
     generator = torch.Generator(layout.device).manual_seed(config.seed)  # on every rank: all draw the same tokens
-    draw = partial(choose, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, generator=generator)
+    pick = partial(choose, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, generator=generator)
+
+    def draw(logits):
+        if not logits.isfinite().all():
+            raise parallel.SameOnAllRanks(
+                "the model's logits are not finite: its training diverged, or dtype is too narrow for it"
+            )
+        return pick(logits)
+
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a character
 
     def say(text):

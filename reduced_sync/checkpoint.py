@@ -20,6 +20,7 @@ from reduced_sync_model import GPT, is_sharded
 
 KINDS = dict.fromkeys("model optimizer model_args config data scaler".split(), dict)
 KINDS |= dict.fromkeys("step evaluated skipped bad_steps".split(), int) | {"best_val_loss": float}
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of AdamW; none before its first update
 
 
 def gather(model, optimizer):
@@ -113,7 +114,8 @@ def check_model(checkpoint, config, path):
         parameters = dict(GPT(config).named_parameters())
     for name, parameter in parameters.items():
         weight, moments = checkpoint["model"].get(name), checkpoint["optimizer"].get(name)
-        tensors = [weight, *moments.values()] if isinstance(moments, dict) else [None]
+        known = isinstance(moments, dict) and moments.keys() in (set(), MOMENTS)
+        tensors = [weight, *moments.values()] if known else [None]
         if (
             not all(isinstance(t, torch.Tensor) and t.shape in (parameter.shape, ()) for t in tensors)
             or not weight.dim()

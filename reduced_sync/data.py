@@ -86,7 +86,11 @@ class Corpus:
         try:
             meta = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            how = f"python {self.folder / 'prepare.py'}"
+            script = self.folder / "prepare.py"
+            how = f"python {script}"
+            if not script.exists():
+                names = ", ".join(sorted(path.parent.name for path in DATA.glob("*/meta.json")))
+                how = f"dataset is a folder under {DATA}, prepared are {names or 'none'}, or an absolute path"
             if (self.folder / "train.bin").exists():
                 how += f", or for nanoGPT's own files python {DATA / 'nanogpt/prepare.py'} --folder {self.folder}"
             raise ValueError(f"no {path}; prepare the data first: {how}") from None

@@ -254,6 +254,13 @@ def test_another_model_names_the_fields(path):
         ckpt.check_model(saved, GPTConfig(**CONFIG), path)
 
 
+def test_an_optimizer_without_a_moment(path):
+    saved = ckpt.load(path)
+    next(iter(saved["optimizer"].values())).pop("exp_avg")
+    with pytest.raises(ValueError, match="optimizer state is not what it should be"):
+        ckpt.check_model(saved, GPTConfig(**CONFIG), path)
+
+
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(torch.zeros(2))
 TREES = st.recursive(PLAIN, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
 KEPT = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

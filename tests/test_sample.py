@@ -362,3 +362,14 @@ def test_meta_json_of_real_data_is_understood(small_corpus):
     ids = np.fromfile(small_corpus / "val.bin", dtype="<u2")[:200].tolist()
     text = b"".join(map(tokens.bytes_of, ids)).decode()
     assert tokens.encode(text) == ids and len(set(text)) > 20
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_a_model_that_diverged(tmp_path, capsys, temperature):
+    path = save(tmp_path) / "ckpt.pt"
+    saved = torch.load(path)
+    saved["model"]["transformer.wte.weight"].fill_(float("nan"))
+    torch.save(saved, path)
+    with pytest.raises(SystemExit):
+        sample.main(arguments(tmp_path, temperature=temperature)[1:])
+    assert "error: the model's logits are not finite" in capsys.readouterr().err

@@ -190,7 +190,7 @@ def test_a_vocabulary_that_gpt2_does_not_have(small_corpus, tmp_path):
     [
         (["config/train_spd_12sync.py", "--batchsize=3"], ["--batchsize=3", "unknown key", "batch_size"]),
         (["config/train_grouped_2sync.py", "--n_layer=10"], ["layers_per_group=6", "n_layer=10"]),
-        (["--dataset=missing"], ["meta.json", "prepare the data first"]),
+        (["--dataset=missing"], ["meta.json", "prepare the data first", "a folder under"]),
     ],
 )
 def test_the_script_ends_with_one_line(tmp_path, argv, words):
