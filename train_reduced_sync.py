@@ -197,7 +197,7 @@ def train(config, choice, corpus, model_config, saved):
         if on_rank_0:
             print(step_line(progress.step, *losses), flush=True)
         return
-    if progress.step >= config.max_iters and progress.evaluated == progress.step:
+    if progress.step > config.max_iters or progress.evaluated == config.max_iters:
         if on_rank_0:
             print(f"{config.out_dir}: finished already, at step {progress.step} of {config.max_iters}: nothing to do")
         return

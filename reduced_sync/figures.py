@@ -128,7 +128,8 @@ def _draw_points(axes, look, tolerance):
     title = "Loss against syncs" + ("" if all(arm.finished for arm in look.group) else " (hollow: unfinished)")
     short = too_short([arm for arm in look.group if not look.is_control(arm)] or look.group)
     axes.set_title(f"{title}\n{short}" if short else title)
-    axes.legend(fontsize=8)
+    if axes.get_legend_handles_labels()[1]:  # some have evaluated
+        axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
 
 
