@@ -18,10 +18,10 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -29,8 +29,9 @@ import torch
 import reduced_sync_model as rsm
 from reduced_sync import latency, parallel
 from reduced_sync.accelerators import ACCELERATORS, Accelerator
-from reduced_sync.candidates import Candidate, build, measure, parse, synchronize
-from reduced_sync.commands import check_figure, one_line, set_up
+from reduced_sync.candidates import Candidate, build, measure, parse_candidate, synchronize
+from reduced_sync.commands import check_figure, one_line_errors, set_up
+from reduced_sync.config import option, parse
 from reduced_sync.decode_timing import Decoding, patterns_of
 from reduced_sync.figures import draw_decoding
 
@@ -99,7 +100,7 @@ def train(args):
     modes = {"eager": [False], "compiled": [True], "both": [False, True]}[args.mode]
     table = []
     for compiled in modes:
-        candidates = [parse(text, args.n_layer, args.tp_size, compiled) for text in args.candidates]
+        candidates = [parse_candidate(text, args.n_layer, args.tp_size, compiled) for text in args.candidates]
         results = measure(candidates, training, args)
         rounds = [[max(s for s, _ in ranks) for ranks in one] for one in results]
         peaks = [max(peak for ranks in one for _, peak in ranks) for one in results]
@@ -274,65 +275,93 @@ def predict(args):
     return table
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# options
+
 NAMED = {name.lower(): accelerator for name, accelerator in ACCELERATORS.items()}
-EVERY = ["baseline", "spd", "110111011101", "grouped:2", "grouped:3", "grouped:4", "grouped:6", "grouped:12"]
+EVERY = ("baseline", "spd", "110111011101", "grouped:2", "grouped:3", "grouped:4", "grouped:6", "grouped:12")
+
+
+@dataclass
+class Options:
+    """Keys of every command: the model, here GPT-2's of 124M parameters, and where results go."""
+
+    n_layer: int = option(12, "layers", least=1)
+    n_embd: int = option(768, "width of the residual stream", least=1)
+    vocab_size: int = option(50304, "tokens of the vocabulary", least=1)
+    json: str | None = option(None, "write the results there as well", is_path=True)
+
+
+@dataclass
+class Timed(Options):
+    """Keys of the commands that measure."""
+
+    n_head: int = option(12, "attention heads", least=1)
+    block_size: int = option(256, "tokens of a sequence", least=1)
+    rounds: int = option(5, "rounds of each launch", least=1)
+    launches: int = option(1, "times that the processes are started", least=1)
+    device: str | None = option(None, "cuda or cpu; None: cuda where there is one")
+    dtype: str | None = option(None, "float32, bfloat16 or float16; None: bfloat16 on CUDA, float32 on CPU")
+
+
+@dataclass
+class Train(Timed):
+    candidates: tuple[str, ...] = option(("gpt2", "baseline@1", "grouped:3@2", "grouped:3@4"), "gpt2, VARIANT@N_SHARD")
+    mode: str = option("both", "with torch.compile or without", allowed=("eager", "compiled", "both"))
+    tp_size: int = option(1, "ranks of our candidates", least=1)
+    batch_size: int = option(4, "sequences of a step", least=1)
+    steps: int = option(1, "training steps in a round", least=1)
+    launches: int = option(3, "times that the processes are started", least=1)
+
+
+@dataclass
+class Decode(Timed):
+    patterns: tuple[str, ...] = option(EVERY, "baseline, spd, grouped:LAYERS or a pattern")
+    n_shard: int = option(2, "shards that the transformer is cut into", least=1)
+    tp_sizes: tuple[int, ...] = option((1, 2), "tensor-parallel ranks", least=1)
+    batch_sizes: tuple[int, ...] = option((1,), "sequences decoded at once", least=1)
+    prompts: tuple[int, ...] = option((128,), "tokens of the prompts", least=1)
+    new_tokens: int = option(16, "tokens decoded after the first one", least=1)
+    compile: bool = option(False, "the first variant in one process compiled, too")
+    png: str | None = option(None, "where a figure of TPOT against syncs goes: .png, .pdf or .svg", is_path=True)
+
+
+@dataclass
+class Predict(Options):
+    patterns: tuple[str, ...] = option(
+        tuple(pattern for pattern in EVERY if not pattern.isdecimal()), "baseline, spd, grouped:LAYERS or a pattern"
+    )
+    n_layer: int = option(24, "layers", least=1)
+    n_embd: int = option(2048, "width of the residual stream", least=1)
+    n_shard: int = option(8, "shards, and ranks", least=1)
+    links: tuple[str, ...] = option((), "links between ranks; default: all", allowed=tuple(latency.LINKS))
+    accelerator: str = option("h100", "what a rank computes on", allowed=tuple(NAMED))
+    batch_size: int = option(1, "sequences decoded at once", least=1)
+    prompt: int = option(512, "tokens of the prompt", least=1)
+    itemsize: int = option(2, "bytes of a weight", least=1)
+
+
+COMMANDS = {  # name: (job, its options, the key of arguments without one)
+    "train": (train, Train, "candidates"),
+    "decode": (decode, Decode, "patterns"),
+    "predict": (predict, Predict, "patterns"),
+}
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    jobs = {"train": train, "decode": decode, "predict": predict}
-    for name, job in jobs.items():
-        command = commands.add_parser(name, help=job.__doc__, description=job.__doc__)
-        n_layer, n_embd = (24, 2048) if name == "predict" else (12, 768)
-        command.add_argument("--n_layer", type=int, default=n_layer, help="default: %(default)s")
-        command.add_argument("--n_embd", type=int, default=n_embd, help="default: %(default)s")
-        command.add_argument("--vocab_size", type=int, default=50304)
-        command.add_argument("--json", type=os.path.expanduser, help="write the results there as well")
-    command = commands.choices["train"]
-    command.add_argument("candidates", nargs="*", default=["gpt2", "baseline@1", "grouped:3@2", "grouped:3@4"])
-    command.add_argument("--mode", choices=["eager", "compiled", "both"], default="both")
-    command.add_argument("--tp_size", type=int, default=1, help="ranks of our candidates (default: %(default)s)")
-    command.add_argument("--batch_size", type=int, default=4)
-    command.add_argument("--steps", type=int, default=1, help="training steps in a round")
-    for name in ("decode", "predict"):
-        command = commands.choices[name]
-        every = [one for one in EVERY if name == "decode" or not one.isdecimal()]
-        command.add_argument("patterns", nargs="*", default=every, help="baseline, spd, grouped:LAYERS or a pattern")
-        command.add_argument("--n_shard", type=int, default=2 if name == "decode" else 8)
-    command.add_argument("--links", nargs="+", choices=latency.LINKS, help="default: all")
-    command.add_argument("--accelerator", choices=NAMED, default="h100")
-    command.add_argument("--batch_size", type=int, default=1)
-    command.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (default: %(default)s)")
-    command.add_argument("--itemsize", type=int, default=2, help="bytes of a weight (default: %(default)s)")
-    command = commands.choices["decode"]
-    command.add_argument("--tp_sizes", type=int, nargs="+", default=[1, 2])
-    command.add_argument("--batch_sizes", type=int, nargs="+", default=[1])
-    command.add_argument("--prompts", type=int, nargs="+", default=[128], help="tokens of the prompts")
-    command.add_argument("--new_tokens", type=int, default=16, help="tokens decoded after the first one")
-    command.add_argument("--compile", action="store_true", help="the first variant in one process compiled, too")
-    where = "where a figure of TPOT against sync count goes, if anywhere: .png, .pdf or .svg"
-    command.add_argument("--png", type=os.path.expanduser, help=where)
-    for name in ("train", "decode"):
-        command = commands.choices[name]
-        command.add_argument("--rounds", type=int, default=5, help="of each launch (default: %(default)s)")
-        command.add_argument("--launches", type=int, default=3 if name == "train" else 1, help="default: %(default)s")
-        command.add_argument("--n_head", type=int, default=12)
-        command.add_argument("--block_size", type=int, default=256)
-        command.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
-        command.add_argument("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on CUDA, float32 on CPU)")
-    args = parser.parse_args(argv)
-    try:
-        results = jobs[args.command](args)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("command", choices=COMMANDS, help="bench.py COMMAND --help lists its keys")
+    command = parser.parse_args(argv[:1]).command
+    job, options, listed = COMMANDS[command]
+    with one_line_errors():
+        args = parse(options, argv[1:], listed, job.__doc__, f"{parser.prog} {command}")
+        results = job(args)
         if args.json:
             with open(args.json, "w", encoding="utf-8") as file:
-                json.dump({"settings": vars(args), "results": results}, file, indent=1)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+                json.dump({"settings": {"command": command} | vars(args), "results": results}, file, indent=1)
 
 
 if __name__ == "__main__":
     set_up()
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

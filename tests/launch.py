@@ -72,6 +72,14 @@ def one_line_error(process, *words):
         assert word in process.stderr, (word, process.stderr)
 
 
+def status(main, argv):
+    """The exit status of a command whose main is called in this process."""
+    try:
+        return main(argv) or 0
+    except SystemExit as end:
+        return end.code
+
+
 def timeless(lines):
     """The `step` and `iter` lines among `lines`, without the times that differ from run to run."""
     return [re.sub(r"time .*?ms, tok/s \d+, ", "", line) for line in lines if re.match(r"(step|iter) \d", line)]

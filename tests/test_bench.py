@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from launch import ROOT, one_line_error, run_script, succeeded
+from launch import ROOT, one_line_error, run_script, status, succeeded
 from spawn import run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -64,7 +64,7 @@ def test_train(tmp_path):
 
 def test_predict(tmp_path, capsys):
     shape = ["--n_layer=12", "--n_embd=768", f"--json={tmp_path}/predict.json"]
-    assert bench.main(["predict", "baseline", "grouped:3", "--links", "nvlink", "10gbe", *shape]) == 0
+    assert status(bench.main, ["predict", "baseline", "grouped:3", "--links", "nvlink", "10gbe", *shape]) == 0
     out = capsys.readouterr().out
     assert out.startswith("PREDICTED, not measured: h100, tp_size 8") and "sglang#22734" in out
     rows = json.loads((tmp_path / "predict.json").read_text())["results"]
@@ -192,5 +192,5 @@ def test_recorded_measurement(capsys):
 
 
 def test_recorded_prediction(capsys):
-    assert bench.main(["predict"]) == 0
+    assert status(bench.main, ["predict"]) == 0
     assert capsys.readouterr().out == (ROOT / "results" / "predicted" / "h100.txt").read_text()

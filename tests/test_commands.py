@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch._inductor.config
-from launch import ROOT
+from launch import ROOT, status
 
 import bench
 import compare
 from reduced_sync import parallel
-from reduced_sync.commands import Output, check_figure, one_line, stop_signals
+from reduced_sync.commands import Output, check_figure, one_line, one_line_errors, stop_signals
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -25,6 +25,23 @@ def test_one_line_is_one_and_short():
     assert one_line(ValueError("a" * 2000)) == "a" * 2000
     line = one_line(ValueError("n_layr" + "x" * 65_535 + ": unknown key; known are n_layer"))
     assert len(line) < 2000 and line.startswith("n_layr") and line.endswith("known are n_layer")
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (ValueError("what\nhow"), 1, "error: what\n"),
+        (FileNotFoundError(2, "No such file or directory", "a/b"), 1, "error: a/b: No such file or directory\n"),
+        (ChildProcessError("it ended"), 1, "error: it ended\n"),
+        (KeyboardInterrupt(), 130, "stopped\n"),
+    ],
+)
+def test_errors_that_are_expected_are_one_line(capsys, error, code, line):
+    with pytest.raises(SystemExit) as ended, one_line_errors("stopped"):
+        raise error
+    assert ended.value.code == code and capsys.readouterr().err == line
+    with pytest.raises(RuntimeError), one_line_errors():  # a mistake of ours keeps its traceback
+        raise RuntimeError("a mistake")
 
 
 def said(capsys, action):
@@ -64,7 +81,7 @@ def test_a_mistake_of_ours_keeps_its_traceback():
 def test_a_figures_format_is_that_of_its_name(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     run = str(ROOT / "results/pilot/2x128-baseline-lr0.004-seed1")
-    assert compare.main([run, "--png=~/c.pdf", "--csv=~/c.csv"]) == 0
+    assert status(compare.main, [run, "--png=~/c.pdf", "--csv=~/c.csv"]) == 0
     assert (tmp_path / "c.pdf").read_bytes().startswith(b"%PDF") and (tmp_path / "c.csv").exists()
     for name in ("a.b/c.png", "c.svg"):
         check_figure(name)
@@ -73,8 +90,8 @@ def test_a_figures_format_is_that_of_its_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", ["c", "c.", "c.jpeg2", "png", ".png", "c.png.gz"])
 def test_names_that_no_figure_has(path, capsys):
     line = f"error: a figure's name ends in .png, .pdf or .svg, not as {path!r} does\n"
-    assert compare.main([f"--png={path}"]) == 1 and capsys.readouterr().err == line
-    assert bench.main(["decode", f"--png={path}"]) == 1 and capsys.readouterr().err == line
+    assert status(compare.main, [f"--png={path}"]) == 1 and capsys.readouterr().err == line
+    assert status(bench.main, ["decode", f"--png={path}"]) == 1 and capsys.readouterr().err == line
 
 
 def test_a_hangup_asks_for_a_stop_unless_it_is_ignored():

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launch import ROOT, status
 from scipy import stats
 
 import compare
@@ -14,7 +15,6 @@ from reduced_sync.figures import draw_comparison
 from reduced_sync.run_log import RunLog, step_line
 from reduced_sync.runs import baseline_of, gap, load_runs, noise
 
-ROOT = Path(__file__).parents[1]
 RECORDED = sorted((ROOT / "results").glob("*/*/log.txt"))
 ARCHITECTURES = {"2": "baseline", "1": "spd"}
 
@@ -333,7 +333,7 @@ def test_the_command_starts_without_what_it_may_not_need():
 
 def test_command_writes_figure_and_csv(runs, monkeypatch, capsys):
     monkeypatch.chdir(runs)
-    assert compare.main(["--csv=table.csv", "--tolerance=2.1"]) == 0
+    assert status(compare.main, ["--csv=table.csv", "--tolerance=2.1"]) == 0
     assert "fewest syncs within 2.1%" in capsys.readouterr().out
     png = (runs / "comparison.png").read_bytes()
     assert png.startswith(b"\x89PNG") and len(png) > 20000
@@ -367,7 +367,7 @@ def test_what_is_no_run_is_skipped_with_a_note(runs, monkeypatch, capsys):
         Path(f"out-x{i}/log.txt").write_text(lines)
     Path("out-x9").mkdir()
     Path("out-x9/log.txt").write_text(whole.replace("(609344)", "(many)"))
-    assert compare.main(sorted(map(str, Path().glob("out*")))) == 0
+    assert status(compare.main, sorted(map(str, Path().glob("out*")))) == 0
     out, err = capsys.readouterr()
     assert "fewest syncs" in out and len(out.split("\n")) == 8  # heading, four runs, verdict, figure
     notes = err.splitlines()
@@ -377,9 +377,9 @@ def test_what_is_no_run_is_skipped_with_a_note(runs, monkeypatch, capsys):
     assert any("out-empty/log.txt: No such file or directory" in note for note in notes)
     for i, word in enumerate(lacking.values()):
         assert any(f"out-x{i}/log.txt: its header" in note and word in note for note in notes), (word, err)
-    assert compare.main(["out-study/a", "out-study/table.csv"]) == 0
+    assert status(compare.main, ["out-study/a", "out-study/table.csv"]) == 0
     assert "skipped: out-study/table.csv:1: not a line of a log" in capsys.readouterr().err
-    assert compare.main(["out-started", "out-empty"]) == 1
+    assert status(compare.main, ["out-started", "out-empty"]) == 1
     assert capsys.readouterr().err.endswith("there is none, yet (and 1 more that are no runs)\n")
 
 
@@ -393,7 +393,7 @@ def test_mistakes_end_with_one_line(tmp_path, monkeypatch, capsys, arguments):
     (tmp_path / "text").write_text("not a log\n")
     if arguments[:1] == ["out-base"]:
         make(tmp_path, "out-base", "2" * 12, [4.0])
-    assert compare.main(arguments) == 1
+    assert status(compare.main, arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
 

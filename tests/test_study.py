@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from launch import ROOT, ending, one_line_error, run_script, start, succeeded
+from launch import ROOT, ending, one_line_error, run_script, start, status, succeeded
 
 import study
 import train_reduced_sync as script
@@ -126,7 +126,7 @@ def test_under_torchrun(small_corpus, tmp_path):
     ],
 )
 def test_mistakes_end_with_one_line(small_corpus, tmp_path, capsys, runs, words):
-    assert study.main([str(write(tmp_path, small_corpus, *runs))]) == 1
+    assert status(study.main, [str(write(tmp_path, small_corpus, *runs))]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words), error
     assert not (tmp_path / "out").exists()
@@ -183,10 +183,10 @@ def test_why_a_run_failed(output, status, expected):
 def test_a_folder_that_holds_another_run(small_corpus, tmp_path, capsys):
     path = write(tmp_path, small_corpus, dict(name="a"))
     succeeded(run_script([STUDY, path], cwd=tmp_path))
-    assert study.main([str(write(tmp_path, small_corpus, dict(name="a", learning_rate=0.5)))]) == 1
+    assert status(study.main, [str(write(tmp_path, small_corpus, dict(name="a", learning_rate=0.5)))]) == 1
     assert "learning_rate=0.0006, not 0.5" in capsys.readouterr().err
     for mistake in ("processes=0", "tolerance=-1", "tolerance=1e999", "out_dir="):
-        assert study.main([str(path), f"--{mistake}"]) == 1
+        assert status(study.main, [str(path), f"--{mistake}"]) == 1
         assert capsys.readouterr().err.startswith(f"error: {mistake.split('=')[0]}")
 
 

@@ -55,7 +55,7 @@ def read_pickle(data):
 
 
 def read_vocabulary(path):
-    """The characters of a meta.pkl as one string, id = index. Raises CorpusError where it is not nanoGPT's."""
+    """The characters of a meta.pkl as one string, id = index. Raises ValueError where it is not nanoGPT's."""
     try:
         meta = read_pickle(path.read_bytes())
         itos, stoi = meta["itos"], meta["stoi"]
@@ -69,19 +69,17 @@ def read_vocabulary(path):
         return "".join(tokens)
     except (LookupError, TypeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 200)
-        raise preparing.CorpusError(
-            f"{path} is not nanoGPT's vocab_size, itos and stoi of characters: {reason}"
-        ) from None
+        raise ValueError(f"{path} is not nanoGPT's vocab_size, itos and stoi of characters: {reason}") from None
 
 
 def check_bin(path, vocab_size, vocabulary):
-    """(number of tokens, sha256) of a file of uint16 token ids. Raises CorpusError where it is none."""
+    """(number of tokens, sha256) of a file of uint16 token ids. Raises ValueError where it is none."""
     size = path.stat().st_size
     if size == 0 or size % 2:
-        raise preparing.CorpusError(f"{path} has {size} bytes: these are no uint16 token ids")
+        raise ValueError(f"{path} has {size} bytes: these are no uint16 token ids")
     largest = int(np.memmap(path, dtype="<u2", mode="r").max())
     if largest >= vocab_size:
-        raise preparing.CorpusError(f"{path} holds token id {largest}, but {vocabulary} has {vocab_size} tokens")
+        raise ValueError(f"{path} holds token id {largest}, but {vocabulary} has {vocab_size} tokens")
     return size // 2, preparing.file_sha256(path)
 
 
@@ -101,7 +99,7 @@ def main():
         print(f"{folder}: already there, {source}")
         return
     if (folder / "meta.json").exists():
-        raise preparing.CorpusError(f"{folder / 'meta.json'} is there, and is about other files: remove it first")
+        raise ValueError(f"{folder / 'meta.json'} is there, and is about other files: remove it first")
     bins = {split: check_bin(folder / f"{split}.bin", vocab_size, vocabulary) for split in ("train", "val")}
     preparing.write_meta(folder, bins, vocab_size, tokenizer, source, chars)
     print(f"the tokens are taken for ids of {vocabulary}; train with --dataset={folder}")

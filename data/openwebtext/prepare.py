@@ -94,7 +94,7 @@ def disk_needs(data_files, max_docs, out_dir):
 
 
 def check_disk(needs):
-    """Print what is needed and free on each file system of `needs`; raise CorpusError where it does not fit."""
+    """Print what is needed and free on each file system of `needs`; raise ValueError where it does not fit."""
     per_device = {}  # device: (an existing folder on it, bytes needed)
     for folder, needed in needs:
         folder = folder.absolute()
@@ -107,7 +107,7 @@ def check_disk(needs):
         free = shutil.disk_usage(folder).free
         line = f"disk at {folder}: about {needed / 1e9:,.1f} GB needed, {free / 1e9:,.1f} GB free"
         if needed > free:
-            raise preparing.CorpusError(f"{line}; HF_HOME moves the caches, --out_dir the token files")
+            raise ValueError(f"{line}; HF_HOME moves the caches, --out_dir the token files")
         print(line)
 
 
@@ -122,7 +122,7 @@ def ctrl_c_ends_at_once():
 
     def end(number, frame):
         if os.getpid() == parent:  # not in a worker that has only just been forked
-            os.write(sys.stderr.fileno(), preparing.INTERRUPTED.encode())
+            os.write(sys.stderr.fileno(), f"{preparing.INTERRUPTED}\n".encode())
             os._exit(130)
 
     def end_with_parent():
@@ -154,7 +154,7 @@ def is_empty(path):
 
 
 def load(what, *args, **options):
-    """load_dataset's split "train" with the one column `text`. Raises CorpusError, which names `what`, where it cannot
+    """load_dataset's split "train" with the one column `text`. Raises ValueError, which names `what`, where it cannot
     be loaded or has no such texts."""
     import datasets
 
@@ -167,19 +167,19 @@ def load(what, *args, **options):
             documents.data["text"].validate(full=True)  # UTF-8, which the readers do not check
     except Exception as error:  # any of several libraries'
         reason = textwrap.shorten(str(error.__cause__ or error), 300) or type(error).__name__
-        raise preparing.CorpusError(f"cannot load {what}: {reason}") from None
+        raise ValueError(f"cannot load {what}: {reason}") from None
     if "text" not in documents.column_names:
-        raise preparing.CorpusError(f"{what} has no column `text` for the documents, but {documents.column_names}")
+        raise ValueError(f"{what} has no column `text` for the documents, but {documents.column_names}")
     if getattr(documents.features["text"], "dtype", None) not in ("string", "large_string"):
-        raise preparing.CorpusError(f"{what}: column `text` must hold strings, it holds {documents.features['text']}")
+        raise ValueError(f"{what}: column `text` must hold strings, it holds {documents.features['text']}")
     documents = documents.select_columns("text")
     if nulls := documents.data["text"].null_count:
-        raise preparing.CorpusError(f"{what}: column `text` is null in {nulls} documents: every document needs a text")
+        raise ValueError(f"{what}: column `text` is null in {nulls} documents: every document needs a text")
     return documents
 
 
 def load_documents(data_files, max_docs, num_proc):
-    """The dataset with the one column `text`. Raises CorpusError where it cannot be loaded or has no such texts."""
+    """The dataset with the one column `text`. Raises ValueError where it cannot be loaded or has no such texts."""
     from datasets import Features, Value, concatenate_datasets
 
     if data_files:  # each by itself: an error names its file; escaped: datasets expands patterns
@@ -190,21 +190,21 @@ def load_documents(data_files, max_docs, num_proc):
     else:
         documents = load(HUB, HUB, revision=REVISION, num_proc=num_proc)
         if len(documents) != N_DOCS and not (max_docs and max_docs <= len(documents)):
-            raise preparing.CorpusError(
+            raise ValueError(
                 f"{HUB} {REVISION} has {len(documents):,} documents, the whole has {N_DOCS:,}: "
                 f"--max_docs {len(documents)} takes what is there"
             )
     if max_docs:
         documents = documents.select(range(min(max_docs, len(documents))))
     if len(documents) < 2:
-        raise preparing.CorpusError(f"{len(documents)} documents: at least 2 are needed, one each for train and val")
+        raise ValueError(f"{len(documents)} documents: at least 2 are needed, one each for train and val")
     return documents
 
 
 def tokenize(documents, encoding, val_fraction, num_proc):
     """{"train": dataset, "val": dataset} with columns `ids` (uint16, the end-of-text token included) and `len`.
 
-    Raises CorpusError where no document is left for train.
+    Raises ValueError where no document is left for train.
     """
     from datasets import Features, Sequence, Value
 
@@ -215,9 +215,7 @@ def tokenize(documents, encoding, val_fraction, num_proc):
         return {"ids": ids, "len": [len(one) for one in ids]}
 
     if math.ceil(val_fraction * len(documents)) == len(documents):
-        raise preparing.CorpusError(
-            f"--val_fraction {val_fraction} of {len(documents)} documents leaves none for train"
-        )
+        raise ValueError(f"--val_fraction {val_fraction} of {len(documents)} documents leaves none for train")
     halves = documents.train_test_split(test_size=val_fraction, seed=2357, shuffle=True)
     return {
         split: half.map(
@@ -252,15 +250,15 @@ def main():
     args = parser.parse_args()
 
     if args.num_proc < 1:
-        raise preparing.CorpusError(f"--num_proc is {args.num_proc}: it must be at least 1")
+        raise ValueError(f"--num_proc is {args.num_proc}: it must be at least 1")
     if args.max_docs is not None and args.max_docs < 2:
-        raise preparing.CorpusError(f"--max_docs is {args.max_docs}: it must be at least 2, one each for train and val")
+        raise ValueError(f"--max_docs is {args.max_docs}: it must be at least 2, one each for train and val")
     preparing.check_fraction(args.val_fraction)
     for path in args.data_files or []:
         if kind_of(path) is None:
-            raise preparing.CorpusError(f"--data_files has {path}: allowed are {', '.join(KINDS)}")
+            raise ValueError(f"--data_files has {path}: allowed are {', '.join(KINDS)}")
         if "::" in (name := str(path.absolute())) or os.path.expandvars(name) != name:
-            raise preparing.CorpusError(f"--data_files has {path}: the datasets library takes no path with :: or $NAME")
+            raise ValueError(f"--data_files has {path}: the datasets library takes no path with :: or $NAME")
 
     source = describe_source(args.data_files, args.max_docs, args.val_fraction)
     if preparing.is_complete(args.out_dir, "gpt2", source):

