@@ -4,7 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := baseline_24sync spd_12sync grouped_6sync grouped_3sync
 
-.PHONY: demo test lint data results
+# without processes that train, fail and decode
+QUICK := $(addprefix tests/test_,$(addsuffix .py,batches checkpoint commands compare configurator golden house model results run_log))
+
+.PHONY: demo test test-quick lint data results
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('error: $(PYTHON) is Python ' + \
@@ -33,6 +36,9 @@ demo: data
 
 test: data
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-quick: .venv/ready
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(QUICK)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

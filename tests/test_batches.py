@@ -163,8 +163,10 @@ def refused(folder, *words, block_size=T, **options):
 
 
 def test_data_that_was_not_prepared(tmp_path, folder):
-    refused(tmp_path, "meta.json", f"python {tmp_path / 'prepare.py'}")
-    refused("no_such_dataset", f"python {DATA / 'no_such_dataset' / 'prepare.py'}")
+    refused(tmp_path, "meta.json", "absolute path")
+    refused("no_such_dataset", f"a folder under {DATA}")
+    (tmp_path / "prepare.py").touch()
+    refused(tmp_path, f"python {tmp_path / 'prepare.py'}")
     (folder / "val.bin").unlink()
     refused(folder, "val.bin", "No such file")
     (folder / "meta.json").unlink()

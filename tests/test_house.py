@@ -1,0 +1,47 @@
+"""The order of the house: commands are run and imported by nobody, libraries know the model and each other."""
+
+import ast
+import graphlib
+
+import pytest
+from launch import ROOT
+
+COMMANDS = {path.stem for path in ROOT.glob("*.py")} - {"reduced_sync_model"}
+LIBRARIES = sorted((ROOT / "reduced_sync").glob("*.py"))
+CODE = [*ROOT.glob("*.py"), *LIBRARIES, *(ROOT / "results").glob("*.py"), *ROOT.glob("data/*/prepare.py")]
+
+
+def imported(path):
+    """The modules that the file at `path` imports, with what is taken from a package as modules of it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nobody_imports_a_command(path):
+    assert not imported(path) & COMMANDS
+
+
+def test_libraries_go_in_no_circle():
+    names = {f"reduced_sync.{path.stem}": path for path in LIBRARIES if path.stem != "__init__"}
+    assert len(names) > 10
+    order = graphlib.TopologicalSorter({name: imported(path) & set(names) for name, path in names.items()})
+    assert set(order.static_order()) == set(names)  # raises CycleError
+
+
+def test_the_model_imports_nothing_of_ours():
+    assert not {name for name in imported(ROOT / "reduced_sync_model.py") if name.startswith("reduced_sync")}
+
+
+@pytest.mark.parametrize("path", LIBRARIES, ids=lambda path: path.stem)
+def test_a_library_does_nothing_by_itself(path):
+    """Its lines are definitions, assignments and imports."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        assert not isinstance(node, ast.If | ast.For | ast.With), f"line {node.lineno}"
+        if isinstance(node, ast.Expr):
+            assert isinstance(node.value, ast.Constant), f"line {node.lineno}"  # the docstring
