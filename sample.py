@@ -128,7 +128,7 @@ def read_prompt(start):
 
 
 def prompt_ids(config, tokens, block_size):
-    """The prompt's token ids, the same on every rank: rank 0 reads it. Raises ValueError on all where it is no good."""
+    """The prompt's token ids, the same on every rank: rank 0 reads it. Raises ValueError on all where there is none."""
     found = [None]
     if RANK == 0:
         try:

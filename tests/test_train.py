@@ -359,10 +359,16 @@ def test_the_config_files_on_eight_processes_in_theory(path, small_corpus, tmp_p
     assert configure(Config, [str(path)]).out_dir == f"out-{config.wandb_run_name}"
 
 
+def unrolled(names, body):
+    """The commands of a shell loop over `names`."""
+    return "\n".join(body.replace("$name", name) for name in names.split())
+
+
 def test_the_commands_of_the_documents_are_accepted(small_corpus, tmp_path, monkeypatch):
     texts = [(ROOT / name).read_text() for name in ("README.md", "TRAINING_INSTRUCTIONS.md")]
     text = "\n".join(texts).replace("\\\n", " ")
-    commands = re.findall(r"torchrun .*train_reduced_sync.py [^#\n]*", text)
+    text = re.sub(r"for name in ([^;]*); do\n(.*?)\ndone", lambda loop: unrolled(*loop.groups()), text, flags=re.DOTALL)
+    commands = re.findall(r"torchrun .*train_reduced_sync.py [^#|\n]*", text)
     for command in commands:
         launcher, _, argv = command.partition("train_reduced_sync.py")
         local, nodes = (re.search(rf"--{key}=(\d+)", launcher) for key in ("nproc_per_node", "nnodes"))
