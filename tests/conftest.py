@@ -1,11 +1,14 @@
 """Fixtures that several test files use: a small corpus of real English text."""
 
 import pydoc_data.topics
+import signal
 import subprocess
 import sys
 
 import pytest
 from launch import ROOT
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's tests would have it ignored, and their processes, too
 
 
 def english():
