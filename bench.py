@@ -58,8 +58,6 @@ def peak_memory(device, reset=False):
 
 def training(candidate, layout, args):
     """A function that trains `args.steps` steps and returns (seconds a step, peak bytes)."""
-    if layout.device.type == "cpu":
-        parallel.keep_freed_memory()  # as train_reduced_sync.py does
     model = build(candidate, layout, args)
     if candidate.pattern:
         optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), layout.device.type)
