@@ -20,9 +20,10 @@ Shapes: B batch, T time, C n_embd, S shards on this rank (n_shard / tp_size), D 
 per shard. `model = GPT(GPTConfig(n_shard=2, sync_pattern=spd(12)))` needs no launcher and no process group.
 """
 
+import copy
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -153,17 +154,19 @@ def finish_sum_over_ranks(x, total):
 # synced stream (B, T, C) that all shards see; a norm's gains, (S, 1, 1, C), make either one (S, B, T, C).
 
 
-class LayerNorm(nn.Module):
-    """A layer norm per shard. weight and bias (S, C)."""
+class Norm(nn.Module):
+    """A layer norm or RMS norm (arXiv 1910.07467) per shard. weight and bias (S, C); an RMS norm has no bias."""
 
-    def __init__(self, n_local, n_embd, bias):
+    def __init__(self, config, n_local):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_local, n_embd))
-        self.bias = nn.Parameter(torch.zeros(n_local, n_embd)) if bias else None
+        self.normalize, self.eps = F.rms_norm if config.norm == "rmsnorm" else F.layer_norm, config.norm_eps
+        self.weight = nn.Parameter(torch.ones(n_local, config.n_embd))
+        has_bias = config.bias and config.norm == "layernorm"
+        self.bias = nn.Parameter(torch.zeros(n_local, config.n_embd)) if has_bias else None
 
     def forward(self, h):
         """h (B, T, C) or (S, B, T, C) -> (S, B, T, C)."""
-        h = F.layer_norm(h, h.shape[-1:]) * self.weight[:, None, None]
+        h = self.normalize(h, h.shape[-1:], eps=self.eps) * self.weight[:, None, None]
         return h if self.bias is None else h + self.bias[:, None, None]
 
 
@@ -200,42 +203,61 @@ class RowParallel(nn.Module):
         return multiply(y, self.weight, self.bias)
 
 
+def rotate(x, rope):
+    """RoPE (arXiv 2104.09864): x (..., T, D), the halves of D as pairs, turned by `rope`, cos and sin (T, D/2)."""
+    (a, b), (cos, sin) = x.chunk(2, dim=-1), rope
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
 class CausalSelfAttention(nn.Module):
+    """A shard has H heads of queries and K of keys and values, shared where K < H (GQA, arXiv 2305.13245)."""
+
     def __init__(self, config, n_local):
         super().__init__()
-        n_embd_shard = config.n_embd // config.n_shard
-        self.head_size = config.n_embd // config.n_head
-        self.dropout = config.dropout
-        self.c_attn = ColumnParallel(n_local, config.n_embd, 3 * n_embd_shard, config.bias)
-        self.c_proj = RowParallel(n_local, n_embd_shard, config.n_embd, config.bias)
+        self.dropout, self.head_size = config.dropout, config.head_size
+        self.n_head, self.n_kv_head = config.n_head // config.n_shard, max(1, config.n_kv_head // config.n_shard)
+        n_qkv = (self.n_head + 2 * self.n_kv_head) * self.head_size
+        self.c_attn = ColumnParallel(n_local, config.n_embd, n_qkv, config.bias)
+        self.c_proj = RowParallel(n_local, self.n_head * self.head_size, config.n_embd, config.bias)
 
-    def forward(self, h, past=None):
-        """h (S, B, T, C) -> (S, B, T, C). `past`: this layer's (keys, values, positions held) of a KVCache."""
-        qkv = self.c_attn(h)  # (S, B, T, 3*C/n_shard)
-        S, B, T, _ = qkv.shape
-        qkv = qkv.unflatten(-1, (3, -1, self.head_size)).permute(3, 0, 1, 4, 2, 5)  # (3, S, B, heads, T, D)
-        q, k, v = (t.flatten(0, 1) for t in qkv)  # (S*B, heads, T, D): a shard's heads attend by themselves
+    def forward(self, h, rope=None, past=None):
+        """h (S, B, T, C) -> (S, B, T, C).
+
+        rope: for rotate(). past: this layer's (keys, values, positions held) of a KVCache.
+        """
+        S, B, T, _ = h.shape
+        qkv = self.c_attn(h).unflatten(-1, (-1, self.head_size))  # (S, B, T, H+2K, D)
+        qkv = qkv.transpose(2, 3).flatten(0, 1)  # (S*B, H+2K, T, D): a shard's heads attend by themselves
+        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
         if past is not None:
-            keys, values, held = past  # (S*B, heads, block_size, D) twice
+            keys, values, held = past  # (S*B, K, block_size, D) twice
             keys[:, :, held : held + T], values[:, :, held : held + T] = k, v
             k, v = keys[:, :, : held + T], values[:, :, : held + T]
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)  # a single token sees all
-        y = y.transpose(1, 2).reshape(S, B, T, -1)  # (S, B, T, C/n_shard)
+        options = dict(is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0)  # a single token sees all
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.n_kv_head < self.n_head, **options)
+        y = y.transpose(1, 2).reshape(S, B, T, -1)  # (S, B, T, H*D)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
+    """Of mlp="swiglu" (arXiv 2002.05202) the neurons have a gate each."""
+
     def __init__(self, config, n_local):
         super().__init__()
-        n_hidden_shard = 4 * config.n_embd // config.n_shard
+        n_hidden = config.n_hidden // config.n_shard
         self.dropout = config.dropout
-        self.c_fc = ColumnParallel(n_local, config.n_embd, n_hidden_shard, config.bias)
-        self.c_proj = RowParallel(n_local, n_hidden_shard, config.n_embd, config.bias)
+        self.c_fc = ColumnParallel(n_local, config.n_embd, n_hidden, config.bias)
+        self.c_gate = ColumnParallel(n_local, config.n_embd, n_hidden, config.bias) if config.mlp == "swiglu" else None
+        self.c_proj = RowParallel(n_local, n_hidden, config.n_embd, config.bias)
 
     def forward(self, h):
         """h (S, B, T, C) -> (S, B, T, C)."""
-        y = F.gelu(self.c_fc(h), approximate="tanh")  # (S, B, T, 4*C/n_shard); tanh: GPT-2's own
+        if self.c_gate is None:
+            y = F.gelu(self.c_fc(h), approximate="tanh")  # (S, B, T, n_hidden/n_shard); tanh: GPT-2's own
+        else:
+            y = F.silu(self.c_gate(h)) * self.c_fc(h)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
@@ -292,23 +314,21 @@ class Stream:
 
 
 class Block(nn.Module):
-    """One layer; `character` is its place in the sync pattern."""
+    """One layer."""
 
-    def __init__(self, config, n_local, character):
+    def __init__(self, config, n_local):
         super().__init__()
-        self.sync_after_attn = character in "2a"
-        self.sync_after_mlp = character in "21"
         self.parallel = config.parallel_block
-        self.ln_1 = LayerNorm(n_local, config.n_embd, config.bias)
+        self.ln_1 = Norm(config, n_local)
         self.attn = CausalSelfAttention(config, n_local)
-        self.ln_2 = LayerNorm(n_local, config.n_embd, config.bias)
+        self.ln_2 = Norm(config, n_local)
         self.mlp = MLP(config, n_local)
 
-    def forward(self, stream, past=None):
-        """Add this layer to the Stream; `past` is its part of a KVCache."""
+    def forward(self, stream, character, rope=None, past=None):
+        """Add this layer to the Stream: `character` is its place in the sync pattern, `past` its part of a KVCache."""
         h = stream.read()
-        y = self.attn(self.ln_1(h), past)
-        if self.sync_after_attn:
+        y = self.attn(self.ln_1(h), rope, past)
+        if character in "2a":
             stream.sync(y)
         else:
             stream.keep(y)
@@ -316,7 +336,7 @@ class Block(nn.Module):
         if not self.parallel:  # else the MLP reads what the attention has read
             h = stream.read()
         y = self.mlp(self.ln_2(h))
-        if self.sync_after_mlp:
+        if character in "21":
             stream.sync(y)
         else:
             stream.keep(y)
@@ -331,7 +351,8 @@ class Role(NamedTuple):
 
     replicated  not at all: it acts on the synced stream, and every rank has it
     copied      each shard has one of its own, equal at the start
-    heads       by its output, Q, K and V each by heads: (3*C, ...) -> (S, 3*C/n_shard, ...)
+    heads       by its output, Q, K and V each by heads: ((n_head + 2*n_kv_head)*D, ...) -> (S, (H + 2*K)*D, ...);
+                where there are fewer KV heads than shards, each shard that reads one has a copy of it
     output      by its output: (out, ...) -> (S, out/n_shard, ...)
     input       by its input, transposed so that all shards' rows are one matrix: (out, in) -> (S, in/n_shard, out)
     divided     into equal parts, of which a sync makes the sum: (C) -> (S, C)
@@ -354,6 +375,8 @@ ROLES = {
     "ln_2.bias": Role("copied", False),
     "mlp.c_fc.weight": Role("output", True),
     "mlp.c_fc.bias": Role("output", False),
+    "mlp.c_gate.weight": Role("output", True),
+    "mlp.c_gate.bias": Role("output", False),
     "mlp.c_proj.weight": Role("input", True),
     "mlp.c_proj.bias": Role("divided", False),
     "ln_f.weight": Role("replicated", False),
@@ -372,15 +395,19 @@ def is_sharded(name: str) -> bool:
     return role_of(name).cut != "replicated"
 
 
-def shard_tensor(name: str, dense: torch.Tensor, n_shard: int) -> torch.Tensor:
+def shard_tensor(name: str, dense: torch.Tensor, config: "GPTConfig") -> torch.Tensor:
     """One dense tensor -> (n_shard, ...), or itself where it is replicated."""
+    n_shard = config.n_shard
     match role_of(name).cut:
         case "replicated":
             return dense
         case "copied":
             return dense.expand(n_shard, -1)
         case "heads":
-            return dense.unflatten(0, (3, n_shard, -1)).transpose(0, 1).flatten(1, 2)
+            q, k, v = dense.split([n * config.head_size for n in (config.n_head, config.n_kv_head, config.n_kv_head)])
+            copies = max(1, n_shard // config.n_kv_head)
+            k, v = (t.unflatten(0, (n_shard // copies, -1)).repeat_interleave(copies, 0) for t in (k, v))
+            return torch.cat((q.unflatten(0, (n_shard, -1)), k, v), dim=1)
         case "output":
             return dense.unflatten(0, (n_shard, -1))
         case "input":
@@ -390,16 +417,22 @@ def shard_tensor(name: str, dense: torch.Tensor, n_shard: int) -> torch.Tensor:
 
 
 def initial_weights(config):
-    """Yield name and value of every random tensor of a dense GPT-2, drawn on the CPU in a fixed order."""
-    C = config.n_embd
+    """Yield name and value of every random tensor of a dense model, drawn on the CPU in a fixed order."""
+    C, D, hidden = config.n_embd, config.head_size, config.n_hidden
     small = 0.02 / math.sqrt(2 * config.n_layer)  # GPT-2: the 2*n_layer layers that write to the residual stream
     yield "transformer.wte.weight", torch.normal(0.0, 0.02, (config.vocab_size, C))
-    yield "transformer.wpe.weight", torch.normal(0.0, 0.02, (config.block_size, C))
+    if config.position == "learned":
+        yield "transformer.wpe.weight", torch.normal(0.0, 0.02, (config.block_size, C))
     for i in range(config.n_layer):
-        yield f"transformer.h.{i}.attn.c_attn.weight", torch.normal(0.0, 0.02, (3 * C, C))
-        yield f"transformer.h.{i}.attn.c_proj.weight", torch.normal(0.0, small, (C, C))
-        yield f"transformer.h.{i}.mlp.c_fc.weight", torch.normal(0.0, 0.02, (4 * C, C))
-        yield f"transformer.h.{i}.mlp.c_proj.weight", torch.normal(0.0, small, (C, 4 * C))
+        n_qkv = (config.n_head + 2 * config.n_kv_head) * D
+        yield f"transformer.h.{i}.attn.c_attn.weight", torch.normal(0.0, 0.02, (n_qkv, C))
+        yield f"transformer.h.{i}.attn.c_proj.weight", torch.normal(0.0, small, (C, config.n_head * D))
+        yield f"transformer.h.{i}.mlp.c_fc.weight", torch.normal(0.0, 0.02, (hidden, C))
+        if config.mlp == "swiglu":
+            yield f"transformer.h.{i}.mlp.c_gate.weight", torch.normal(0.0, 0.02, (hidden, C))
+        yield f"transformer.h.{i}.mlp.c_proj.weight", torch.normal(0.0, small, (C, hidden))
+    if not config.tie_embeddings:
+        yield "lm_head.weight", torch.normal(0.0, 0.02, (config.vocab_size, C))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -422,6 +455,16 @@ class GPTConfig:
     parallel_block: bool = False  # attention and MLP read the same stream (GPT-J; PaLM, arXiv 2204.02311)
     merge: str = "sum"  # of the deltas at a sync; or desync: the mean of those before the last sublayer
     overlap: str = ""  # ladder or delayed: a sync's all-reduce is in flight while the next sublayer runs
+    norm: str = "layernorm"  # or rmsnorm; this and what follows: Llama's family beside GPT-2's
+    norm_eps: float = 1e-5
+    position: str = "learned"  # or rope
+    rope_theta: float = 10000.0
+    rope_inv_freq: tuple = ()  # radians a position of each of the D/2 pairs; empty: by rope_theta
+    mlp: str = "gelu"  # or swiglu
+    n_hidden: int = 0  # neurons of an MLP; 0: 4*n_embd
+    n_kv_head: int = 0  # heads of keys and values; 0: n_head
+    head_size: int = 0  # 0: n_embd/n_head
+    tie_embeddings: bool = True  # lm_head and wte are one matrix
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_shard"):
@@ -429,12 +472,25 @@ class GPTConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
-        if self.n_embd % self.n_head:
+        if not self.head_size and self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
-        if self.n_head % self.n_shard:
-            raise ValueError(f"n_head={self.n_head} is not divisible by n_shard={self.n_shard}")
+        self.head_size = self.head_size or self.n_embd // self.n_head
+        self.n_hidden = self.n_hidden or 4 * self.n_embd
+        self.n_kv_head = self.n_kv_head or self.n_head
+        for name in ("n_head", "n_hidden"):
+            if getattr(self, name) % self.n_shard:
+                raise ValueError(f"{name}={getattr(self, name)} is not divisible by n_shard={self.n_shard}")
+        if self.n_head % self.n_kv_head or (self.n_kv_head % self.n_shard and self.n_shard % self.n_kv_head):
+            raise ValueError(
+                f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}, and divide or be a multiple of "
+                f"n_shard={self.n_shard}"
+            )
+        if self.position == "rope" and self.head_size % 2:
+            raise ValueError(f"head_size={self.head_size} must be even for position='rope': it turns pairs")
         self.sync_pattern = selective(self.n_layer, self.sync_pattern or baseline(self.n_layer))
-        for name, allowed in {"merge": ("sum", "desync"), "overlap": ("", "ladder", "delayed")}.items():
+        choices = {"merge": ("sum", "desync"), "overlap": ("", "ladder", "delayed")}
+        choices |= {"norm": ("layernorm", "rmsnorm"), "position": ("learned", "rope"), "mlp": ("gelu", "swiglu")}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(map(repr, allowed))}")
         if self.parallel_block and set(self.sync_pattern) - set("10"):
@@ -455,7 +511,7 @@ class KVCache:
     def __init__(self, model, batch_size):
         c, wte = model.config, model.transformer.wte.weight
         n_local = c.n_shard // model.tp_size
-        shape = (n_local * batch_size, c.n_head // c.n_shard, c.block_size, c.n_embd // c.n_head)  # (S*B, heads, T, D)
+        shape = (n_local * batch_size, max(1, c.n_kv_head // c.n_shard), c.block_size, c.head_size)  # (S*B, K, T, D)
         self.layers = [(wte.new_empty(shape), wte.new_empty(shape)) for _ in range(c.n_layer)]
         self.length = 0
 
@@ -478,27 +534,27 @@ class GPT(nn.Module):
                 f"dropout={config.dropout} needs tp_size=1, not {self.tp_size}: ranks would drop differently"
             )
         self.tp_group = tp_group if self.tp_size > 1 else None
-        self.num_syncs = count_syncs(config.sync_pattern)
-        self.num_hidden_syncs = self.num_syncs - 1 if config.overlap else 0  # nothing runs behind the last one
         n_local = config.n_shard // self.tp_size
         first = n_local * (tp_group.rank() if self.tp_group is not None else 0)
         self.local_shards = slice(first, first + n_local)
 
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
-                drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList([Block(config, n_local, character) for character in config.sync_pattern]),
-                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
-            )
-        )
+        layers = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
+        if config.position == "learned":
+            layers |= dict(wpe=nn.Embedding(config.block_size, config.n_embd))
+        layers |= dict(drop=nn.Dropout(config.dropout))
+        layers |= dict(h=nn.ModuleList([Block(config, n_local) for _ in range(config.n_layer)]))
+        if config.norm == "rmsnorm":
+            layers |= dict(ln_f=nn.RMSNorm(config.n_embd, config.norm_eps))
+        else:
+            layers |= dict(ln_f=nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias))
+        self.transformer = nn.ModuleDict(layers)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight
+        if config.tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
         parameters = dict(self.named_parameters())
         with torch.no_grad():
             for name, dense in initial_weights(config):
-                parameters[name].copy_(self.local_part(name, shard_tensor(name, dense, config.n_shard)))
+                parameters[name].copy_(self.local_part(name, shard_tensor(name, dense, config)))
 
     def forward(self, idx, targets=None, cache=None):
         """Token ids (B, T) -> logits and, where targets (B, T) are given, the mean loss in nats (-1: no target).
@@ -512,10 +568,14 @@ class GPT(nn.Module):
             raise ValueError(f"a sequence of {held + T} tokens is longer than block_size={self.config.block_size}")
         if held and T > 1:
             raise ValueError(f"{T} tokens behind the {held} in the cache: decoding takes one at a time")
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[held : held + T]  # (B, T, C)
+        x, rope = self.transformer.wte(idx), None  # (B, T, C)
+        if self.config.position == "learned":
+            x = x + self.transformer.wpe.weight[held : held + T]
+        else:
+            rope = self.rope(held, T)
         stream = Stream(self.transformer.drop(x), self.config, self.tp_group)
-        for i, block in enumerate(self.transformer.h):
-            block(stream, None if cache is None else (*cache.layers[i], held))
+        for i, (block, character) in enumerate(zip(self.transformer.h, self.config.sync_pattern, strict=True)):
+            block(stream, character, rope, None if cache is None else (*cache.layers[i], held))
         stream.arrive()
         if cache is not None:
             cache.length += T
@@ -527,10 +587,37 @@ class GPT(nn.Module):
         loss = F.cross_entropy(exact.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
         return logits, loss
 
+    def rope(self, first, T):
+        """cos and sin, each (T, D/2), of inv_freq times position, of the T positions from `first` on; for rotate()."""
+        c, weight = self.config, self.transformer.wte.weight
+        exact = dict(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+        if c.rope_inv_freq:
+            inv_freq = torch.tensor(c.rope_inv_freq, **exact)
+        else:
+            inv_freq = 1.0 / c.rope_theta ** (torch.arange(0, c.head_size, 2, **exact) / c.head_size)
+        angles = torch.arange(first, first + T, **exact)[:, None] * inv_freq
+        return angles.cos(), angles.sin()
+
+    def with_pattern(self, sync_pattern: str) -> "GPT":
+        """This model under another sync pattern. It shares all weights. Raises ValueError for an impossible pattern."""
+        model = copy.copy(self)
+        model.config = replace(self.config, sync_pattern=sync_pattern)
+        return model
+
+    @property
+    def num_syncs(self) -> int:
+        """All-reduces of one forward pass."""
+        return count_syncs(self.config.sync_pattern)
+
+    @property
+    def num_hidden_syncs(self) -> int:
+        """Those of them behind which a sublayer runs: all but the last one, with overlap."""
+        return self.num_syncs - 1 if self.config.overlap else 0
+
     def get_num_params(self, non_embedding=True) -> int:
         """Parameters of the whole model, all ranks together; like nanoGPT's count, without the position embedding."""
         n = sum(p.numel() * (self.tp_size if is_sharded(name) else 1) for name, p in self.named_parameters())
-        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+        return n - self.transformer.wpe.weight.numel() if non_embedding and self.config.position == "learned" else n
 
     def local_part(self, name, full):
         """This rank's slice of the whole model's parameter (or optimizer state) called `name`."""

@@ -1,7 +1,8 @@
-"""Generate text from a trained model, or from OpenAI's GPT-2.
+"""Generate text from a trained model, or from a pretrained GPT-2 or Llama.
 
 $ python sample.py --out_dir=out-spd-12sync --start="To be"
 $ python sample.py --init_from=gpt2 --start=FILE:prompt.txt --num_samples=3      # FILE:- is standard input
+$ python sample.py --init_from=FOLDER_OR_HUB_NAME                                # a model of save_pretrained
 
 With real tensor parallelism, any number of processes that divides the model's n_shard; the text is the same. The `--`
 keeps torchrun from taking --start for an option of its own:
@@ -10,7 +11,6 @@ $ torchrun --standalone --nproc_per_node=2 -- sample.py --out_dir=out-spd-12sync
 The first sample appears as it is generated, the others, computed in the same batch, behind it. Keys as in nanoGPT.
 """
 
-import codecs
 import os
 import sys
 from dataclasses import dataclass
@@ -27,14 +27,15 @@ from reduced_sync.commands import set_up
 from reduced_sync.config import configure, describe, option
 from reduced_sync.decoding import cast, choose, for_decoding, generate
 from reduced_sync.parallel import RANK, WORLD_SIZE
-from reduced_sync.weights import GPT2_SHAPES, from_pretrained
+from reduced_sync.tokenizer import KEPT, Tokens
+from reduced_sync.weights import GPT2_SHAPES, from_pretrained, pretrained_fields
 
 
 @dataclass
 class Config:
     """Every key; names, meanings and most defaults are nanoGPT's."""
 
-    init_from: str = option("resume", "resume: out_dir's ckpt.pt; or a GPT-2", allowed=("resume", *GPT2_SHAPES))
+    init_from: str = option("resume", "resume: out_dir's ckpt.pt; or folder or hub name of a GPT-2 or Llama")
     out_dir: str = option("out", "folder of the checkpoint", is_path=True)
     start: str = option("\n", "the prompt; FILE:NAME reads it from a file, FILE:- from standard input")
     num_samples: int = option(1, "samples, computed as one batch", least=1)
@@ -58,9 +59,12 @@ def check(config):
 
 
 def load(config):
-    """(checkpoint or None, GPTConfig or None, meta of the tokens) of what config names. Raises ValueError."""
+    """(checkpoint or None, GPTConfig, meta of the tokens) of what config names. Raises ValueError or OSError."""
     if config.init_from != "resume":
-        return None, None, {"tokenizer": "gpt2", "vocab_size": 50257}
+        _, fields = pretrained_fields(config.init_from)
+        model_config = rsm.GPTConfig(**fields, n_shard=WORLD_SIZE)
+        tokenizer = "gpt2" if config.init_from in GPT2_SHAPES else config.init_from
+        return None, model_config, {"tokenizer": tokenizer, "vocab_size": model_config.vocab_size}
     path = Path(config.out_dir) / "ckpt.pt"
     saved = ckpt.load(path)
     try:
@@ -72,15 +76,21 @@ def load(config):
     chars, size = meta.get("chars"), meta.get("vocab_size")
     if type(size) is not int or not 0 < size <= model_config.vocab_size:
         raise ValueError(f"checkpoint {path} cannot be used: vocab_size={size!r} of its data does not fit its model")
-    if meta.get("tokenizer") != "gpt2" and not (isinstance(chars, str) and len(chars) == size):
-        raise ValueError(f"checkpoint {path} cannot be used: its data has no tokenizer gpt2, or char with its chars")
+    if (kept := Path(config.out_dir) / KEPT).is_dir():
+        meta = meta | {"tokenizer": str(kept)}
+    name = meta.get("tokenizer")
+    is_char = name == "char" and isinstance(chars, str) and len(chars) == size
+    if not (is_char or name == "gpt2" or (isinstance(name, str) and ("/" in name or Path(name).is_dir()))):
+        raise ValueError(
+            f"checkpoint {path} cannot be used: its data names no tokenizer: gpt2, char with chars, or a folder"
+        )
     if model_config.n_shard % WORLD_SIZE:
         raise ValueError(f"{WORLD_SIZE} processes do not divide the n_shard={model_config.n_shard} of {path}")
     return saved, model_config, meta
 
 
 def build(config, saved, model_config, layout):
-    """The model on its device, in its number type. GPT-2 is cut into as many shards as there are processes."""
+    """The model on its device, in its number type. A pretrained one has as many shards as there are processes."""
     if saved is not None:
         model = rsm.GPT(model_config, layout.tp_group)
         ckpt.restore(saved, model)
@@ -91,28 +101,6 @@ def build(config, saved, model_config, layout):
             raise parallel.SameOnAllRanks(f"init_from={config.init_from!r}: {error}") from None
     cast(model.eval().to(layout.device), layout.dtype)
     return for_decoding(model, config.compile)
-
-
-class Tokens:
-    """Text to token ids and back, as meta.json describes them: GPT-2's, or characters, which have no end-of-text."""
-
-    def __init__(self, meta):
-        self.encoding = preparing.gpt2_encoding() if meta["tokenizer"] == "gpt2" else None
-        if self.encoding:
-            self.end_of_text = self.encoding.eot_token
-            self.bytes_of = self.encoding.decode_single_token_bytes
-        else:
-            self.end_of_text = None
-            self.ids = {char: i for i, char in enumerate(meta["chars"])}
-            self.bytes_of = [char.encode() for char in meta["chars"]].__getitem__
-
-    def encode(self, text):
-        """Token ids of `text`. Raises ValueError for a character that the model does not know."""
-        if self.encoding:
-            return self.encoding.encode(text, allowed_special={"<|endoftext|>"})
-        if unknown := sorted(set(text) - set(self.ids)):
-            raise ValueError(f"the model does not know the character {unknown[0]!r}; it knows {''.join(self.ids)!r}")
-        return [self.ids[char] for char in text]
 
 
 def read_prompt(start):
@@ -163,13 +151,13 @@ def sample(config, model, tokens, vocab_size, layout):
             )
         return pick(logits)
 
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a character
+    text_of = tokens.stream()
 
     def say(text):
         if RANK == 0:
             print(text, end="", flush=True)
 
-    say(b"".join(map(tokens.bytes_of, prompt)).decode("utf-8", "replace"))
+    say(tokens.decode(prompt))
     samples = [[] for _ in range(config.num_samples)]
     ended = [False] * config.num_samples
     # ids that no text has, the padding of the vocabulary, are never drawn
@@ -177,16 +165,16 @@ def sample(config, model, tokens, vocab_size, layout):
         model, idx, config.max_new_tokens, lambda logits: draw(logits[:, :vocab_size]), layout.autocast
     ):
         for i, token in enumerate(new.tolist()):
-            ended[i] = ended[i] or token == tokens.end_of_text
+            ended[i] = ended[i] or token in tokens.ends
             if not ended[i]:
                 samples[i].append(token)
                 if i == 0:
-                    say(decoder.decode(tokens.bytes_of(token)))
+                    say(text_of(token))
         if all(ended):
             break
-    say(decoder.decode(b"", final=True) + "\n---------------\n")
+    say(text_of(None) + "\n---------------\n")
     for others in samples[1:]:
-        say(b"".join(map(tokens.bytes_of, prompt + others)).decode("utf-8", "replace") + "\n---------------\n")
+        say(tokens.decode(prompt + others) + "\n---------------\n")
 
 
 def main(argv):

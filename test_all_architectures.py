@@ -26,6 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from reduced_sync.commands import set_up
 from reduced_sync_model import GPT, GPTConfig, baseline, draw_pattern, grouped, selective, spd
 
+MODERN = dict(norm="rmsnorm", position="rope", mlp="swiglu")  # config/modern.py's block
 VARIANTS = {  # name: (syncs, GPTConfig fields); grouped ones are named by their syncs
     "Baseline": (24, dict(sync_pattern=baseline(12))),
     "SPD": (12, dict(sync_pattern=spd(12))),
@@ -38,11 +39,14 @@ VARIANTS = {  # name: (syncs, GPTConfig fields); grouped ones are named by their
     "Desync-6": (6, dict(sync_pattern=grouped(12, 2), merge="desync")),
     "Ladder": (24, dict(sync_pattern=baseline(12), overlap="ladder")),
     "Delayed": (24, dict(sync_pattern=baseline(12), overlap="delayed")),
+    "Modern": (24, dict(sync_pattern=baseline(12)) | MODERN),
+    "Modern-SPD": (12, dict(sync_pattern=spd(12)) | MODERN),
 }
 SIZES = {  # GPTConfig fields and the number of parameters, in millions
     "full": (dict(block_size=1024, vocab_size=50304, n_head=12, n_embd=768), (123.0, 126.0)),
-    "small": (dict(block_size=128, vocab_size=128, n_head=4, n_embd=64), (0.60, 0.63)),
+    "small": (dict(block_size=128, vocab_size=128, n_head=4, n_embd=64), (0.59, 0.63)),
 }
+MODERN_SIZES = {"full": dict(n_kv_head=4, n_hidden=2400), "small": dict(n_kv_head=2, n_hidden=192)}
 
 
 def batch(vocab_size, B=2, T=32):
@@ -50,10 +54,16 @@ def batch(vocab_size, B=2, T=32):
     return idx[:, :-1], idx[:, 1:]
 
 
+def config_of(size, fields):
+    """The GPTConfig of a variant, without biases, in two shards."""
+    modern = MODERN_SIZES[size] if "mlp" in fields else {}
+    return GPTConfig(**SIZES[size][0], bias=False, n_shard=2, **modern, **fields)
+
+
 def check_variant(syncs, fields, size):
     """Raise AssertionError unless the variant has the right size, executes `syncs` all-reduces, and is trainable."""
-    shape, (least, most) = SIZES[size]
-    config = GPTConfig(**shape, bias=False, n_shard=2, **fields)
+    least, most = SIZES[size][1]
+    config = config_of(size, fields)
     x, y = batch(config.vocab_size)
 
     model = GPT(config)
@@ -91,7 +101,7 @@ def check_tp(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for name, (_, fields) in VARIANTS.items():
-        config = GPTConfig(**SIZES["small"][0], n_shard=2, **fields)
+        config = config_of("small", fields)
         x, y = batch(config.vocab_size)
         models = []
         for group in (None, dist.group.WORLD):

@@ -33,7 +33,10 @@ from reduced_sync.experiment import Config, check_config, learning_rate, sync_pa
 from reduced_sync.parallel import RANK, RESTART_COUNT, WORLD_SIZE
 from reduced_sync.recording import Recorder
 from reduced_sync.run_log import changes, step_line
-from reduced_sync.weights import GPT2_SHAPES, from_pretrained
+from reduced_sync.weights import from_pretrained, pretrained_fields
+
+# what is chosen of a pretrained model: its weights fit any
+CHOICES = "block_size dropout n_shard sync_pattern parallel_block merge overlap".split()
 
 
 def prepare(config):
@@ -48,21 +51,25 @@ def prepare(config):
         raise ValueError(
             f"out_dir={config.out_dir!r} holds a run already: go on with --init_from=resume, or choose another out_dir"
         )
-    if pretrained := config.init_from in GPT2_SHAPES:
-        config.n_layer, config.n_head, config.n_embd = GPT2_SHAPES[config.init_from]
-        config.bias = True
+    saved = ckpt.load(path) if config.init_from == "resume" else None
+    origin = saved["config"]["init_from"] if saved else config.init_from
+    shape = {}
+    if origin not in ("scratch", "resume"):  # a pretrained model's weights give its shape, not the keys
+        shape = saved["model_args"] if saved else pretrained_fields(origin)[1]
+        shape = {key: value for key, value in shape.items() if key not in CHOICES}
+        for key in shape.keys() & vars(config).keys():
+            setattr(config, key, shape[key])
     check_config(config)
-    model_args = "block_size n_layer n_head n_embd dropout bias n_shard parallel_block merge overlap".split()
-    model_config = rsm.GPTConfig(**{key: getattr(config, key) for key in model_args}, sync_pattern=sync_pattern(config))
-    choice = parallel.choose_device(config.device, config.dtype, config.backend)
+    keys = [field.name for field in dataclasses.fields(rsm.GPTConfig) if hasattr(config, field.name)]
+    shape |= {key: getattr(config, key) for key in keys} | dict(sync_pattern=sync_pattern(config))
     corpus = Corpus(config.dataset, config.block_size)
+    choice = parallel.choose_device(config.device, config.dtype, config.backend)
     # a multiple of 64 is fast on GPUs: GPT-2's 50257 tokens become 50304
-    model_config.vocab_size = 50257 if pretrained else -(-corpus.meta["vocab_size"] // 64) * 64
+    shape.setdefault("vocab_size", -(-corpus.meta["vocab_size"] // 64) * 64)
+    model_config = rsm.GPTConfig(**shape)
     if corpus.meta["vocab_size"] > model_config.vocab_size:
-        raise ValueError(f"dataset={config.dataset!r} has more tokens than {config.init_from}: 50257")
-    saved = None
-    if config.init_from == "resume":
-        saved = ckpt.load(path)
+        raise ValueError(f"dataset={config.dataset!r} has more tokens than {origin}: {model_config.vocab_size}")
+    if saved:
         ckpt.check_model(saved, model_config, path)
         ckpt.check_data(saved, corpus.meta, path)
     return choice, corpus, model_config, saved
@@ -115,13 +122,12 @@ class Progress:
 
 def build_model(config, model_config, layout):
     """The model, on its device, with initial or pretrained weights. Raises SameOnAllRanks where those are not there."""
-    if config.init_from not in GPT2_SHAPES:
+    if config.init_from in ("scratch", "resume"):
         return rsm.GPT(model_config, layout.tp_group).to(layout.device)
-    theirs = ("vocab_size", "n_layer", "n_head", "n_embd", "bias")
-    choices = {key: value for key, value in dataclasses.asdict(model_config).items() if key not in theirs}
+    choices = {key: getattr(model_config, key) for key in CHOICES}
     try:
         return from_pretrained(config.init_from, layout.tp_group, **choices).to(layout.device)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise parallel.SameOnAllRanks(f"init_from={config.init_from!r}: {error}") from None
 
 
@@ -179,6 +185,7 @@ def train(config, choice, corpus, model_config, saved):
     progress, resumed = Progress(), ""
     settled = dataclasses.asdict(config) | {"dtype": str(layout.dtype).removeprefix("torch.")}
     if saved is not None:
+        settled["init_from"] = saved["config"]["init_from"]  # where the weights came from at first
         ckpt.restore(saved, model, optimizer)
         if saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])

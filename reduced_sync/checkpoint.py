@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from reduced_sync.files import link_file, replace_file, sync_folder
-from reduced_sync_model import GPT, is_sharded
+from reduced_sync_model import GPT, GPTConfig, is_sharded
 
 KINDS = dict.fromkeys("model optimizer model_args config data scaler".split(), dict)
 KINDS |= dict.fromkeys("step evaluated skipped bad_steps".split(), int) | {"best_val_loss": float}
@@ -105,7 +105,10 @@ def load(path):
 
 def check_model(checkpoint, config, path):
     """Raise ValueError unless the checkpoint holds the model of GPTConfig `config`, naming the fields that differ."""
-    saved = {"parallel_block": False, "merge": "sum", "overlap": ""} | checkpoint["model_args"]  # older ones lack them
+    try:
+        saved = dataclasses.asdict(GPTConfig(**checkpoint["model_args"]))  # older ones lack some fields
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint {path} cannot be used: {error}") from None
     wanted = dataclasses.asdict(config) | {"dropout": saved.get("dropout")}  # dropout is no part of the weights
     differing = [f"{key}={saved.get(key)!r}, not {value!r}" for key, value in wanted.items() if saved.get(key) != value]
     if differing:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import reduced_sync_model as rsm
 from reduced_sync.config import option
 from reduced_sync.parallel import LOCAL_WORLD_SIZE, WORLD_SIZE
-from reduced_sync.weights import GPT2_SHAPES
 
 
 @dataclass
@@ -26,7 +25,7 @@ class Config:
     )
     checkpoint_interval: int = option(0, "steps between further checkpoints; 0: none", least=0)
     checkpoint_minutes: float = option(0.0, "minutes between further checkpoints; 0: none", least=0)
-    init_from: str = option("scratch", "where the weights come from", allowed=("scratch", "resume", *GPT2_SHAPES))
+    init_from: str = option("scratch", "scratch, resume, or the folder or hub name of a GPT-2 or Llama")
     wandb_log: bool = option(False, "log to Weights & Biases as well")
     wandb_project: str = option("reduced-sync", "its project")
     wandb_run_name: str | None = option(None, "its run name; None: out_dir")
@@ -48,6 +47,14 @@ class Config:
     n_embd: int = option(768, "width of the residual stream", least=1)
     dropout: float = option(0.0, "for pretraining 0 is good; above 0 needs tp_size 1", least=0)
     bias: bool = option(False, "biases in linear layers and layer norms")
+    # the layers of Llama's family beside GPT-2's; config/modern.py sets them all
+    norm: str = option("layernorm", "layernorm or rmsnorm", allowed=("layernorm", "rmsnorm"))
+    position: str = option("learned", "learned embedding or rotary: rope", allowed=("learned", "rope"))
+    rope_theta: float = option(10000.0, "the base of rope's frequencies", least=1)
+    mlp: str = option("gelu", "gelu or gated: swiglu", allowed=("gelu", "swiglu"))
+    n_hidden: int = option(0, "neurons of an MLP; 0: 4*n_embd", least=0)
+    n_kv_head: int = option(0, "heads of keys and values; 0: n_head", least=0)
+    tie_embeddings: bool = option(True, "one matrix for the tokens of input and output")
     # AdamW and its schedule
     learning_rate: float = option(6e-4, "peak learning rate", least=0)
     max_iters: int = option(20000, "steps of the run", least=1)

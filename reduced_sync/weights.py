@@ -1,4 +1,11 @@
-"""Dense weights and shards: a dense GPT-2 cut into shards and joined again, and OpenAI's weights as a model of ours."""
+"""Dense weights and shards: a dense model cut into shards and joined again, and models of the Hugging Face formats.
+
+A dense model of ours has nanoGPT's names. transformers' GPT-2 has the same, its linear layers transposed (Conv1D);
+transformers' Llama has other names, and Q, K and V apart. `their_names` says which.
+"""
+
+import json
+from pathlib import Path
 
 import torch
 
@@ -11,9 +18,20 @@ GPT2_SHAPES = {
     "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600),
 }
+PRETRAINED = "init_from takes a folder or hub name of a GPT-2 or Llama"
+# our name in a layer: Llama's, one or several
+LLAMA = {
+    "ln_1": ["input_layernorm"],
+    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.c_proj": ["self_attn.o_proj"],
+    "ln_2": ["post_attention_layernorm"],
+    "mlp.c_fc": ["mlp.up_proj"],
+    "mlp.c_gate": ["mlp.gate_proj"],
+    "mlp.c_proj": ["mlp.down_proj"],
+}
 
 
-def unshard_tensor(name: str, shards: torch.Tensor) -> torch.Tensor:
+def unshard_tensor(name: str, shards: torch.Tensor, config: GPTConfig) -> torch.Tensor:
     """The inverse of shard_tensor: (n_shard, ...) -> the dense tensor; of copies it takes the first shard's."""
     match role_of(name).cut:
         case "replicated":
@@ -21,7 +39,10 @@ def unshard_tensor(name: str, shards: torch.Tensor) -> torch.Tensor:
         case "copied":
             return shards[0]
         case "heads":
-            return shards.unflatten(1, (3, -1)).transpose(0, 1).flatten(0, 2)
+            heads, kv_heads = config.n_head // config.n_shard, max(1, config.n_kv_head // config.n_shard)
+            q, k, v = shards.split([n * config.head_size for n in (heads, kv_heads, kv_heads)], dim=1)
+            copies = max(1, config.n_shard // config.n_kv_head)
+            return torch.cat((q.flatten(0, 1), k[::copies].flatten(0, 1), v[::copies].flatten(0, 1)))
         case "output":
             return shards.flatten(0, 1)
         case "input":
@@ -31,57 +52,212 @@ def unshard_tensor(name: str, shards: torch.Tensor) -> torch.Tensor:
 
 
 def dense_to_shards(dense: dict, config: GPTConfig) -> dict:
-    """State dict of a dense GPT-2 -> state dict of the whole sharded model."""
-    return {name: shard_tensor(name, tensor, config.n_shard) for name, tensor in dense.items()}
+    """State dict of a dense model -> state dict of the whole sharded model."""
+    return {name: shard_tensor(name, tensor, config) for name, tensor in dense.items()}
 
 
 def shards_to_dense(shards: dict, config: GPTConfig) -> dict:
-    """State dict of the whole sharded model -> the dense GPT-2 that computes the same.
+    """State dict of the whole sharded model -> the dense model that computes the same.
 
-    Raises ValueError if there is none, as the pattern drops a sync or the block is another one. A norm whose gains
-    differ from shard to shard folds into the matrix behind it.
+    Raises ValueError if there is none, as the pattern drops a sync, the block is another one, or the copies of a KV
+    head have parted. A norm whose gains differ from shard to shard folds into the matrices behind it.
     """
     if config.parallel_block or config.overlap:
-        raise ValueError("a model with parallel_block or overlap equals no GPT-2")
+        raise ValueError("a model with parallel_block or overlap equals no GPT-2 or Llama")
     if config.sync_pattern != baseline(config.n_layer) and config.n_shard > 1:
         raise ValueError(f"sync_pattern={config.sync_pattern}: only all-2 (or n_shard=1) equals a dense model")
     shards = dict(shards)
     for i in range(config.n_layer):
-        for norm, linear in (("ln_1", "attn.c_attn"), ("ln_2", "mlp.c_fc")):
-            norm, linear = f"transformer.h.{i}.{norm}", f"transformer.h.{i}.{linear}"
+        for norm, behind in (("ln_1", ["attn.c_attn"]), ("ln_2", ["mlp.c_fc", "mlp.c_gate"])):
+            norm = f"transformer.h.{i}.{norm}"
             gain, bias = shards[f"{norm}.weight"], shards.get(f"{norm}.bias")
             if all(t is None or torch.equal(t, t[:1].expand_as(t)) for t in (gain, bias)):
                 continue
-            weight = shards[f"{linear}.weight"]  # (S, out, C)
-            if bias is not None:
-                shards[f"{linear}.bias"] = shards[f"{linear}.bias"] + torch.einsum("soc,sc->so", weight, bias)
-                shards[f"{norm}.bias"] = torch.zeros_like(bias)
-            shards[f"{linear}.weight"] = weight * gain[:, None, :]
+            for linear in (f"transformer.h.{i}.{name}" for name in behind):
+                if f"{linear}.weight" not in shards:
+                    continue
+                weight = shards[f"{linear}.weight"]  # (S, out, C)
+                if bias is not None:
+                    shards[f"{linear}.bias"] = shards[f"{linear}.bias"] + torch.einsum("soc,sc->so", weight, bias)
+                shards[f"{linear}.weight"] = weight * gain[:, None, :]
             shards[f"{norm}.weight"] = torch.ones_like(gain)
-    return {name: unshard_tensor(name, tensor) for name, tensor in shards.items()}
+            if bias is not None:
+                shards[f"{norm}.bias"] = torch.zeros_like(bias)
+    dense = {name: unshard_tensor(name, tensor, config) for name, tensor in shards.items()}
+    if config.n_kv_head < config.n_shard:
+        for name, tensor in shards.items():
+            if role_of(name).cut == "heads" and not torch.equal(shard_tensor(name, dense[name], config), tensor):
+                raise ValueError(f"{name}: the copies of a KV head differ, so no dense model computes the same")
+    return dense
 
 
-def from_pretrained(name, tp_group=None, block_size=None, **choices) -> GPT:
-    """OpenAI's weights ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder of save_pretrained) in shards.
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face
 
-    block_size crops the position embedding; `choices` are GPTConfig's fields from dropout on, but bias. With dropped
-    syncs it is another function than GPT-2: a place to train from. Raises ValueError or OSError where the weights are
-    not there or do not fit.
+
+def their_names(name: str, family: str) -> tuple[list[str], bool]:
+    """The tensors of transformers' `family`, gpt2 or llama, that our dense tensor `name` is, one under the other.
+
+    And whether they are transposed.
     """
-    from transformers import GPT2LMHeadModel
+    if family == "gpt2":
+        return [name], name.startswith("transformer.h.") and role_of(name).is_matrix
+    layer, _, kind = name.removeprefix("transformer.").rpartition(".")
+    if layer.startswith("h."):
+        _, i, layer = layer.split(".", 2)
+        return [f"model.layers.{i}.{part}.{kind}" for part in LLAMA[layer]], False
+    return [{"wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head"}[layer] + f".{kind}"], False
 
-    hf = GPT2LMHeadModel.from_pretrained(name)
-    if block_size is not None and block_size > hf.config.n_positions:
-        raise ValueError(f"block_size={block_size} is above the {hf.config.n_positions} positions of {name}")
-    shape = {key: getattr(hf.config, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    config = GPTConfig(block_size=block_size or hf.config.n_positions, **shape, bias=True, **choices)
-    dense = {}
-    for key, tensor in hf.state_dict().items():
-        # transformers keeps the four linear layers of a block transposed (Conv1D)
-        is_conv = key.startswith("transformer.h.") and tensor.dim() == 2
-        dense[key] = tensor.t() if is_conv else tensor
-    dense["transformer.wpe.weight"] = dense["transformer.wpe.weight"][: config.block_size]
-    model = GPT(config, tp_group)
-    shards = dense_to_shards(dense, config)
-    model.load_state_dict({key: model.local_part(key, tensor) for key, tensor in shards.items()})
+
+def gpt2_fields(hf) -> dict:
+    """The fields of GPTConfig that transformers' GPT2Config gives. Raises ValueError for what our block lacks."""
+    expected = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    for key, value in expected.items():
+        refuse_unless(hf, key, (value,))
+    refuse_unless(hf, "activation_function", ("gelu_new", "gelu_pytorch_tanh"))
+    shape = {key: getattr(hf, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    shape |= dict(block_size=hf.n_positions, n_hidden=hf.n_inner or 0, norm_eps=hf.layer_norm_epsilon)
+    return shape | dict(bias=True, tie_embeddings=hf.tie_word_embeddings)
+
+
+def llama_fields(hf) -> dict:
+    """The fields of GPTConfig that transformers' LlamaConfig gives. Raises ValueError for what our block lacks."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    refuse_unless(hf, "hidden_act", ("silu", "swish"))
+    refuse_unless(hf, "attention_bias", (False, None))
+    refuse_unless(hf, "mlp_bias", (False, None))
+    kind = hf.rope_parameters.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3"):  # others change with the sequence's length, or scale attention
+        raise ValueError(f"{PRETRAINED}, with rope_type default, linear or llama3, not {kind!r}")
+    if hf.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"{PRETRAINED}, without partial_rotary_factor={hf.rope_parameters['partial_rotary_factor']}")
+    rotary = LlamaRotaryEmbedding(hf)
+    if rotary.attention_scaling != 1.0:
+        raise ValueError(f"{PRETRAINED}, without RoPE's attention factor {rotary.attention_scaling}")
+    return dict(
+        vocab_size=hf.vocab_size,
+        block_size=hf.max_position_embeddings,
+        n_layer=hf.num_hidden_layers,
+        n_head=hf.num_attention_heads,
+        n_kv_head=hf.num_key_value_heads,
+        head_size=hf.head_dim or hf.hidden_size // hf.num_attention_heads,
+        n_embd=hf.hidden_size,
+        n_hidden=hf.intermediate_size,
+        norm="rmsnorm",
+        norm_eps=hf.rms_norm_eps,
+        position="rope",
+        rope_theta=float(hf.rope_parameters["rope_theta"]),
+        rope_inv_freq=() if kind == "default" else tuple(rotary.inv_freq.tolist()),
+        mlp="swiglu",
+        bias=False,
+        tie_embeddings=hf.tie_word_embeddings,
+    )
+
+
+def refuse_unless(hf, key, allowed):
+    """Raise ValueError unless transformers' config `hf` has one of the values that our block computes."""
+    if (value := getattr(hf, key, allowed[0])) not in allowed:
+        raise ValueError(f"{PRETRAINED} with {key}={' or '.join(map(repr, allowed))}, not {value!r}")
+
+
+def pretrained_fields(name: str) -> tuple[str, dict]:
+    """(family, fields of GPTConfig) of a folder of save_pretrained or a hub name.
+
+    Raises ValueError or OSError for a model that is not there, or that our block does not compute.
+    """
+    from transformers import AutoConfig
+
+    if name in GPT2_SHAPES and not Path(name).is_dir():
+        shape = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SHAPES[name], strict=True))
+        return "gpt2", shape | dict(vocab_size=50257, block_size=1024, bias=True)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"init_from={name!r}: the folder has no config.json")
+    try:
+        if not Path(name).exists() and "/" not in str(name):
+            raise ValueError("there is no such folder, and a name on the hub is OWNER/MODEL")
+        hf = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise ValueError(f"init_from={name!r}: {PRETRAINED}, besides scratch and resume: {line}") from None
+    families = {"gpt2": gpt2_fields, "llama": llama_fields}
+    if hf.model_type not in families:
+        raise ValueError(f"init_from={name!r} is a {hf.model_type} model; {PRETRAINED}")
+    if getattr(hf, "quantization_config", None) is not None:
+        raise ValueError(f"init_from={name!r} is quantized; {PRETRAINED} in float32, bfloat16 or float16")
+    return hf.model_type, families[hf.model_type](hf)
+
+
+def safetensors_files(name: str) -> dict[str, str]:
+    """{tensor: file that holds it} of a folder of save_pretrained or a hub name. Raises OSError, ValueError."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    missing = dict(_raise_exceptions_for_missing_entries=False)
+    index = cached_file(name, "model.safetensors.index.json", **missing)
+    if index is not None:
+        parts = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    else:
+        parts = ["model.safetensors"]
+    found = {}
+    for part in parts:
+        path = cached_file(name, part, **missing)
+        if path is None:
+            raise ValueError(f"init_from={name!r} has no {part}: its weights must be safetensors")
+        with safe_open(path, "pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
+def dense_tensors(name: str, family: str, names):
+    """Yield (our name, dense tensor) of a folder or hub name for our `names`, one at a time, mapped from its file.
+
+    Raises ValueError for a tensor that is missing.
+    """
+    from safetensors import safe_open
+
+    files, opened = safetensors_files(name), {}
+
+    def read(key):
+        # OpenAI's own files have no prefix
+        key = key if key in files else key.removeprefix("transformer.")
+        if key not in files:
+            raise ValueError(f"init_from={name!r}: its safetensors have no {key}")
+        if files[key] not in opened:
+            opened[files[key]] = safe_open(files[key], "pt")
+        return opened[files[key]].get_tensor(key)
+
+    for ours in names:
+        theirs, transposed = their_names(ours, family)
+        tensor = read(theirs[0]) if len(theirs) == 1 else torch.cat([read(key) for key in theirs])
+        yield ours, tensor.t() if transposed else tensor
+
+
+def from_pretrained(name: str, tp_group=None, block_size=None, **choices) -> GPT:
+    """A model of transformers' GPT-2 or Llama classes in shards: of each tensor a rank keeps its own shards' part.
+
+    name: a folder of save_pretrained, or a name on the hub. block_size crops the positions; `choices` are fields of
+    GPTConfig that are no shape of the weights: dropout, n_shard, sync_pattern and the other rules of syncs. With
+    dropped syncs it is another function than the original: a place to train from. Raises ValueError or OSError where
+    the weights are not there or do not fit.
+    """
+    family, fields = pretrained_fields(name)
+    if block_size is not None and block_size > fields["block_size"]:
+        raise ValueError(f"block_size={block_size} is above the {fields['block_size']} positions of {name}")
+    config = GPTConfig(**fields | choices | dict(block_size=block_size or fields["block_size"]))
+    with torch.device("meta"):  # no initial weights
+        model = GPT(config, tp_group)
+    model.to_empty(device="cpu")
+    if config.tie_embeddings:  # to_empty has parted them
+        model.lm_head.weight = model.transformer.wte.weight
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for key, dense in dense_tensors(name, family, parameters):
+            dense = dense[: config.block_size] if key == "transformer.wpe.weight" else dense
+            try:
+                part = model.local_part(key, shard_tensor(key, dense, config)).reshape(parameters[key].shape)
+            except RuntimeError:
+                shape = tuple(dense.shape)
+                raise ValueError(f"init_from={name!r}: {key} of {shape} does not fit its config.json") from None
+            parameters[key].copy_(part)
     return model

@@ -8,11 +8,18 @@ import torch
 from torch.nn import functional as F
 
 
-def logits(dense, idx, n_layer, n_head, n_shard, sync_pattern, parallel_block=False, merge="sum", overlap=""):
-    """Logits (B, T, vocab) of the dense state dict (nanoGPT's names) run as n_shard shards with the sync pattern."""
+def logits(
+    dense, idx, n_layer, n_head, n_shard, sync_pattern, parallel_block=False, merge="sum", overlap="", n_kv_head=None
+):
+    """Logits (B, T, vocab) of the dense state dict (nanoGPT's names) run as n_shard shards with the sync pattern.
+
+    With n_kv_head the block is Llama's: RMSNorm, RoPE with theta 10,000 and SwiGLU.
+    """
     T = idx.shape[1]
     heads = n_head // n_shard
-    x = dense["transformer.wte.weight"][idx] + dense["transformer.wpe.weight"][:T]
+    x = dense["transformer.wte.weight"][idx]
+    if n_kv_head is None:
+        x = x + dense["transformer.wpe.weight"][:T]
     C = x.shape[-1]
     streams = [x] * n_shard
     mask = torch.ones(T, T, dtype=torch.bool).tril()
@@ -20,7 +27,20 @@ def logits(dense, idx, n_layer, n_head, n_shard, sync_pattern, parallel_block=Fa
     def w(layer, name):
         return dense.get(f"transformer.h.{layer}.{name}")
 
+    def rms_norm(h, gain):
+        return h / (h.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain
+
+    def turned(t):
+        """RoPE by complex numbers: pair i is t[i] and t[i + size/2]."""
+        half = t.shape[-1] // 2
+        speed = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+        turn = torch.polar(torch.ones(T, half, dtype=torch.float64), torch.arange(T)[:, None] * speed)
+        pairs = torch.complex(t[..., :half], t[..., half:]) * turn
+        return torch.cat((pairs.real, pairs.imag), -1)
+
     def norm(h, name, layer):
+        if n_kv_head is not None:
+            return rms_norm(h, w(layer, f"{name}.weight"))
         return F.layer_norm(h, (C,), w(layer, f"{name}.weight"), w(layer, f"{name}.bias"))
 
     def attention(layer, shard, h):
@@ -30,10 +50,14 @@ def logits(dense, idx, n_layer, n_head, n_shard, sync_pattern, parallel_block=Fa
         for head in range(shard * heads, (shard + 1) * heads):
             size = C // n_head
             parts = []
-            for which in range(3):  # query, key, value
-                rows = slice(which * C + head * size, which * C + (head + 1) * size)
+            kv_heads = n_kv_head or n_head
+            kv_head = head * kv_heads // n_head
+            for first in (head, n_head + kv_head, n_head + kv_heads + kv_head):  # query, key, value
+                rows = slice(first * size, (first + 1) * size)
                 parts.append(F.linear(h, w(layer, "attn.c_attn.weight")[rows], None if bias is None else bias[rows]))
             q, k, v = parts
+            if n_kv_head is not None:
+                q, k = turned(q), turned(k)
             scores = (q @ k.transpose(1, 2)) / size**0.5
             weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
             out = out + weights @ v @ w(layer, "attn.c_proj.weight")[:, head * size : (head + 1) * size].T
@@ -41,8 +65,14 @@ def logits(dense, idx, n_layer, n_head, n_shard, sync_pattern, parallel_block=Fa
         return out if bias is None else out + bias / n_shard
 
     def mlp(layer, shard, h):
-        rows = slice(shard * 4 * C // n_shard, (shard + 1) * 4 * C // n_shard)
+        hidden = len(w(layer, "mlp.c_fc.weight")) // n_shard
+        rows = slice(shard * hidden, (shard + 1) * hidden)
         bias = w(layer, "mlp.c_fc.bias")
+        if n_kv_head is not None:
+            h = norm(h, "ln_2", layer)
+            gate = h @ w(layer, "mlp.c_gate.weight")[rows].T
+            h = gate * torch.sigmoid(gate) * (h @ w(layer, "mlp.c_fc.weight")[rows].T)
+            return h @ w(layer, "mlp.c_proj.weight")[:, rows].T
         h = F.linear(norm(h, "ln_2", layer), w(layer, "mlp.c_fc.weight")[rows], None if bias is None else bias[rows])
         h = 0.5 * h * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3)))
         out = h @ w(layer, "mlp.c_proj.weight")[:, rows].T
@@ -70,5 +100,7 @@ def logits(dense, idx, n_layer, n_head, n_shard, sync_pattern, parallel_block=Fa
                 x = x + sum(h - x for h in after)
                 streams = [x] * n_shard
     x = x if late is None else x + late
+    if n_kv_head is not None:
+        return rms_norm(x, dense["transformer.ln_f.weight"]) @ dense["lm_head.weight"].T
     final = F.layer_norm(x, (C,), dense["transformer.ln_f.weight"], dense.get("transformer.ln_f.bias"))
     return final @ dense["transformer.wte.weight"].T

@@ -204,8 +204,8 @@ def test_variants_against_the_oracle(variant, n_shard, bias):
         elif name.endswith("c_proj.bias"):  # each shard holds 1/n_shard of it
             ours, gradient = ours.mean(0), gradient[0]
         else:
-            ours = weights.unshard_tensor(name, ours)
-            gradient = weights.unshard_tensor(name, gradient)
+            ours = weights.unshard_tensor(name, ours, config)
+            gradient = weights.unshard_tensor(name, gradient, dense_model.config)
         torch.testing.assert_close(ours, gradient, rtol=1e-8, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -255,7 +255,7 @@ def test_shards_to_dense_folds_gains_that_differ():
     dense = GPT(SMALL).double()
     dense.load_state_dict(
         {
-            n: rsm.shard_tensor(n, t, 1)
+            n: rsm.shard_tensor(n, t, SMALL)
             for n, t in weights.shards_to_dense(dict(model.named_parameters()), model.config).items()
         },
         strict=False,
