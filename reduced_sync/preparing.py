@@ -92,24 +92,43 @@ def fetch_sdist(name, version, sha256, backend="setuptools.build_meta", folder=C
     archive = folder / f"{name}-{version}.tar.gz"
     if archive.exists() and file_sha256(archive) == sha256:
         return archive
-    print(f"downloading {name}=={version} from the package index", file=sys.stderr)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        module = Path(temporary, "backend", *backend.split(".")).with_suffix(".py")
-        module.parent.mkdir(parents=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        module = Path(temporary, *backend.split(".")).with_suffix(".py")
+        module.parent.mkdir(parents=True, exist_ok=True)
         for package in list(module.parents)[: backend.count(".")]:
             (package / "__init__.py").touch()
         stem = f"{name.replace('-', '_')}-{version}"
         module.write_text(BACKEND.format(name=name, version=version, stem=stem))
+        path = os.pathsep.join(filter(None, [temporary, os.getenv("PYTHONPATH")]))
+        options = ["--no-binary", ":all:", "--no-build-isolation"]
+        pip_download(name, version, sha256, archive, options, {"PYTHONPATH": path, "PIP_USE_PEP517": "1"})
+    return archive
+
+
+def fetch_wheel(name, version, sha256, folder=CACHE / "wheels"):
+    """Download the wheel NAME==VERSION, of any Python and system, once, into `folder`, as fetch_sdist does.
+
+    Returns the wheel's path. Raises ValueError if pip cannot get it or its sha256 (hex) is another.
+    """
+    wheel = Path(folder) / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
+    if not (wheel.exists() and file_sha256(wheel) == sha256):
+        pip_download(name, version, sha256, wheel, ["--only-binary", ":all:"], {})
+    return wheel
+
+
+def pip_download(name, version, sha256, archive, options, env):
+    """Let pip put NAME==VERSION, if its sha256 (hex) is this one, under the name `archive`. Raises ValueError."""
+    print(f"downloading {name}=={version} from the package index", file=sys.stderr)
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=archive.parent) as temporary:
         requirements = Path(temporary, "requirements.txt")
         requirements.write_text(f"{name}=={version} --hash=sha256:{sha256}\n")
         download = Path(temporary, "download")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", *options]
         command += ["--ignore-requires-python"]  # it is read, not run
-        path = os.pathsep.join(filter(None, [str(Path(temporary, "backend").resolve()), os.getenv("PYTHONPATH")]))
         pip = subprocess.run(
             [*command, "-d", str(download), "-r", str(requirements)],
-            env={**os.environ, "PYTHONPATH": path, "PIP_USE_PEP517": "1"},
+            env={**os.environ, **env},
             capture_output=True,
             text=True,
         )
@@ -123,7 +142,6 @@ def fetch_sdist(name, version, sha256, backend="setuptools.build_meta", folder=C
         (downloaded,) = download.iterdir()
         check_archive(downloaded, sha256)
         os.replace(downloaded, archive)
-    return archive
 
 
 def read_members(archive, pattern):

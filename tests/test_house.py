@@ -8,7 +8,7 @@ from launch import ROOT
 
 COMMANDS = {path.stem for path in ROOT.glob("*.py")} - {"reduced_sync_model"}
 LIBRARIES = sorted((ROOT / "reduced_sync").glob("*.py"))
-CODE = [*ROOT.glob("*.py"), *LIBRARIES, *(ROOT / "results").glob("*.py"), *ROOT.glob("data/*/prepare.py")]
+CODE = [*ROOT.glob("*.py"), *LIBRARIES, *(ROOT / "results").glob("*.py"), *ROOT.glob("*/*/prepare.py")]
 
 
 def imported(path):
