@@ -1,4 +1,4 @@
-"""Fixtures that several test files use: a small corpus of real English text."""
+"""Fixtures that several test files use: data sets of real English text, and a process group that sends nothing."""
 
 import pydoc_data.topics
 import signal
@@ -35,3 +35,14 @@ def small_corpus(tmp_path_factory):
 def text_corpus(tmp_path_factory):
     """A prepared dataset of all the text."""
     return prepare_chars(tmp_path_factory.mktemp("text_corpus"), english())
+
+
+@pytest.fixture
+def fake_group():
+    """A group of two ranks, of which this process is the first."""
+    import torch.distributed as dist  # here: some test files need no torch
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield dist.group.WORLD
+    dist.destroy_process_group()

@@ -25,11 +25,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from launch import ROOT, one_line_error, succeeded
 
 from reduced_sync import preparing
 from reduced_sync.data import Corpus
 
-ROOT = Path(__file__).resolve().parents[1]
 CHAR, PYPI, OWT, NANOGPT = (
     ROOT / "data" / name / "prepare.py" for name in ("shakespeare_char", "pypi_text", "openwebtext", "nanogpt")
 )
@@ -54,18 +54,6 @@ def prepare(script, *args, code="", **options):
     command = [sys.executable, "-c", start] if code else [sys.executable]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", **options.pop("env", {})}
     return subprocess.run([*command, script, *args], capture_output=True, text=True, env=env, timeout=110, **options)
-
-
-def succeeded(process):
-    assert process.returncode == 0, process.stderr
-    return process.stdout
-
-
-def one_line_error(process, *words):
-    """The process ended with one line on stderr that has all the words, and exit code 1."""
-    assert process.returncode == 1, process.stderr
-    assert process.stderr.count("\n") == 1 and process.stderr.startswith("error: "), process.stderr
-    assert all(word in process.stderr for word in words), process.stderr
 
 
 def read_folder(folder, keys):

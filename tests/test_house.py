@@ -1,4 +1,4 @@
-"""The order of the house: commands are run and imported by nobody, libraries know the model and each other."""
+"""The order of the house: commands and tests are imported by nobody, libraries know the model and each other."""
 
 import ast
 import graphlib
@@ -8,6 +8,7 @@ from launch import ROOT
 
 COMMANDS = {path.stem for path in ROOT.glob("*.py")} - {"reduced_sync_model"}
 LIBRARIES = sorted((ROOT / "reduced_sync").glob("*.py"))
+TESTS = sorted((ROOT / "tests").glob("*.py"))
 CODE = [*ROOT.glob("*.py"), *LIBRARIES, *(ROOT / "results").glob("*.py"), *ROOT.glob("*/*/prepare.py")]
 
 
@@ -18,13 +19,22 @@ def imported(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            module = node.module or ""  # none in `from . import x`
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
     return found
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nobody_imports_a_command(path):
     assert not imported(path) & COMMANDS
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
+def test_nobody_imports_a_test(path):
+    """What two of them need stands in a file that is none."""
+    tests = {path.stem for path in TESTS if path.stem.startswith("test_")}
+    assert len(tests) > 10
+    assert not {part for name in imported(path) for part in name.split(".")} & tests
 
 
 def test_libraries_go_in_no_circle():

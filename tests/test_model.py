@@ -5,43 +5,16 @@ import dataclasses
 import oracle
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import GPT2Config, GPT2LMHeadModel
+from variants import PATTERNS, SMALL, VARIANTS, batch, rough
 
 import reduced_sync_model as rsm
 from reduced_sync import weights
 from reduced_sync.accelerators import model_flops_utilisation
 from reduced_sync_model import GPT, GPTConfig, baseline, grouped, selective, spd
-
-torch.set_num_threads(1)  # the tensors are tiny
-PATTERNS = ["2222", "1111", "0101", "0001", "1101", "a2a1", "0a02", "a001"]  # every kind, for 4 layers
-RIVALS = [
-    dict(sync_pattern="1111", parallel_block=True),
-    dict(sync_pattern="0101", parallel_block=True),
-    dict(sync_pattern="0101", merge="desync"),
-    dict(sync_pattern="a011", merge="desync"),
-    *(dict(sync_pattern=p, overlap=rule) for p in ("2222", "1111", "0a21") for rule in ("ladder", "delayed")),
-]
-VARIANTS = [dict(sync_pattern=p) for p in PATTERNS] + RIVALS
-SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=4, n_head=4, n_embd=32, bias=True)
-
-
-def batch(B=3, T=12, vocab_size=61):
-    idx = torch.randint(0, vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(7))
-    return idx[:, :-1], idx[:, 1:]
-
-
-def rough(model):
-    """Give every parameter, norms and biases too, values in which a mistake shows."""
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -283,13 +256,6 @@ def test_from_pretrained_crops_positions_and_refuses_more(gpt2):
 
 
 # --- invariant 3: all-reduces counted from outside the model
-
-
-@pytest.fixture
-def fake_group():
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from spawn import run_ranks
-from test_model import SMALL, VARIANTS, batch, rough
+from variants import SMALL, VARIANTS, batch, rough
 
 import reduced_sync_model as rsm
 from reduced_sync import parallel

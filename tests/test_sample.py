@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from launch import ROOT, ending, one_line_error, run_script, start, succeeded
 from spawn import run_ranks
-from test_model import VARIANTS, fake_group, rough  # noqa: F401  fake_group is a fixture
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from variants import VARIANTS, rough
 
 import sample
 from reduced_sync import checkpoint as ckpt
@@ -87,7 +87,7 @@ def test_compiled_decoding(n_shard):
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_executed_all_reduces_of_a_decode_step(fake_group, variant):  # noqa: F811
+def test_executed_all_reduces_of_a_decode_step(fake_group, variant):
     model = build(group=fake_group, **variant)
     cache = KVCache(model, 2)
     with torch.no_grad():

@@ -1,0 +1,31 @@
+"""The variants of the model that several test files go through, and what they put in: patterns, rivals, a batch."""
+
+import torch
+
+from reduced_sync_model import GPTConfig
+
+torch.set_num_threads(1)  # the tensors are tiny
+PATTERNS = ["2222", "1111", "0101", "0001", "1101", "a2a1", "0a02", "a001"]  # every kind, for 4 layers
+RIVALS = [
+    dict(sync_pattern="1111", parallel_block=True),
+    dict(sync_pattern="0101", parallel_block=True),
+    dict(sync_pattern="0101", merge="desync"),
+    dict(sync_pattern="a011", merge="desync"),
+    *(dict(sync_pattern=p, overlap=rule) for p in ("2222", "1111", "0a21") for rule in ("ladder", "delayed")),
+]
+VARIANTS = [dict(sync_pattern=p) for p in PATTERNS] + RIVALS
+SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=4, n_head=4, n_embd=32, bias=True)
+
+
+def batch(B=3, T=12, vocab_size=61):
+    idx = torch.randint(0, vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(7))
+    return idx[:, :-1], idx[:, 1:]
+
+
+def rough(model):
+    """Give every parameter, norms and biases too, values in which a mistake shows."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
