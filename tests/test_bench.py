@@ -2,6 +2,8 @@
 
 import json
 import math
+import statistics
+import time
 from functools import partial
 
 import pytest
@@ -33,21 +35,34 @@ def finite(tree):
 def test_decode(tmp_path):
     patterns, lengths = ["baseline", "spd", "grouped:2"], ["--batch_sizes", "1", "2", "--prompts", "5", "9"]
     files = [f"--json={tmp_path}/decode.json", f"--png={tmp_path}/decode.png"]
+    begin = time.monotonic()
     out = succeeded(run_script([BENCH, "decode", *patterns, *TINY, *lengths, "--new_tokens=4", *files], timeout=180))
+    seconds = time.monotonic() - begin
     table = json.loads((tmp_path / "decode.json").read_text())
     assert table["settings"]["command"] == "decode" and finite(table)
     cases = {(case["tp_size"], case["batch_size"], case["prompt"]): case for case in table["results"]}
     assert set(cases) == {(tp_size, B, T) for tp_size in (1, 2) for B in (1, 2) for T in (5, 9)}
     for (tp_size, B, T), case in cases.items():
-        assert case["rival_tpot_s"] > 0 and case["rival_ttft_s"] > 0 and case["bound_s"] > 0 and case["stream"] > 0
+        in_the_middle = latency.bytes_read(latency.Shape(2, 32, 64), tp_size, B, T + 2)
+        assert case["bound_s"] * case["stream"] == pytest.approx(in_the_middle)
+        seconds -= case["rival_ttft_s"] + 4 * case["rival_tpot_s"]
         assert [row["syncs"] for row in case["patterns"]] == [4, 2, 1]
+        link = case["link"] and latency.Link(**case["link"])
+        first, *_, last = case["patterns"]
+        for figure, tokens in (("ttft", T), ("tpot", 1)):  # the cost model: they differ by three all-reduces
+            sent = 3 * link.all_reduce(4 * B * tokens * 32, tp_size) if link else 0
+            assert first[f"model_{figure}_s"] - last[f"model_{figure}_s"] == pytest.approx(sent)
         for row in case["patterns"]:
-            assert min(row[f"{kind}{figure}_s"] for kind in ("", "model_") for figure in ("ttft", "tpot")) > 0
+            seconds -= row["ttft_s"] + 4 * row["tpot_s"]
+            assert row["ttft_s"] > 0 and row["tpot_s"] > 0
             assert row["all_reduces"] == (row["syncs"] if tp_size > 1 else 0)
             if tp_size > 1:
                 assert (row["bytes"], row["prefill_bytes"]) == (4 * B * 32, 4 * B * T * 32)
                 assert 0 < row["in_all_reduces_s"] < row["tpot_s"] and row["silent_tpot_s"] < row["tpot_s"]
                 assert row["line_s"] == pytest.approx(case["compute_s"] + row["syncs"] * case["all_reduce_s"])
+                fitted = case["fit_compute_s"] + row["syncs"] * case["fit_all_reduce_s"]
+                assert row["tpot_s"] == pytest.approx(fitted + row["residual_s"])
+    assert seconds > 0  # the process took longer than one round of all that it has timed
     assert out.count("tp_size 2, batch 2, prompt 9") == 1 and out.count("grouped:2") == 8
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
 
@@ -58,8 +73,34 @@ def test_train(tmp_path):
     results = json.loads((tmp_path / "train.json").read_text())["results"]
     assert [row["candidate"] for row in results] == ["gpt2", "spd@2"] and finite(results)
     for row in results:
-        assert row["tokens_per_s"] > 0 and row["peak_bytes"] > 0 and len(row["rounds_s"]) == 2
-    assert results[0]["speed_ratio"] == results[0]["memory_ratio"] == 1 and len(out.splitlines()) == 2
+        assert len(row["rounds_s"]) == 2
+        assert row["tokens_per_s"] == pytest.approx(4 * 32 / statistics.median(row["rounds_s"]))
+        assert 100e6 < row["peak_bytes"] < 10e9  # a process with torch in it
+        for ratio, figure in (("speed_ratio", "tokens_per_s"), ("memory_ratio", "peak_bytes")):
+            assert row[ratio] == pytest.approx(row[figure] / results[0][figure])
+    assert len(out.splitlines()) == 2
+
+
+def test_the_figures_of_a_case():
+    """Medians over rounds and tokens, of the slower rank; the prefill's all-reduces are not a token's."""
+    case = ("spd", True, 1, 5)
+    calls = [(640, 9.0), (640, 9.0), (128, 0.01), (128, 0.03), (128, 0.02), (128, 0.04)]  # two in a forward pass
+    times = [[(1.0, [0.1, 0.2]), (3.0, [0.3, 0.1])], [(2.0, [0.2, 0.2]), (1.0, [0.3, 0.5])]]  # [round][rank]
+    rounds = [[({case: (ttft, steps, calls)}, None) for ttft, steps in ranks] for ranks in times]
+    found = bench.summarize(rounds, case, n_forwards=3)
+    assert found.pop("in_all_reduces_s") == pytest.approx(0.05)
+    assert found == {"ttft_s": 2.0, "tpot_s": 0.3, "all_reduces": 2, "bytes": 128, "prefill_bytes": 640}
+
+
+def test_the_link_that_was_measured_takes_the_times_that_were_measured():
+    B, T, args = 2, 5, bench.Decode(n_embd=32)
+    found = {"stream": 7.0, ("bandwidth", B): 3.0, ("peak", B, T): 4.0, ("overhead", B): 5.0}
+    found |= {("all_reduce", B, 1): 1e-5, ("all_reduce", B, T): 1.5e-5}
+    slow = {key: 100 * value for key, value in found.items()}
+    stream, accelerator, link = bench.constants_of([[({}, found), ({}, found)], [({}, found), ({}, slow)]], B, T, args)
+    assert (stream, accelerator.bandwidth, accelerator.peak, accelerator.overhead) == (7.0, 3.0, 4.0, 5.0)
+    assert [link.all_reduce(4 * B * t * 32, 2) for t in (1, T)] == pytest.approx([1e-5, 1.5e-5])
+    assert bench.constants_of([[({}, found)]], B, T, args)[2] is None
 
 
 def test_predict(tmp_path, capsys):

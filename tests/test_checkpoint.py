@@ -119,7 +119,7 @@ def test_the_file_holds_tensors_and_plain_types_only(path):
     walk(torch.load(path, weights_only=True))
     with zipfile.ZipFile(path) as archive:
         data = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
-    for name in (b"reduced_sync_model", b"configurator", b"numpy", b"Parameter"):
+    for name in (b"reduced_sync", b"numpy", b"Parameter"):
         assert name not in data
 
 

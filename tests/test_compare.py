@@ -1,6 +1,7 @@
 """compare.py on logs that the training code's own writer made, and on the recorded ones."""
 
 import csv
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -332,17 +333,20 @@ def test_the_command_starts_without_what_it_may_not_need():
 
 
 def test_command_writes_figure_and_csv(runs, monkeypatch, capsys):
+    make(runs, "out-g2", "000001000001", [4.0, 3.3])  # unfinished
     monkeypatch.chdir(runs)
     assert status(compare.main, ["--csv=table.csv", "--tolerance=2.1"]) == 0
     assert "fewest syncs within 2.1%" in capsys.readouterr().out
     png = (runs / "comparison.png").read_bytes()
-    assert png.startswith(b"\x89PNG") and len(png) > 20000
-    rows = list(csv.DictReader(open(runs / "table.csv")))
-    assert [(row["run"], int(row["syncs"]), float(row["val_loss"])) for row in rows][:2] == [
-        ("out-base", 24, 2.0),
-        ("out-spd", 12, 2.01),
-    ]
-    assert float(rows[3]["gap_percent"]) == pytest.approx(5)
+    assert png.startswith(b"\x89PNG") and struct.unpack(">2I", png[16:24]) == (12 * 130, 4.8 * 130)
+    with open(runs / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["run"] for row in rows] == ["out-base", "out-spd", "out-g6", "out-g3", "out-g2"]
+    assert float(rows[4].pop("gap_percent")) == pytest.approx(10)
+    expected = "run=out-g2 variant=Grouped-2 n_layer=12 n_embd=64 n_shard=2 sync_pattern=000001000001 syncs=2 "
+    expected += f"hidden_syncs=0 reduction_percent={100 * (1 - 2 / 24)} parameters=609344 tokens=10240000 "
+    expected += "learning_rate=0.001 dtype=float32 seeds=1 step=10 max_iters=20 val_loss=3.3 val_loss_sd= gap_margin="
+    assert rows[4] == dict(pair.split("=") for pair in f"{expected} gap_step=10".split())
 
 
 def test_what_is_no_run_is_skipped_with_a_note(runs, monkeypatch, capsys):
@@ -383,19 +387,26 @@ def test_what_is_no_run_is_skipped_with_a_note(runs, monkeypatch, capsys):
     assert capsys.readouterr().err.endswith("there is none, yet (and 1 more that are no runs)\n")
 
 
-MISTAKES = [["nowhere"], [], ["text"], ["out-base", "--png=no/such/folder.png"]]
-MISTAKES += [["out-base", f"--tolerance={value}"] for value in ("nan", "inf", "-1")]
-
-
-@pytest.mark.parametrize("arguments", MISTAKES, ids=str)
-def test_mistakes_end_with_one_line(tmp_path, monkeypatch, capsys, arguments):
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["nowhere"], "nowhere: No such file or directory; name folders that hold a log.txt"),
+        ([], "no out*/log.txt here; name the runs' folders"),
+        (["text"], "text:1: not a line of a log: 'not a log'"),
+        (["out-base", "--png=no/such/folder.png"], "no/such/folder.png: No such file or directory"),
+        (["out-base", "--tolerance=nan"], "--tolerance=nan: tolerance must be float, not str"),
+        (["out-base", "--tolerance=1e999"], "tolerance=inf must be at least 0, and below 2^63"),
+        (["out-base", "--tolerance=-1"], "tolerance=-1.0 must be at least 0, and below 2^63"),
+    ],
+    ids=str,
+)
+def test_mistakes_end_with_one_line(tmp_path, monkeypatch, capsys, arguments, line):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("not a log\n")
     if arguments[:1] == ["out-base"]:
         make(tmp_path, "out-base", "2" * 12, [4.0])
     assert status(compare.main, arguments) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert capsys.readouterr().err == f"error: {line}\n"
 
 
 @pytest.mark.parametrize("folder", sorted({path.parents[1] for path in RECORDED}), ids=lambda p: p.name)

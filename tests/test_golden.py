@@ -48,10 +48,6 @@ def train(folder, tp_size):
     return {name: timeless((folder / name / "log.txt").read_text().splitlines()) for name in VARIANTS}
 
 
-def numbers(line):
-    return [float(number) for number in re.findall(r"\d\.\d+", line)]
-
-
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_losses_are_those_on_record(tmp_path, tp_size):
     """To the last printed digit, give or take one: other processors round otherwise."""

@@ -106,11 +106,14 @@ CONFIG |= dict(learning_rate=1e-3, lr_decay_iters=None, dtype="float32", out_dir
         (dict(dtype=None, dropout=0.5), ""),  # not known, or not known before
         (dict(learning_rate=2e-3, max_iters=200), "max_iters 100 -> 200, learning_rate 0.001 -> 0.002"),
         (dict(eval_iters=0), "evaluation 2400 windows of 64 tokens -> all windows of 64 tokens"),
-        (dict(batch_size=6, gradient_accumulation_steps=80), "evaluation 2400 windows of 64 tokens -> 1200 windows"),
+        (
+            dict(batch_size=6, gradient_accumulation_steps=80),
+            "evaluation 2400 windows of 64 tokens -> 1200 windows of 64 tokens",
+        ),
         (dict(gradient_accumulation_steps=20), "tokens a step 30720 -> 15360"),
         (dict(dtype="bfloat16"), "dtype float32 -> bfloat16"),
     ],
     ids=str,
 )
 def test_what_changed_is_named(after, text):
-    assert changes(CONFIG, CONFIG | after).startswith(text) and bool(text) == bool(changes(CONFIG, CONFIG | after))
+    assert changes(CONFIG, CONFIG | after) == text
