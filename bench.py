@@ -1,4 +1,4 @@
-"""Measure what reduced syncs cost and buy, and predict what they would buy on other machines.
+"""Measure what reduced syncs cost and save, and predict what they would save on other machines.
 
 $ python bench.py train                          # training steps against transformers' GPT-2, at the 124M shape
 $ python bench.py decode --png=decode.png        # TTFT and TPOT for every sync pattern, tensor-parallel and not
@@ -203,10 +203,10 @@ def figures_of(tp_size, setup, measured, shape, B, T, args):
         row |= {"model_ttft_s": model(T, T), "model_tpot_s": model(1, T + args.new_tokens // 2)}
         rows.append(row)
     if tp_size > 1:
-        syncs, tpots = [row["syncs"] for row in rows], [row["tpot_s"] for row in rows]
-        case["fit_compute_s"], case["fit_all_reduce_s"], residuals = latency.fit(syncs, tpots)
+        counts, tpots = [row["syncs"] for row in rows], [row["tpot_s"] for row in rows]
+        case["fit_compute_s"], case["fit_all_reduce_s"], residuals = latency.fit(counts, tpots)
         case["compute_s"] = statistics.median(row["silent_tpot_s"] for row in rows)
-        case["all_reduce_s"] = sum(row["in_all_reduces_s"] for row in rows) / sum(syncs)
+        case["all_reduce_s"] = sum(row["in_all_reduces_s"] for row in rows) / sum(counts)
         for row, residual in zip(rows, residuals, strict=True):
             row["residual_s"] = residual
             row["line_s"] = case["compute_s"] + row["syncs"] * case["all_reduce_s"]

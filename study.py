@@ -44,7 +44,7 @@ class Study:
     tolerance: float = option(2.0, "percent above the baseline that count as equal, for compare.py", least=0)
 
 
-def check(study):
+def check_study(study):
     """Raise ValueError for a study that cannot be run."""
     if not study.out_dir:
         raise ValueError("out_dir is empty: it must name a folder")
@@ -255,7 +255,7 @@ def main(argv):
         return 0
     with one_line_errors():
         study = configure(Study, argv)
-        check(study)
+        check_study(study)
         runs = [Run(study, keys) for keys in study.runs]
         interrupted = run_missing(runs, *slots(study.processes))
         finished = [run.out_dir for run in runs if run.finished]

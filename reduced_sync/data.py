@@ -33,7 +33,7 @@ class Corpus:
     def train_batches(self, seed, step, windows, batch_size, part, parts):
         """Yield the micro-batches (x, y), each (batch_size, block_size) int64, of one of `parts` shares of a step.
 
-        The step's `windows` are drawn from (seed, step); parts x batch_size must divide them.
+        The step's `windows` are a function of (seed, step); parts x batch_size must divide them.
         """
         tokens = self.splits["train"]
         starts = np.random.default_rng((seed, step)).integers(0, len(tokens) - self.block_size, windows)

@@ -8,7 +8,7 @@ from reduced_sync_model import ColumnParallel, KVCache, RowParallel, role_of
 
 
 def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Logits (B, V) -> token ids (B,), drawn from the softmax of logits / temperature; temperature 0: the largest.
+    """Logits (B, V) -> token ids (B,), sampled from the softmax of logits / temperature; temperature 0: the largest.
 
     top_k > 0 keeps the k largest logits. top_p < 1 then keeps the fewest tokens whose probabilities reach top_p
     (nucleus sampling, arXiv 1904.09751). `generator` is on the logits' device.

@@ -71,8 +71,8 @@ class Look:
         shard = f", n_shard {arm.n_shard}" if len(self.shards) > 1 else ""
         dtype = f", {arm.dtype}" if differ(self.group, "dtype") else ""
         other = "" if self.is_comparable(arm) else ", other windows or data"
-        syncs = "" if arm.is_selective else f", {arm.syncs} syncs"  # its name says them
-        return f"{arm.title}{size}{syncs}{shard}{rate}{dtype}{other}"
+        count = "" if arm.is_selective else f", {arm.syncs} syncs"  # its name says it
+        return f"{arm.title}{size}{count}{shard}{rate}{dtype}{other}"
 
     def is_comparable(self, arm):
         return self.reference is None or comparable(arm, self.reference)
@@ -85,7 +85,7 @@ def _draw_curves(axes, look):
         keys = {"color": look.colour(arm), "label": look.label(arm), "linewidth": 1.6}
         axes.plot(list(arm.losses), list(arm.losses.values()), look.style(arm.n_shard), **keys)
     final = [arm.losses[arm.step] for arm in group if arm.losses and math.isfinite(arm.losses[arm.step])]
-    if final and min(final) > 0:  # the start of the curves would squeeze what matters
+    if final and min(final) > 0:  # with the start of the curves what matters would be small
         axes.set_ylim(min(final) * 0.97, min(final) * 1.35)
     axes.set(xlabel="step", ylabel="validation loss (nats per token)", title="Loss curves")
     axes.legend(fontsize=8 if len(group) < 16 else 5, ncols=1 + len(group) // 24)
@@ -143,10 +143,10 @@ def draw_decoding(table, path):
     cases = [case for case in table if case["tp_size"] > 1]
     figure = Figure(figsize=(6 * len(cases), 4.5), layout="constrained")
     for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
-        syncs = [row["syncs"] for row in case["patterns"]]
+        counts = [row["syncs"] for row in case["patterns"]]
         for key, style, label in (("tpot_s", "o", "measured"), ("silent_tpot_s", "x", "all-reduces send nothing")):
-            axes.plot(syncs, [1000 * row[key] for row in case["patterns"]], style, label=label)
-        ends = [0, max(syncs)]
+            axes.plot(counts, [1000 * row[key] for row in case["patterns"]], style, label=label)
+        ends = [0, max(counts)]
         fitted = [1000 * (case["fit_compute_s"] + n * case["fit_all_reduce_s"]) for n in ends]
         axes.plot(ends, fitted, "-", color="tab:blue", linewidth=1, label="fit: compute + syncs x all-reduce")
         axes.axhline(1000 * case["bound_s"], color="0.4", linestyle=":", label="memory-bandwidth bound")

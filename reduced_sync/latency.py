@@ -74,12 +74,8 @@ def forward_seconds(shape, accelerator, link, tp_size, syncs, batch_size, tokens
     return shape.n_layer * accelerator.overhead + max(memory, compute) + communication
 
 
-def fit(syncs, seconds):
-    """Least squares of seconds = compute + syncs * all_reduce: returns (compute, all_reduce, residuals)."""
-    design = np.stack([np.ones(len(syncs)), np.asarray(syncs, float)], axis=1)
-    (compute, all_reduce), *_ = np.linalg.lstsq(design, np.asarray(seconds, float), rcond=None)
-    return (
-        float(compute),
-        float(all_reduce),
-        [float(s - compute - all_reduce * n) for n, s in zip(syncs, seconds, strict=True)],
-    )
+def fit(x, seconds):
+    """Least squares of seconds = start + slope * x, such as compute + syncs * all_reduce: (start, slope, residuals)."""
+    design = np.stack([np.ones(len(x)), np.asarray(x, float)], axis=1)
+    (start, slope), *_ = np.linalg.lstsq(design, np.asarray(seconds, float), rcond=None)
+    return float(start), float(slope), [float(s - start - slope * n) for n, s in zip(x, seconds, strict=True)]

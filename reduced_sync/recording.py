@@ -136,7 +136,7 @@ class Recorder:
             self.last, self.updates = now, 0
 
     def close(self, message=""):
-        """The end of the run, and a last word on the terminal."""
+        """The end of the run, and a last line on the terminal."""
         if self.log:
             self.bar.close()
             self.log.close()

@@ -45,9 +45,9 @@ class RunLog:
         if self.file.write(data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
 
-    def header(self, description):
-        """Write the dict `description` as `# key: value` lines; a dict value is written as JSON on one line."""
-        for key, value in description.items():
+    def header(self, facts):
+        """Write the dict `facts` as `# key: value` lines; a dict value is written as JSON on one line."""
+        for key, value in facts.items():
             self.line(f"# {key}: {json.dumps(value) if isinstance(value, dict) else value}")
 
     def close(self):

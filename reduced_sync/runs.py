@@ -240,7 +240,7 @@ def gap(arm, arms):
         return None
     step, margin = max(common), None
     loss, baseline = arm.losses[step], reference.losses[step]
-    percent = 100 * (loss / baseline - 1) if baseline else 0.0 if loss == 0 else math.inf  # a text learnt by heart
+    percent = 100 * (loss / baseline - 1) if baseline else 0.0 if loss == 0 else math.inf  # a memorised text
     deviation, freedom = noise([other for other in arms if other.scale == arm.scale])
     if deviation is not None and reference is not arm:
         from scipy.stats import t

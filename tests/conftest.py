@@ -26,15 +26,15 @@ def prepare_chars(folder, text):
 
 
 @pytest.fixture(scope="session")
-def small_corpus(tmp_path_factory):
+def small_dataset(tmp_path_factory):
     """A prepared dataset of 60,000 characters."""
-    return prepare_chars(tmp_path_factory.mktemp("small_corpus"), english()[:60_000])
+    return prepare_chars(tmp_path_factory.mktemp("small_dataset"), english()[:60_000])
 
 
 @pytest.fixture(scope="session")
-def text_corpus(tmp_path_factory):
+def text_dataset(tmp_path_factory):
     """A prepared dataset of all the text."""
-    return prepare_chars(tmp_path_factory.mktemp("text_corpus"), english())
+    return prepare_chars(tmp_path_factory.mktemp("text_dataset"), english())
 
 
 @pytest.fixture

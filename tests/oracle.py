@@ -82,13 +82,13 @@ def logits(
     late = None  # what a sync that is not waited for will have added to x
     for layer in range(n_layer):
         units = [((attention, mlp), "21")] if parallel_block else [((attention,), "2a"), ((mlp,), "21")]
-        for sublayers, syncs in units:
+        for sublayers, characters in units:
             outputs = [sum(sublayer(layer, shard, h) for sublayer in sublayers) for shard, h in enumerate(streams)]
             if late is not None:
                 x, late = x + late, None
                 streams = [x] * n_shard
             after = [h + y for h, y in zip(streams, outputs, strict=True)]
-            if sync_pattern[layer] not in syncs:
+            if sync_pattern[layer] not in characters:
                 streams = after
             elif merge == "desync":
                 x = sum(streams) / n_shard + sum(outputs)

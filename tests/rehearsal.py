@@ -7,7 +7,7 @@ LIBRARY is fake_cuda.cpp, compiled; it has to be loaded before torch. Fake tenso
 numbers: what shows are wrong devices and types, graph breaks, recompilations, host synchronisations and memory. The
 process group is torch's "fake" one, of WORLD_SIZE ranks of which this is rank 0. A case prints a line of JSON:
 
-    host_syncs  of each update: how often Python waits for a number on the GPU
+    host_waits  of each update: how often Python waits for a number on the GPU
     graphs      [graphs compiled for training, graphs compiled for evaluation]
     on_cpu      whether all tensors of the checkpoint were on the CPU
     tokens      how many tokens sample.py's prefill and decode gave
@@ -45,7 +45,7 @@ import train_reduced_sync as script
 from reduced_sync import checkpoint, parallel, preparing
 from reduced_sync.config import configure
 
-host_syncs = 0
+host_waits = 0
 SHAPE = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, batch_size=2, gradient_accumulation_steps=4)
 SHAPE |= dict(max_iters=3, eval_interval=10, eval_iters=2, warmup_iters=1, log_interval=1, device="cuda")
 
@@ -54,8 +54,8 @@ def answering(answer):
     """A method of fake tensors that asks for a number: gives `answer`, and counts where the GPU has the number."""
 
     def method(tensor):
-        global host_syncs
-        host_syncs += tensor.device.type == "cuda"
+        global host_waits
+        host_waits += tensor.device.type == "cuda"
         return answer(tensor)
 
     return method
@@ -136,10 +136,10 @@ def train(keys, out_dir):
     step, saved, counts = torch.optim.AdamW.step, [], []
 
     def counted_step(optimizer):
-        global host_syncs
-        counts.append(host_syncs)
+        global host_waits
+        counts.append(host_waits)
         step(optimizer)
-        host_syncs = 0
+        host_waits = 0
 
     with (
         replaced(torch.optim.AdamW, step=counted_step),
@@ -180,7 +180,7 @@ def rehearse(keys):
     tokens = generate(state, SHAPE["block_size"] + 4)
     if dist.is_initialized():
         dist.destroy_process_group()
-    return {"host_syncs": counts, "graphs": [graphs[True], graphs[False]], "on_cpu": on_cpu, "tokens": tokens}
+    return {"host_waits": counts, "graphs": [graphs[True], graphs[False]], "on_cpu": on_cpu, "tokens": tokens}
 
 
 class Memory(TorchDispatchMode):
@@ -215,7 +215,7 @@ def peak(keys):
         tokens = np.zeros(2 * 12 * 1024 + 1, "<u2")  # which they are makes no difference
         splits = {split: (len(tokens), [tokens]) for split in ("train", "val")}
         with contextlib.redirect_stdout(sys.stderr):
-            preparing.write_corpus(Path(folder), splits, 50257, "gpt2", "zeros")
+            preparing.write_dataset(Path(folder), splits, 50257, "gpt2", "zeros")
             with Memory() as memory:
                 train(keys | dict(device="cuda", compile=False, dataset=folder), folder)
     return memory.most

@@ -48,7 +48,7 @@ def train(corpus, seed=1, step=0, batch_size=WINDOWS, part=0, parts=1):
 def test_a_batch_is_a_function_of_seed_and_step(corpus, folder):
     x, y = train(corpus, step=5)
     for step in (0, 1, 2):
-        train(corpus, step=step)  # no state: what was drawn before does not matter
+        train(corpus, step=step)  # no state: what came before does not matter
     again = train(Corpus(str(folder), T), step=5)
     assert torch.equal(x, again[0]) and torch.equal(y, again[1])
     others = [train(corpus, step=6)[0], train(corpus, seed=2, step=5)[0], train(corpus, seed=5, step=1)[0]]
@@ -61,7 +61,7 @@ def test_targets_are_the_inputs_shifted_by_one(corpus):
     assert torch.equal(x, x[:, :1] + torch.arange(T))
 
 
-def test_every_window_can_be_drawn(corpus):
+def test_every_window_occurs(corpus):
     starts = {int(start) for step in range(300) for start in train(corpus, step=step)[0][:, 0]}
     assert starts == set(range(LENGTHS["train"] - T))  # the last one has its last target at the end of the file
 
@@ -78,7 +78,7 @@ def test_the_parts_are_the_global_batch_in_order(corpus, parts, batch_size):
 
 
 def positions(corpus, split, batches, batch_size, part=0, parts=1):
-    """{position in the file: times it is a target}, read from the tokens; checks the batches on the way."""
+    """{position in the file: times it is a target}, read from the tokens; the batches must fit, too."""
     sign, zero = (1, 0) if split == "train" else (-1, 300)
     seen = []
     for x, y, n in corpus.evaluation_batches(split, batches, batch_size, part, parts):

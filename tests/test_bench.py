@@ -134,7 +134,7 @@ def test_mistakes_are_one_line(argv, words):
     one_line_error(process, *words)
 
 
-def check_against_dense(rank):
+def assert_against_dense(rank):
     torch.manual_seed(0)
     shape = dict(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)
     dense = GPT2LMHeadModel(GPT2Config(**shape)).eval()
@@ -150,7 +150,7 @@ def check_against_dense(rank):
 
 
 def test_the_rival_is_gpt2_in_two():
-    run_ranks(2, check_against_dense)
+    run_ranks(2, assert_against_dense)
 
 
 # --- the cost model
@@ -208,7 +208,7 @@ DOCUMENTS = ("EXPERIMENT_SUMMARY", "TRAINING_INSTRUCTIONS")
 
 
 def test_recorded_measurement(capsys):
-    """The bars that it meets, and what EXPERIMENT_SUMMARY.md says of it."""
+    """The limits that it keeps, and what EXPERIMENT_SUMMARY.md says of it."""
     results = [one for name in ("one", "two") for one in json.loads((RECORDED / f"{name}.json").read_text())["results"]]
     cases = {(case["tp_size"], case["batch_size"]): case for case in results}
     one, two = cases[1, 1], cases[2, 1]

@@ -313,7 +313,7 @@ def test_only_value_errors_come_out_of_damaged_bytes(path, data):
 
 @pytest.fixture
 def two_saved(tmp_path, state):
-    """A folder with a checkpoint, the one before and the best; returns a check that they are untouched."""
+    """A folder with a checkpoint, the one before and the best; returns what asserts that they are untouched."""
     for step, is_best in ((1, True), (2, False)):
         ckpt.save(state | {"step": step}, tmp_path, is_best)
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}

@@ -114,7 +114,7 @@ def test_characters_that_the_terminal_does_not_have(encoding, text):
 
 @pytest.mark.parametrize("goes_on, status, done", [(False, 141, False), (True, 0, True)])
 def test_a_reader_that_has_gone(tmp_path, goes_on, status, done):
-    """A command ends without a word, a run goes on to its end."""
+    """A command ends with no output, a run goes on to its end."""
     code = f"import os\nfrom reduced_sync.commands import set_up\nset_up({goes_on})\n"
     code += "for i in range(9): print('x', flush=True)\n"
     reader, writer = os.pipe()

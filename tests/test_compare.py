@@ -420,7 +420,7 @@ def test_recorded_logs(folder, tmp_path):
     draw_comparison(loaded, tmp_path / "figure.png", 2)
 
 
-def test_a_text_learnt_by_heart(tmp_path):
+def test_a_text_that_was_memorised(tmp_path):
     """Losses of 0.0000 have a gap of nothing, or one without end, and a figure."""
     make(tmp_path, "out-base", "22", [4.0, 1.0, 0.0])
     make(tmp_path, "out-spd", "11", [4.0, 1.0, 0.0])

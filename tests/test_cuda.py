@@ -60,17 +60,17 @@ def rehearse(library, cases, world_size=1):
 
 
 @pytest.mark.parametrize("tp_size, n_shard", [(1, 1), (1, 2), (1, 4), (2, 2), (2, 4)])
-def test_every_variant_trains_saves_and_samples_on_fake_cuda(library, small_corpus, tp_size, n_shard):
+def test_every_variant_trains_saves_and_samples_on_fake_cuda(library, small_dataset, tp_size, n_shard):
     """No wrong device or type; one graph to train and one to evaluate; the host waits for loss and norm alone.
 
     With several ranks it waits once more, for what they agree on.
     """
-    cases = [variant | dict(n_shard=n_shard, tp_size=tp_size, dataset=str(small_corpus)) for variant in VARIANTS]
+    cases = [variant | dict(n_shard=n_shard, tp_size=tp_size, dataset=str(small_dataset)) for variant in VARIANTS]
     if n_shard == tp_size == 2:
         cases.append(cases[0] | dict(tp_size=1))  # two replicas
     for case, found in zip(cases, rehearse(library, cases, tp_size), strict=True):
         waits = 2 if tp_size == 1 else 3
-        assert found == {"host_syncs": [waits] * 2, "graphs": [1, 1], "on_cpu": True, "tokens": 40}, case
+        assert found == {"host_waits": [waits] * 2, "graphs": [1, 1], "on_cpu": True, "tokens": 40}, case
 
 
 def test_the_memory_table_says_what_a_step_holds(library):
@@ -208,11 +208,11 @@ def gpus():
 
 
 @pytest.fixture(scope="session")
-def gpt2_corpus(tmp_path_factory):
+def gpt2_dataset(tmp_path_factory):
     """Random token ids below 50257."""
-    folder = tmp_path_factory.mktemp("gpt2_corpus")
+    folder = tmp_path_factory.mktemp("gpt2_dataset")
     tokens = np.random.default_rng(0).integers(50257, size=100_000).astype("<u2")
-    preparing.write_corpus(folder, {"train": (100_000, [tokens]), "val": (100_000, [tokens])}, 50257, "gpt2", "random")
+    preparing.write_dataset(folder, {"train": (100_000, [tokens]), "val": (100_000, [tokens])}, 50257, "gpt2", "random")
     return folder
 
 
@@ -230,12 +230,12 @@ def losses(lines):
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_trains_on_a_gpu(gpus, small_corpus, tmp_path, variant):
+def test_every_variant_trains_on_a_gpu(gpus, small_dataset, tmp_path, variant):
     shape = dict(n_layer=2, n_head=4, n_embd=128, block_size=64, batch_size=2, n_shard=4)
-    one = succeeded(run_script(on_gpu(small_corpus, tmp_path / "one", **shape, **variant), timeout=300))
+    one = succeeded(run_script(on_gpu(small_dataset, tmp_path / "one", **shape, **variant), timeout=300))
     assert len(losses(one.splitlines())) == 2 * 2 + 4 * 2
     if gpus > 1:
-        argv = on_gpu(small_corpus, tmp_path / "two", tp_size=2, **shape, **variant)
+        argv = on_gpu(small_dataset, tmp_path / "two", tp_size=2, **shape, **variant)
         two = succeeded(run_script(argv, nproc=2, timeout=300))
         assert losses(two.splitlines()) == pytest.approx(losses(one.splitlines()), rel=1e-2)
     text = run_script([ROOT / "sample.py", f"--out_dir={tmp_path / 'one'}", "--start=a", "--max_new_tokens=80"])
@@ -244,6 +244,6 @@ def test_every_variant_trains_on_a_gpu(gpus, small_corpus, tmp_path, variant):
 
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
-def test_gpt2_small_fits_and_reports_its_utilisation(gpus, gpt2_corpus, tmp_path):
-    out = succeeded(run_script(on_gpu(gpt2_corpus, tmp_path, architecture="spd", **GPT2_SIZE), timeout=500))
+def test_gpt2_small_fits_and_reports_its_utilisation(gpus, gpt2_dataset, tmp_path):
+    out = succeeded(run_script(on_gpu(gpt2_dataset, tmp_path, architecture="spd", **GPT2_SIZE), timeout=500))
     assert 10 < losses(out.splitlines())[0] < 11.5

@@ -58,7 +58,7 @@ def prepare(script, *args, code="", **options):
 
 
 def read_folder(folder, keys):
-    """(meta, train ids, val ids) of a complete folder, with everything meta.json says checked."""
+    """(meta, train ids, val ids) of a complete folder, where all that meta.json says must be true."""
     assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "train.bin", "val.bin"]
     meta = json.loads((folder / "meta.json").read_text())
     assert sorted(meta) == sorted(keys)
@@ -292,7 +292,7 @@ def test_archive_is_fetched_without_running_it(local_index, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("name", "words"), [("trap", "DO NOT MATCH THE HASHES"), ("absent", "No matching distribution")]
 )
-def test_archive_that_cannot_be_had(local_index, tmp_path, name, words):
+def test_archive_that_pip_does_not_get(local_index, tmp_path, name, words):
     with pytest.raises(ValueError, match=words) as error:
         preparing.fetch_sdist(name, "1.0", "0" * 64, folder=tmp_path / "cache")
     assert "\n" not in str(error.value)
@@ -422,7 +422,7 @@ def test_every_document_once(tokenized, documents):
     assert (meta["tokenizer"], meta["vocab_size"]) == ("gpt2", 50257) and "docs.jsonl" in meta["source"]
     train, val = split_documents(train), split_documents(val)
     assert collections.Counter(train + val) == collections.Counter(documents)
-    # nanoGPT's draw: the first 0.05 %, rounded up, of the seed's permutation are held out, the rest follow
+    # nanoGPT's choice: the first 0.05 %, rounded up, of the seed's permutation are held out, the rest follow
     order = np.random.default_rng(2357).permutation(len(documents))
     assert val == [documents[i] for i in order[:2]]
     assert train == [documents[i] for i in order[2:]]
@@ -636,7 +636,7 @@ def test_a_part_of_openwebtext_is_taken_knowingly(run_here, tmp_path, monkeypatc
     assert json.loads((tmp_path / "out" / "meta.json").read_text())["source"].endswith("refs/convert/parquet")
 
 
-def test_disk_is_checked_first(run_here, tmp_path, monkeypatch):
+def test_a_full_disk_is_seen_first(run_here, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     usage = shutil.disk_usage(tmp_path)

@@ -25,8 +25,8 @@ INJECT = ROOT / "tests" / "inject.py"
 BOUND = 60  # seconds within which all processes of a run must have ended after a fault; see TRAINING_INSTRUCTIONS.md
 
 
-def arguments(corpus, tp_size=1, out_dir="out", **keys):
-    shape = dict(architecture="spd", n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=2, dataset=corpus)
+def arguments(data, tp_size=1, out_dir="out", **keys):
+    shape = dict(architecture="spd", n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=2, dataset=data)
     steps = dict(gradient_accumulation_steps=2, max_iters=13, eval_interval=5, eval_iters=4, checkpoint_interval=3)
     rest = dict(log_interval=1, warmup_iters=2, learning_rate=5e-3, device="cpu", tp_size=tp_size, out_dir=out_dir)
     return [f"--{key}={value}" for key, value in (shape | steps | rest | keys).items()]
@@ -69,12 +69,12 @@ def children(process):
 
 
 @pytest.fixture(scope="module")
-def whole(small_corpus, tmp_path_factory):
+def whole(small_dataset, tmp_path_factory):
     """{tp_size: folder of an uninterrupted run on two processes}."""
     folders = {}
     for tp_size in (1, 2):
         folders[tp_size] = tmp_path_factory.mktemp(f"whole-tp{tp_size}")
-        succeeded(run_script([TRAIN, *arguments(small_corpus, tp_size)], nproc=2, cwd=folders[tp_size]))
+        succeeded(run_script([TRAIN, *arguments(small_dataset, tp_size)], nproc=2, cwd=folders[tp_size]))
         assert len(losses(folders[tp_size])) == 13 + 4
     return folders
 
@@ -92,18 +92,18 @@ KILLED = [
 
 
 @pytest.mark.parametrize("tp_size, moments", KILLED)
-def test_a_killed_rank_is_restarted(whole, small_corpus, tmp_path, tp_size, moments):
+def test_a_killed_rank_is_restarted(whole, small_dataset, tmp_path, tp_size, moments):
     """SIGKILL at moments of the run, under torchrun --max-restarts."""
     faults = ",".join(f"{moment}:kill" for moment in moments)
-    argv = [INJECT, faults, *arguments(small_corpus, tp_size)]
+    argv = [INJECT, faults, *arguments(small_dataset, tp_size)]
     succeeded(run_script(argv, nproc=2, cwd=tmp_path, restarts=len(moments)))
     assert len(list(tmp_path.glob("struck-*"))) == len(moments)
     assert_ended_as(whole[tp_size], tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["0:update:8:kill", "1:evaluation:20:kill", "1:gather:3:crash", "0:update:8:crash"])
-def test_a_dead_rank_ends_the_others_and_the_run_can_be_resumed(whole, small_corpus, tmp_path, fault):
-    argv = arguments(small_corpus, tp_size=2)
+def test_a_dead_rank_ends_the_others_and_the_run_can_be_resumed(whole, small_dataset, tmp_path, fault):
+    argv = arguments(small_dataset, tp_size=2)
     begin = time.monotonic()
     process = run_script([INJECT, fault, *argv], nproc=2, cwd=tmp_path)
     assert process.returncode != 0 and time.monotonic() - begin < BOUND
@@ -114,10 +114,10 @@ def test_a_dead_rank_ends_the_others_and_the_run_can_be_resumed(whole, small_cor
     assert_ended_as(whole[2], tmp_path)
 
 
-def test_a_hung_rank_ends_the_run_after_timeout_s(whole, small_corpus, tmp_path):
-    argv = arguments(small_corpus, tp_size=2, timeout_s=8)
+def test_a_hung_rank_ends_the_run_after_timeout_s(whole, small_dataset, tmp_path):
+    argv = arguments(small_dataset, tp_size=2, timeout_s=8)
     process = run_script([INJECT, "1:update:8:hang", *argv], nproc=2, cwd=tmp_path)
-    # the other rank leaves the word to one at fault for 20 s, and torchrun kills the hung one 30 s after that
+    # the other rank waits 20 s for one at fault to say its line, and torchrun kills the hung one 30 s after that
     since = time.time() - (tmp_path / "struck-0-8").stat().st_mtime
     assert process.returncode != 0 and since < 8 + BOUND, since
     (line,) = errors(process)
@@ -130,12 +130,12 @@ def test_a_hung_rank_ends_the_run_after_timeout_s(whole, small_corpus, tmp_path)
 # --- starting
 
 
-def test_a_rank_that_never_comes(small_corpus, tmp_path):
+def test_a_rank_that_never_comes(small_dataset, tmp_path):
     """Alone with the environment of rank 0 of 2: a clear line after timeout_s."""
     environment = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     environment |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     begin = time.monotonic()
-    argv = [TRAIN, *arguments(small_corpus, timeout_s=5)]
+    argv = [TRAIN, *arguments(small_dataset, timeout_s=5)]
     process = run_script(argv, cwd=tmp_path, env=environment)
     assert process.returncode == 1 and time.monotonic() - begin < 5 + BOUND
     (line,) = errors(process)
@@ -143,9 +143,9 @@ def test_a_rank_that_never_comes(small_corpus, tmp_path):
     assert "Traceback" not in process.stderr
 
 
-def test_a_rank_that_hangs_at_the_start(small_corpus, tmp_path):
+def test_a_rank_that_hangs_at_the_start(small_dataset, tmp_path):
     begin = time.monotonic()
-    argv = [INJECT, "1:start:1:hang", *arguments(small_corpus, timeout_s=5)]
+    argv = [INJECT, "1:start:1:hang", *arguments(small_dataset, timeout_s=5)]
     process = run_script(argv, nproc=2, cwd=tmp_path)
     assert process.returncode != 0 and time.monotonic() - begin < 5 + BOUND
     (line,) = errors(process)
@@ -159,11 +159,11 @@ def free_port():
         return one.getsockname()[1]
 
 
-def test_a_dead_rendezvous(small_corpus, tmp_path):
+def test_a_dead_rendezvous(small_dataset, tmp_path):
     """torchrun itself gives up on an endpoint where nobody answers; nothing of ours has started."""
     options = ["--nnodes=2", "--rdzv_backend=c10d", "--rdzv_conf=is_host=0,timeout=4,read_timeout=4"]
     options += [f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
-    process = run_script([TRAIN, *arguments(small_corpus)], nproc=1, cwd=tmp_path, launcher=options)
+    process = run_script([TRAIN, *arguments(small_dataset)], nproc=1, cwd=tmp_path, launcher=options)
     assert process.returncode != 0 and "RendezvousConnectionError" in process.stderr
     assert not os.listdir(tmp_path)
 
@@ -188,9 +188,9 @@ def torchrun_at(argv, folder, update, nproc=2, **options):
 
 
 @pytest.mark.parametrize("number, tp_size", [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
-def test_a_signal_to_torchrun_saves_on_every_rank(small_corpus, tmp_path, number, tp_size):
+def test_a_signal_to_torchrun_saves_on_every_rank(small_dataset, tmp_path, number, tp_size):
     """As a scheduler or Ctrl-C stops a job; the run goes on to the end of an uninterrupted one."""
-    argv = arguments(small_corpus, tp_size, max_iters=300, eval_interval=100, checkpoint_interval=0)
+    argv = arguments(small_dataset, tp_size, max_iters=300, eval_interval=100, checkpoint_interval=0)
     with torchrun_at(argv, tmp_path, update=20) as process:
         process.send_signal(number)
         out, err = process.communicate(timeout=BOUND)
@@ -199,7 +199,7 @@ def test_a_signal_to_torchrun_saves_on_every_rank(small_corpus, tmp_path, number
     assert_nothing_lives(tmp_path)
     assert torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"] == int(step) < 300
     assert losses(tmp_path)[-1].startswith(f"iter {int(step) - 1}:")
-    argv = arguments(small_corpus, tp_size, max_iters=int(step) + 5, eval_interval=100, lr_decay_iters=300)
+    argv = arguments(small_dataset, tp_size, max_iters=int(step) + 5, eval_interval=100, lr_decay_iters=300)
     succeeded(run_script([TRAIN, *argv, "--init_from=resume"], nproc=2, cwd=tmp_path))
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -208,9 +208,9 @@ def test_a_signal_to_torchrun_saves_on_every_rank(small_corpus, tmp_path, number
 
 
 @pytest.mark.parametrize("number, to_worker", [(signal.SIGHUP, False), (signal.SIGUSR1, False), (signal.SIGUSR1, True)])
-def test_a_closed_terminal_or_a_warning_saves_on_every_rank(small_corpus, tmp_path, number, to_worker):
+def test_a_closed_terminal_or_a_warning_saves_on_every_rank(small_dataset, tmp_path, number, to_worker):
     """SIGHUP comes when nobody reads what is printed any more; torchrun has to be told to pass SIGUSR1 on."""
-    argv = arguments(small_corpus, tp_size=2, max_iters=10_000, eval_interval=10_000, checkpoint_interval=0)
+    argv = arguments(small_dataset, tp_size=2, max_iters=10_000, eval_interval=10_000, checkpoint_interval=0)
     launcher = ["--standalone", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     with torchrun_at(argv, tmp_path, update=20, launcher=launcher) as process:
         if number == signal.SIGHUP:
@@ -223,9 +223,9 @@ def test_a_closed_terminal_or_a_warning_saves_on_every_rank(small_corpus, tmp_pa
     assert 20 < step < 10_000 and losses(tmp_path)[-1].startswith(f"iter {step - 1}:")
 
 
-def test_a_second_ctrl_c_ends_at_once(small_corpus, tmp_path):
+def test_a_second_ctrl_c_ends_at_once(small_dataset, tmp_path):
     """While a save hangs, as on a dead file system; the checkpoint before it stays whole."""
-    argv = arguments(small_corpus, max_iters=10_000, eval_interval=10_000)
+    argv = arguments(small_dataset, max_iters=10_000, eval_interval=10_000)
     with ending(start([INJECT, "0:gather:3:hang", *argv], cwd=tmp_path)) as process:
         while not (tmp_path / "struck-0-3").exists():
             assert process.poll() is None
@@ -240,9 +240,9 @@ def test_a_second_ctrl_c_ends_at_once(small_corpus, tmp_path):
     assert torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"] == 6
 
 
-def test_ctrl_c_twice_under_torchrun(small_corpus, tmp_path):
+def test_ctrl_c_twice_under_torchrun(small_dataset, tmp_path):
     """The second ends torchrun and all that it started, in the middle of a save that hangs."""
-    argv = arguments(small_corpus, max_iters=10_000, eval_interval=10_000)
+    argv = arguments(small_dataset, max_iters=10_000, eval_interval=10_000)
     with ending(start([INJECT, "0:gather:3:hang", *argv], nproc=2, cwd=tmp_path)) as process:
         while not (tmp_path / "struck-0-3").exists():
             assert process.poll() is None
@@ -261,9 +261,9 @@ def test_ctrl_c_twice_under_torchrun(small_corpus, tmp_path):
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
-def test_updates_that_are_not_finite_are_skipped_and_counted(small_corpus, tmp_path, tp_size):
+def test_updates_that_are_not_finite_are_skipped_and_counted(small_dataset, tmp_path, tp_size):
     """A nan on one rank only, in 2 updates; then the run goes on and learns."""
-    argv = arguments(small_corpus, tp_size, max_iters=30, log_interval=10)
+    argv = arguments(small_dataset, tp_size, max_iters=30, log_interval=10)
     succeeded(run_script([INJECT, "1:update:5-6:nan", *argv], nproc=2, cwd=tmp_path))
     text = (tmp_path / "out" / "log.txt").read_text()
     assert re.findall(r"^iter (\d+): .* grad norm nan, skipped (\d+)$", text, re.MULTILINE) == [("4", "1"), ("5", "2")]
@@ -274,8 +274,8 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(small_corpus, tmp_p
     assert (checkpoint["skipped"], checkpoint["bad_steps"]) == (2, 0)
 
 
-def test_too_many_of_them_stop_the_run(small_corpus, tmp_path):
-    argv = arguments(small_corpus, tp_size=2, max_bad_steps=3)
+def test_too_many_of_them_stop_the_run(small_dataset, tmp_path):
+    argv = arguments(small_dataset, tp_size=2, max_bad_steps=3)
     process = run_script([INJECT, "1:update:5-9:nan", *argv], nproc=2, cwd=tmp_path)
     (line,) = errors(process)
     assert line.startswith("error: step 6: ") and "the last 3 steps were not finite; lower learning_rate" in line
@@ -294,19 +294,19 @@ def full_disk(folder, size="400k"):
         pytest.skip("mounting a file system is not allowed here")
 
 
-def test_a_disk_that_fills_up(whole, small_corpus, tmp_path):
+def test_a_disk_that_fills_up(whole, small_dataset, tmp_path):
     """A checkpoint fits the small disk, the next does not: one line, the first is whole; with more space it goes on."""
     out = tmp_path / "out"
     full_disk(out, size="700k")
     try:
-        process = run_script([TRAIN, *arguments(small_corpus, tp_size=2)], nproc=2, cwd=tmp_path)
+        process = run_script([TRAIN, *arguments(small_dataset, tp_size=2)], nproc=2, cwd=tmp_path)
         (line,) = errors(process)
         assert "saving to out failed, the checkpoint before it is whole" in line
         assert "No space left on device" in line
         assert not list(out.glob("*.tmp"))
         step = torch.load(out / "ckpt.pt", weights_only=True)["step"]
         subprocess.run(["mount", "-o", "remount,size=8m", str(out)], check=True)
-        argv = arguments(small_corpus, tp_size=2, init_from="resume")
+        argv = arguments(small_dataset, tp_size=2, init_from="resume")
         succeeded(run_script([TRAIN, *argv], nproc=2, cwd=tmp_path))
         assert step in (3, 6) and f"# resumed at step {step}:" in (out / "log.txt").read_text()
         assert_ended_as(whole[2], tmp_path)
@@ -314,27 +314,27 @@ def test_a_disk_that_fills_up(whole, small_corpus, tmp_path):
         subprocess.run(["umount", str(out)], check=True)
 
 
-def test_a_log_that_cannot_be_written(whole, small_corpus, tmp_path):
-    process = run_script([INJECT, "0:log:25:full", *arguments(small_corpus, 2)], nproc=2, cwd=tmp_path)
+def test_a_log_that_cannot_be_written(whole, small_dataset, tmp_path):
+    process = run_script([INJECT, "0:log:25:full", *arguments(small_dataset, 2)], nproc=2, cwd=tmp_path)
     assert process.returncode != 0
     (line,) = errors(process)
     assert "No space left on device" in line
-    succeeded(run_script([TRAIN, *arguments(small_corpus, 2, init_from="resume")], nproc=2, cwd=tmp_path))
+    succeeded(run_script([TRAIN, *arguments(small_dataset, 2, init_from="resume")], nproc=2, cwd=tmp_path))
     assert_ended_as(whole[2], tmp_path)
 
 
-def test_a_log_that_is_cut_in_a_line(whole, small_corpus, tmp_path):
+def test_a_log_that_is_cut_in_a_line(whole, small_dataset, tmp_path):
     """As a full disk or a dead machine leaves it."""
-    process = run_script([INJECT, "0:update:12:kill", *arguments(small_corpus, 2)], nproc=2, cwd=tmp_path)
+    process = run_script([INJECT, "0:update:12:kill", *arguments(small_dataset, 2)], nproc=2, cwd=tmp_path)
     assert process.returncode != 0
     log = tmp_path / "out" / "log.txt"
     log.write_bytes(log.read_bytes()[:-9])
-    succeeded(run_script([TRAIN, *arguments(small_corpus, 2, init_from="resume")], nproc=2, cwd=tmp_path))
+    succeeded(run_script([TRAIN, *arguments(small_dataset, 2, init_from="resume")], nproc=2, cwd=tmp_path))
     assert_ended_as(whole[2], tmp_path)
 
 
-def test_an_out_dir_of_a_live_run_and_of_a_dead_one(whole, small_corpus, tmp_path):
-    argv = arguments(small_corpus)
+def test_an_out_dir_of_a_live_run_and_of_a_dead_one(whole, small_dataset, tmp_path):
+    argv = arguments(small_dataset)
     with ending(start([INJECT, "0:update:8:hang", *argv], cwd=tmp_path)) as process:
         while not (tmp_path / "struck-0-8").exists():
             assert process.poll() is None
@@ -343,7 +343,7 @@ def test_an_out_dir_of_a_live_run_and_of_a_dead_one(whole, small_corpus, tmp_pat
         assert second.returncode == 1 and errors(second) == ["error: out_dir='out' is in use by another live run"]
         process.kill()
     # its lock is stale: the folder can be used, by any layout
-    succeeded(run_script([TRAIN, *arguments(small_corpus, init_from="resume")], nproc=2, cwd=tmp_path))
+    succeeded(run_script([TRAIN, *arguments(small_dataset, init_from="resume")], nproc=2, cwd=tmp_path))
     ended, expected = ([line.split(":")[0] for line in losses(folder)] for folder in (tmp_path, whole[1]))
     assert ended == expected
 
@@ -355,7 +355,7 @@ def flip(path, at):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "hostile", "empty", "text"])
-def test_a_damaged_checkpoint_offers_the_one_before(whole, small_corpus, tmp_path, damage):
+def test_a_damaged_checkpoint_offers_the_one_before(whole, small_dataset, tmp_path, damage):
     shutil.copytree(whole[2] / "out", tmp_path / "out")
     path = tmp_path / "out" / "ckpt.pt"
     data = path.read_bytes()
@@ -374,21 +374,21 @@ def test_a_damaged_checkpoint_offers_the_one_before(whole, small_corpus, tmp_pat
     else:
         path.unlink()
         path.write_bytes({"truncated": data[: len(data) // 3], "empty": b"", "text": b"not a checkpoint\n"}[damage])
-    process = run_script([TRAIN, *arguments(small_corpus, init_from="resume")], cwd=tmp_path)
+    process = run_script([TRAIN, *arguments(small_dataset, init_from="resume")], cwd=tmp_path)
     assert process.returncode == 1 and "Traceback" not in process.stderr
     (line,) = errors(process)
     assert "ckpt.pt cannot be used" in line and "copy out/ckpt_previous.pt over it" in line
     assert not (tmp_path / "executed").exists()
     if damage == "flipped":
         shutil.copy(tmp_path / "out" / "ckpt_previous.pt", path)
-        argv = arguments(small_corpus, tp_size=2, init_from="resume")
+        argv = arguments(small_dataset, tp_size=2, init_from="resume")
         succeeded(run_script([TRAIN, *argv], nproc=2, cwd=tmp_path))
         assert_ended_as(whole[2], tmp_path)
 
 
-def test_data_that_changed_since_the_checkpoint(whole, small_corpus, tmp_path):
+def test_data_that_changed_since_the_checkpoint(whole, small_dataset, tmp_path):
     shutil.copytree(whole[1] / "out", tmp_path / "out")
-    shutil.copytree(small_corpus, tmp_path / "data")
+    shutil.copytree(small_dataset, tmp_path / "data")
     meta = tmp_path / "data" / "meta.json"
     meta.write_text(meta.read_text().replace('"train_sha256": "', '"train_sha256": "0'))
     argv = arguments(tmp_path / "data", init_from="resume", max_iters=20)
@@ -398,8 +398,8 @@ def test_data_that_changed_since_the_checkpoint(whole, small_corpus, tmp_path):
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_token_ids_above_the_vocabulary_in_the_middle_of_a_run(small_corpus, tmp_path, nproc):
-    shutil.copytree(small_corpus, tmp_path / "data")
+def test_token_ids_above_the_vocabulary_in_the_middle_of_a_run(small_dataset, tmp_path, nproc):
+    shutil.copytree(small_dataset, tmp_path / "data")
     with open(tmp_path / "data" / "train.bin", "r+b") as file:
         file.seek(2 * 1000)
         file.write(b"\xff\xff" * 50_000)
@@ -421,38 +421,38 @@ def two_agents(argv, folder, env=None, **options):
     return [subprocess.CompletedProcess(argv, code, out, err) for out, err, code in ended]
 
 
-def test_two_agents_are_one_run(whole, small_corpus, tmp_path):
-    for process in two_agents([TRAIN, *arguments(small_corpus)], tmp_path):
+def test_two_agents_are_one_run(whole, small_dataset, tmp_path):
+    for process in two_agents([TRAIN, *arguments(small_dataset)], tmp_path):
         succeeded(process)
     assert_ended_as(whole[1], tmp_path)
 
 
-def test_a_killed_rank_restarts_two_agents(whole, small_corpus, tmp_path):
+def test_a_killed_rank_restarts_two_agents(whole, small_dataset, tmp_path):
     env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    argv = [INJECT, "1:update:8:kill", *arguments(small_corpus)]
+    argv = [INJECT, "1:update:8:kill", *arguments(small_dataset)]
     for process in two_agents(argv, tmp_path, env, restarts=2):
         succeeded(process)
     assert (tmp_path / "struck-0-8").exists()
     assert_ended_as(whole[1], tmp_path)
 
 
-def test_a_tp_group_over_two_agents_is_refused(small_corpus, tmp_path):
-    refused = two_agents([TRAIN, *arguments(small_corpus, tp_size=2)], tmp_path)
+def test_a_tp_group_over_two_agents_is_refused(small_dataset, tmp_path):
+    refused = two_agents([TRAIN, *arguments(small_dataset, tp_size=2)], tmp_path)
     said = {line for process in refused for line in errors(process)}
     assert all(process.returncode != 0 for process in refused)
     assert said == {"error: tp_size=2 does not divide the 1 processes of a node: a TP group would span nodes"}
 
 
-# --- for long nights
+# --- an hour of kills
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_soak_random_kills(whole, small_corpus, tmp_path):
+def test_soak_random_kills(whole, small_dataset, tmp_path):
     """A random worker is killed at a random time, over and over, until the run has come to its end."""
     import random
 
-    argv = arguments(small_corpus, tp_size=2, max_iters=2000, eval_interval=100)
+    argv = arguments(small_dataset, tp_size=2, max_iters=2000, eval_interval=100)
     expected = tmp_path / "whole"
     expected.mkdir()
     succeeded(run_script([TRAIN, *argv], nproc=2, cwd=expected, timeout=600))

@@ -26,7 +26,7 @@ def whole_and_part(sync_pattern, group, n_shard=4, **rival):
     return whole, part
 
 
-def check_same_function(rank, variants):
+def assert_same_function(rank, variants):
     x, y = batch()
     for variant in variants:
         whole, part = whole_and_part(**variant, group=dist.group.WORLD)
@@ -43,10 +43,10 @@ def check_same_function(rank, variants):
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_tp_size_changes_neither_loss_nor_gradients(tp_size):
-    run_ranks(tp_size, check_same_function, VARIANTS)
+    run_ranks(tp_size, assert_same_function, VARIANTS)
 
 
-def check_initial_weights(rank):
+def assert_initial_weights(rank):
     config = dataclasses.replace(SMALL, n_shard=4, sync_pattern="0101")
     torch.manual_seed(9)
     whole = GPT(config)
@@ -57,7 +57,7 @@ def check_initial_weights(rank):
     assert part.get_num_params() == whole.get_num_params()
 
 
-def check_training_steps(rank, pattern):
+def assert_training_steps(rank, pattern):
     """Several SGD steps with clipping: the same weights as one process, replicated ones bit-equal on all ranks."""
     whole, part = whole_and_part(pattern, dist.group.WORLD)
     bound = 0.5
@@ -71,7 +71,7 @@ def check_training_steps(rank, pattern):
             norms.append(parallel.clip_gradients(model, bound, rsm.is_sharded, group))
             optimizer.step()
         torch_norm = torch.nn.utils.get_total_norm([p.grad for p in whole.parameters()]).item()
-        assert torch_norm == pytest.approx(bound, rel=1e-5) and norms[0] > bound  # clipping did bite
+        assert torch_norm == pytest.approx(bound, rel=1e-5) and norms[0] > bound  # clipped
         assert norms[1] == pytest.approx(norms[0], rel=1e-10)
     for name, parameter in part.named_parameters():
         torch.testing.assert_close(parameter, part.local_part(name, whole.get_parameter(name)), rtol=1e-9, atol=1e-11)
@@ -81,7 +81,7 @@ def check_training_steps(rank, pattern):
             assert all(torch.equal(copy, parameter) for copy in copies), name
 
 
-def check_average_gradients(rank):
+def assert_average_gradients(rank):
     """The data-parallel mean equals the gradient of the whole batch, with buckets so small that there are several."""
     torch.manual_seed(0)
     model = rough(GPT(dataclasses.replace(SMALL, n_shard=2, sync_pattern="0101"))).double()
@@ -95,7 +95,7 @@ def check_average_gradients(rank):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-10, atol=1e-13)
 
 
-def check_compiled(rank, pattern, backend):
+def assert_compiled(rank, pattern, backend):
     """torch.compile with TP, without graph breaks at the all-reduces."""
     x, y = batch()
     whole, part = whole_and_part(pattern, dist.group.WORLD)
@@ -108,25 +108,25 @@ def check_compiled(rank, pattern, backend):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
 
 
-def two_rank_checks(rank):
-    check_initial_weights(rank)
+def assert_on_two_ranks(rank):
+    assert_initial_weights(rank)
     for pattern in ("2222", "0a01"):
-        check_training_steps(rank, pattern)
-    check_average_gradients(rank)
+        assert_training_steps(rank, pattern)
+    assert_average_gradients(rank)
 
 
 @pytest.mark.timeout(240)
 def test_two_ranks():
-    run_ranks(2, two_rank_checks)
+    run_ranks(2, assert_on_two_ranks)
 
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("pattern, backend", [("2", "inductor"), ("0a21", "aot_eager")])  # inductor takes its time
 def test_compiled_on_two_ranks(pattern, backend):
-    run_ranks(2, check_compiled, pattern, backend, limit=350)
+    run_ranks(2, assert_compiled, pattern, backend, limit=350)
 
 
-def check_without_f(rank):
+def assert_wrong_without_f(rank):
     """What section 4 of the design warns of is visible to these tests: without f the gradients are wrong."""
     whole, part = whole_and_part("0101", dist.group.WORLD)
     x, y = batch()
@@ -141,10 +141,10 @@ def check_without_f(rank):
 
 @pytest.mark.timeout(120)
 def test_a_missing_f_would_be_seen():
-    run_ranks(2, check_without_f)
+    run_ranks(2, assert_wrong_without_f)
 
 
-def check_freed_memory_is_kept(rank):
+def assert_freed_memory_is_kept(rank):
     def page_faults():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(64 * 2**20, dtype=torch.uint8)  # more than glibc ever keeps by itself
@@ -158,4 +158,4 @@ def check_freed_memory_is_kept(rank):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's")
 def test_freed_memory_is_kept():
-    run_ranks(1, check_freed_memory_is_kept)
+    run_ranks(1, assert_freed_memory_is_kept)

@@ -42,7 +42,7 @@ def prompt(B, T=16):
 # --- invariant 7: decoding token by token is the full forward
 
 
-def check_decoding(model, B, run=None):
+def assert_decoding(model, B, run=None):
     """Logits of a prefill of 5 tokens and of 11 decode steps against those of one forward pass."""
     idx, run = prompt(B), model if run is None else run
     with torch.no_grad():
@@ -62,28 +62,28 @@ def check_decoding(model, B, run=None):
 def test_decoding_equals_the_full_forward(variant, n_shard, B):
     model = rough(build(n_shard=n_shard, **variant))
     assert torch.unique(model(prompt(2))[0]).numel() > 100  # a model that tells tokens apart
-    check_decoding(model, B)
-    check_decoding(build(n_shard=n_shard, **variant, bias=False), B)
+    assert_decoding(model, B)
+    assert_decoding(build(n_shard=n_shard, **variant, bias=False), B)
 
 
-def check_on_two_ranks(rank):
+def assert_decoding_on_two_ranks(rank):
     for variant in VARIANTS:
         for n_shard in (2, 4):
             part = build(n_shard=n_shard, group=dist.group.WORLD, **variant)
             for B in (2, 9):
-                check_decoding(part, B)
+                assert_decoding(part, B)
                 torch.testing.assert_close(part(prompt(B))[0], build(n_shard=n_shard, **variant)(prompt(B))[0])
 
 
 def test_decoding_on_two_ranks():
-    run_ranks(2, check_on_two_ranks)
+    run_ranks(2, assert_decoding_on_two_ranks)
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("n_shard", [1, 2])
 def test_compiled_decoding(n_shard):
     model = build("01", n_shard, n_layer=2)
-    check_decoding(model, 2, decoding.for_decoding(model, compile=True))
+    assert_decoding(model, 2, decoding.for_decoding(model, compile=True))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -132,7 +132,7 @@ def test_temperature_0_takes_the_likeliest():
     assert torch.equal(decoding.choose(logits, temperature=0, top_k=5, top_p=0.5), logits.argmax(-1))
 
 
-def draws():
+def chooser():
     return partial(decoding.choose, generator=torch.Generator().manual_seed(9))
 
 
@@ -140,12 +140,12 @@ def draws():
 def test_generating_is_nanogpts_loop(length):
     """Also where the block is full: the window slides, and is computed anew."""
     model, idx = rough(build("0101")), prompt(3, length)
-    expected, draw = idx, draws()
+    expected, choose = idx, chooser()
     with torch.no_grad():
         for _ in range(25):
             logits, _ = model(expected[:, -16:])
-            expected = torch.cat((expected, draw(logits[:, -1])[:, None]), 1)
-    new = torch.stack(list(decoding.generate(model, idx, 25, draws(), contextlib.nullcontext)), 1)
+            expected = torch.cat((expected, choose(logits[:, -1])[:, None]), 1)
+    new = torch.stack(list(decoding.generate(model, idx, 25, chooser(), contextlib.nullcontext)), 1)
     assert torch.equal(new, expected[:, length:]) and len(set(new.flatten().tolist())) > 5
 
 
@@ -154,7 +154,7 @@ def test_bfloat16_decodes_as_float32_does():
     with torch.no_grad():
         expected = model(prompt(2))[0]
     decoding.cast(model, torch.bfloat16)
-    assert len(list(decoding.generate(model, prompt(2, 4), 14, draws(), autocast))) == 14
+    assert len(list(decoding.generate(model, prompt(2, 4), 14, chooser(), autocast))) == 14
     with torch.no_grad(), autocast():
         cache = KVCache(model, 2)
         model(prompt(2)[:, :15], cache=cache)
@@ -214,10 +214,10 @@ def test_the_same_text_in_every_layout(tmp_path, pattern):
     assert text_of(out, **keys, seed=2) != one
 
 
-def test_ids_that_no_text_has_are_never_drawn(out):
-    """The model has 64 rows for 28 characters; at this temperature it draws evenly."""
-    drawn = text_of(out, temperature=1000.0, top_k=0, num_samples=50, start="a").replace("\n---------------\n", "")
-    assert set(drawn) == set(CHARS)
+def test_ids_that_no_text_has_are_never_chosen(out):
+    """The model has 64 rows for 28 characters; at this temperature all are equally likely."""
+    text = text_of(out, temperature=1000.0, top_k=0, num_samples=50, start="a").replace("\n---------------\n", "")
+    assert set(text) == set(CHARS)
 
 
 def test_prompts(out, tmp_path, monkeypatch):
@@ -356,10 +356,10 @@ def test_layouts_that_do_not_fit(out):
     assert said == [f"error: 3 processes do not divide the n_shard=4 of {out}/ckpt.pt"]
 
 
-def test_meta_json_of_real_data_is_understood(small_corpus):
-    meta = json.loads((small_corpus / "meta.json").read_text())
+def test_meta_json_of_real_data_is_understood(small_dataset):
+    meta = json.loads((small_dataset / "meta.json").read_text())
     tokens = sample.Tokens(meta)
-    ids = np.fromfile(small_corpus / "val.bin", dtype="<u2")[:200].tolist()
+    ids = np.fromfile(small_dataset / "val.bin", dtype="<u2")[:200].tolist()
     text = b"".join(map(tokens.bytes_of, ids)).decode()
     assert tokens.encode(text) == ids and len(set(text)) > 20
 

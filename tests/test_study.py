@@ -24,23 +24,23 @@ TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=2, gradien
 TINY |= dict(max_iters=10, eval_interval=5, eval_iters=2, log_interval=1, warmup_iters=2, device="cpu")
 
 
-def write(folder, corpus, *runs, **keys):
+def write(folder, data, *runs, **keys):
     """A study file of tiny runs; returns its path."""
-    runs = [TINY | {"dataset": str(corpus)} | run for run in runs]
+    runs = [TINY | {"dataset": str(data)} | run for run in runs]
     lines = [f"{key} = {value!r}" for key, value in ({"out_dir": str(folder / "out"), "runs": runs} | keys).items()]
     (folder / "study.py").write_text("\n".join(lines))
     return folder / "study.py"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_study_files(path, small_corpus, tmp_path):
+def test_the_study_files(path, small_dataset, tmp_path):
     """Every run can be built, and the dense controls have the parameters of a deep model within 2 %."""
     listed = configure(study.Study, [str(path)])
-    study.check(listed)
+    study.check_study(listed)
     sizes = {}
     for keys in listed.runs:
         arguments = [f"--{key}={value}" for key, value in keys.items() if key not in ("name", "dataset")]
-        arguments += [f"--dataset={small_corpus}", f"--out_dir={tmp_path / keys['name']}", "--device=cpu"]
+        arguments += [f"--dataset={small_dataset}", f"--out_dir={tmp_path / keys['name']}", "--device=cpu"]
         _, _, model_config, _ = script.prepare(configure(script.Config, [*arguments, "--block_size=64"]))
         c = model_config
         n_params = 12 * c.n_layer * c.n_embd**2 + (50304 if path.stem == "study_124m" else 128) * c.n_embd
@@ -56,9 +56,9 @@ def test_the_study_files(path, small_corpus, tmp_path):
         assert f"evaluated {-(-20000 // script.Config.eval_interval) + 1} times" in path.read_text()
 
 
-def test_a_study_is_resumed_and_never_runs_twice(small_corpus, tmp_path):
+def test_a_study_is_resumed_and_never_runs_twice(small_dataset, tmp_path):
     runs = [dict(name="base-1", seed=1), dict(name="base-2", seed=2), dict(name="spd", architecture="spd", seed=1)]
-    path = write(tmp_path, small_corpus, *runs)
+    path = write(tmp_path, small_dataset, *runs)
     out = succeeded(run_script([STUDY, path], cwd=tmp_path))
     assert "base-1: finished" in out and "(3 of 3)" in out
     # 10 steps of 2 x 16 tokens; 3 evaluations on 2 batches of 2 x 16 tokens of each split
@@ -70,7 +70,7 @@ def test_a_study_is_resumed_and_never_runs_twice(small_corpus, tmp_path):
     mean = pytest.approx((last["base-1"] + last["base-2"]) / 2)
     assert rows == [("base-1", "4", "2", mean), ("spd", "2", "1", last["spd"])]
     before = (tmp_path / "out/spd/log.txt").read_bytes()
-    write(tmp_path, small_corpus, *runs, dict(name="one", architecture="grouped", layers_per_group=2, seed=1))
+    write(tmp_path, small_dataset, *runs, dict(name="one", architecture="grouped", layers_per_group=2, seed=1))
     out = succeeded(run_script([STUDY, path], cwd=tmp_path))
     assert f"to train on {10 * 32} tokens, to evaluate on {3 * 2 * 2 * 32}\n" in out
     assert "4 runs, 3 finished already" in out and "one: finished (4 of 4)" in out and "spd: finished" not in out
@@ -78,9 +78,9 @@ def test_a_study_is_resumed_and_never_runs_twice(small_corpus, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
-def test_an_interrupted_study_goes_on(small_corpus, tmp_path, number):
+def test_an_interrupted_study_goes_on(small_dataset, tmp_path, number):
     """Stopped as asked its run saves; killed, it leaves a run that another study.py waits for instead of failing."""
-    path = write(tmp_path, small_corpus, dict(name="long", max_iters=1000, eval_interval=500, checkpoint_interval=100))
+    path = write(tmp_path, small_dataset, dict(name="long", max_iters=1000, eval_interval=500, checkpoint_interval=100))
     log = tmp_path / "out/long/log.txt"
     with ending(start([STUDY, path], cwd=tmp_path)) as process:
         end = time.monotonic() + 60
@@ -100,8 +100,8 @@ def test_an_interrupted_study_goes_on(small_corpus, tmp_path, number):
     assert log.read_text().count("# syncs") == (1 if number == signal.SIGKILL else 2)
 
 
-def test_a_run_that_fails_is_said_and_the_others_go_on(small_corpus, tmp_path):
-    path = write(tmp_path, small_corpus, dict(name="bad", n_shard=3), dict(name="good"))
+def test_a_run_that_fails_is_said_and_the_others_go_on(small_dataset, tmp_path):
+    path = write(tmp_path, small_dataset, dict(name="bad", n_shard=3), dict(name="good"))
     process = run_script([STUDY, path], cwd=tmp_path)
     one_line_error(
         process, "bad:", "n_head=2 is not divisible by n_shard=3", f"more in {tmp_path / 'out/bad/output.txt'}"
@@ -109,8 +109,8 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(small_corpus, tmp_path):
     assert "good: finished (1 of 2)" in process.stdout
 
 
-def test_under_torchrun(small_corpus, tmp_path):
-    path = write(tmp_path, small_corpus, dict(name="two", gradient_accumulation_steps=2, tp_size=2), processes=2)
+def test_under_torchrun(small_dataset, tmp_path):
+    path = write(tmp_path, small_dataset, dict(name="two", gradient_accumulation_steps=2, tp_size=2), processes=2)
     succeeded(run_script([STUDY, path], cwd=tmp_path))
     assert read_log(tmp_path / "out/two/log.txt").header["layout"].startswith("dp 1 x tp 2")
 
@@ -130,20 +130,20 @@ def test_under_torchrun(small_corpus, tmp_path):
         ([dict(name="a", dataset="/nowhere")], ["/nowhere/meta.json", "prepare the data first"]),
     ],
 )
-def test_mistakes_end_with_one_line(small_corpus, tmp_path, capsys, runs, words):
-    assert status(study.main, [str(write(tmp_path, small_corpus, *runs))]) == 1
+def test_mistakes_end_with_one_line(small_dataset, tmp_path, capsys, runs, words):
+    assert status(study.main, [str(write(tmp_path, small_dataset, *runs))]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words), error
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("step, evaluated", [(0, 0), (7, 2)])
-def test_what_is_left_to_train_and_evaluate(small_corpus, tmp_path, step, evaluated):
+def test_what_is_left_to_train_and_evaluate(small_dataset, tmp_path, step, evaluated):
     """eval_iters=0 is the whole of val and as many windows of train, at steps 0, 4, 8 and 10."""
-    keys = TINY | dict(name="a", dataset=str(small_corpus), eval_interval=4, eval_iters=0)
+    keys = TINY | dict(name="a", dataset=str(small_dataset), eval_interval=4, eval_iters=0)
     run = study.Run(study.Study(out_dir=str(tmp_path)), keys)
     run.step, run.evaluated = step, evaluated
-    targets = (small_corpus / "val.bin").stat().st_size // 2 - 1
+    targets = (small_dataset / "val.bin").stat().st_size // 2 - 1
     whole = 2 * 16 * -(-targets // 16)
     assert run.tokens_left() == ((10 - step) * 32, (4 - evaluated) * whole)
 
@@ -185,10 +185,10 @@ def test_why_a_run_failed(output, status, expected):
     assert study.reason(output, status) == expected
 
 
-def test_a_folder_that_holds_another_run(small_corpus, tmp_path, capsys):
-    path = write(tmp_path, small_corpus, dict(name="a"))
+def test_a_folder_that_holds_another_run(small_dataset, tmp_path, capsys):
+    path = write(tmp_path, small_dataset, dict(name="a"))
     succeeded(run_script([STUDY, path], cwd=tmp_path))
-    assert status(study.main, [str(write(tmp_path, small_corpus, dict(name="a", learning_rate=0.5)))]) == 1
+    assert status(study.main, [str(write(tmp_path, small_dataset, dict(name="a", learning_rate=0.5)))]) == 1
     assert "learning_rate=0.0006, not 0.5" in capsys.readouterr().err
     for mistake in ("processes=0", "tolerance=-1", "tolerance=1e999", "out_dir="):
         assert status(study.main, [str(path), f"--{mistake}"]) == 1
@@ -226,7 +226,7 @@ def test_the_device_that_make_demo_chooses():
     assert done.stdout.strip() in ("cpu", "cuda"), done.stderr
 
 
-def test_a_number_written_as_text_is_the_same_run(small_corpus, tmp_path):
-    path = write(tmp_path, small_corpus, dict(name="a", learning_rate="1e-3"))
+def test_a_number_written_as_text_is_the_same_run(small_dataset, tmp_path):
+    path = write(tmp_path, small_dataset, dict(name="a", learning_rate="1e-3"))
     for _ in range(2):
         succeeded(run_script([STUDY, str(path)], cwd=tmp_path))

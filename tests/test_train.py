@@ -28,13 +28,13 @@ CONFIGS = sorted((ROOT / "config").glob("train_*.py"))
 RANKS_AGREE = ROOT / "tests" / "ranks_agree.py"
 
 
-def tiny(corpus, out_dir="out", **keys):
+def tiny(data, out_dir="out", **keys):
     """Arguments for a model that trains in milliseconds; grouped, 2 layers a group."""
     if "architecture" not in keys:
         keys = {"architecture": "grouped", "layers_per_group": 2} | keys
     defaults = dict(n_layer=4, n_head=4, n_embd=32, block_size=32, batch_size=2, gradient_accumulation_steps=4)
     defaults |= dict(learning_rate=5e-3, min_lr=5e-4, warmup_iters=5, max_iters=12, eval_interval=5, eval_iters=4)
-    keys = defaults | dict(log_interval=1, device="cpu", dataset=corpus, out_dir=out_dir) | keys
+    keys = defaults | dict(log_interval=1, device="cpu", dataset=data, out_dir=out_dir) | keys
     return [f"--{key}={value}" for key, value in keys.items()]
 
 
@@ -129,20 +129,20 @@ def pretend(monkeypatch, world_size, local_world_size=None):
     ],
     ids=str,
 )
-def test_what_cannot_be_trained_is_refused(small_corpus, tmp_path, keys, words):
-    refused(tiny(small_corpus, tmp_path, **keys), *words)
+def test_what_cannot_be_trained_is_refused(small_dataset, tmp_path, keys, words):
+    refused(tiny(small_dataset, tmp_path, **keys), *words)
     assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("switch", [dict(decay_lr=False), dict(eval_only=True)], ids=str)
-def test_a_schedule_that_is_not_used_is_not_refused(small_corpus, tmp_path, switch):
-    prepare(configure(Config, tiny(small_corpus, tmp_path, warmup_iters=2000, min_lr=1.0, **switch)))
+def test_a_schedule_that_is_not_used_is_not_refused(small_dataset, tmp_path, switch):
+    prepare(configure(Config, tiny(small_dataset, tmp_path, warmup_iters=2000, min_lr=1.0, **switch)))
 
 
-def test_a_device_that_is_not_there(small_corpus, tmp_path):
+def test_a_device_that_is_not_there(small_dataset, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    refused(tiny(small_corpus, tmp_path, device="cuda"), "device='cuda'", "--device=cpu")
+    refused(tiny(small_dataset, tmp_path, device="cuda"), "device='cuda'", "--device=cpu")
 
 
 @pytest.mark.parametrize(
@@ -155,15 +155,15 @@ def test_a_device_that_is_not_there(small_corpus, tmp_path):
     ],
     ids=str,
 )
-def test_layouts_that_do_not_fit(small_corpus, tmp_path, monkeypatch, world_size, keys, words):
+def test_layouts_that_do_not_fit(small_dataset, tmp_path, monkeypatch, world_size, keys, words):
     pretend(monkeypatch, world_size)
-    refused(tiny(small_corpus, tmp_path, **keys), *words)
+    refused(tiny(small_dataset, tmp_path, **keys), *words)
 
 
-def test_a_tp_group_over_two_nodes(small_corpus, tmp_path, monkeypatch):
+def test_a_tp_group_over_two_nodes(small_dataset, tmp_path, monkeypatch):
     pretend(monkeypatch, 6, local_world_size=3)
     refused(
-        tiny(small_corpus, tmp_path, tp_size=2, gradient_accumulation_steps=3), "tp_size=2", "3 processes of a node"
+        tiny(small_dataset, tmp_path, tp_size=2, gradient_accumulation_steps=3), "tp_size=2", "3 processes of a node"
     )
 
 
@@ -178,8 +178,8 @@ def test_an_out_dir_in_use_or_not_writable(tmp_path):
         open_out_dir(Config(out_dir=str(tmp_path / "file")))
 
 
-def test_a_vocabulary_that_gpt2_does_not_have(small_corpus, tmp_path):
-    shutil.copytree(small_corpus, tmp_path / "data")
+def test_a_vocabulary_that_gpt2_does_not_have(small_dataset, tmp_path):
+    shutil.copytree(small_dataset, tmp_path / "data")
     meta = json.loads((tmp_path / "data" / "meta.json").read_text())
     (tmp_path / "data" / "meta.json").write_text(json.dumps(meta | {"vocab_size": 50258}))
     refused(tiny(tmp_path / "data", tmp_path / "out", init_from="gpt2"), "dataset", "more tokens than gpt2: 50257")
@@ -199,8 +199,8 @@ def test_the_script_ends_with_one_line(tmp_path, argv, words):
     assert process.stdout == "" and not os.listdir(tmp_path)
 
 
-def test_an_error_under_torchrun_is_said_once(small_corpus, tmp_path):
-    process = run_script([TRAIN, *tiny(small_corpus, tp_size=3, n_shard=3, n_head=3)], nproc=2, cwd=tmp_path)
+def test_an_error_under_torchrun_is_said_once(small_dataset, tmp_path):
+    process = run_script([TRAIN, *tiny(small_dataset, tp_size=3, n_shard=3, n_head=3)], nproc=2, cwd=tmp_path)
     assert process.returncode != 0
     output = process.stdout + process.stderr
     lines = [line for line in output.splitlines() if line.startswith("error: ") or "rank 1:" in line]
@@ -208,9 +208,9 @@ def test_an_error_under_torchrun_is_said_once(small_corpus, tmp_path):
     assert 'train_reduced_sync.py", line' not in output  # no traceback of ours
 
 
-def test_losses_that_are_not_finite_stop_the_run(small_corpus, tmp_path):
+def test_losses_that_are_not_finite_stop_the_run(small_dataset, tmp_path):
     keys = dict(learning_rate=1e18, min_lr=1e18, max_bad_steps=3, grad_clip=0.0, warmup_iters=0, weight_decay=0.0)
-    process = run_script([TRAIN, *tiny(small_corpus, max_iters=50, eval_interval=50, **keys)], cwd=tmp_path)
+    process = run_script([TRAIN, *tiny(small_dataset, max_iters=50, eval_interval=50, **keys)], cwd=tmp_path)
     assert process.returncode == 1
     errors = [line for line in process.stderr.splitlines() if "error" in line.lower()]
     assert len(errors) == 1 and "the last 3 steps were not finite; lower learning_rate" in errors[0]
@@ -223,29 +223,29 @@ def test_losses_that_are_not_finite_stop_the_run(small_corpus, tmp_path):
 CLIP = 0.1  # below every gradient norm of these runs
 
 
-def factorised(corpus, name, **keys):
+def factorised(data, name, **keys):
     """Arguments of a run on the global batch of 8 sequences, evaluated on the same 8 windows at any batch_size."""
     keys = dict(batch_size=2, gradient_accumulation_steps=4, grad_clip=CLIP, eval_iters=4) | keys
-    return tiny(corpus, f"out-{name}", **keys)
+    return tiny(data, f"out-{name}", **keys)
 
 
 @pytest.fixture(scope="module")
-def layouts(small_corpus, tmp_path_factory):
+def layouts(small_dataset, tmp_path_factory):
     """A folder with the same run at every layout: out-1x1, out-wide, out-dp2, out-tp2, out-float16 and out-dp2-tp2."""
     folder = tmp_path_factory.mktemp("layouts")
-    out = succeeded(run_script([TRAIN, *factorised(small_corpus, "1x1")], cwd=folder))
+    out = succeeded(run_script([TRAIN, *factorised(small_dataset, "1x1")], cwd=folder))
     (folder / "stdout.txt").write_text(out)
-    wide = factorised(small_corpus, "wide", batch_size=4, gradient_accumulation_steps=2, eval_iters=2)
-    alone = [wide, factorised(small_corpus, "bfloat16", dtype="bfloat16")]
-    alone += [factorised(small_corpus, f"dropout-{i}", dropout=0.2) for i in range(2)]
-    alone += [factorised(small_corpus, "ladder", overlap="ladder")]
+    wide = factorised(small_dataset, "wide", batch_size=4, gradient_accumulation_steps=2, eval_iters=2)
+    alone = [wide, factorised(small_dataset, "bfloat16", dtype="bfloat16")]
+    alone += [factorised(small_dataset, f"dropout-{i}", dropout=0.2) for i in range(2)]
+    alone += [factorised(small_dataset, "ladder", overlap="ladder")]
     succeeded(run_script([RANKS_AGREE, *chain(alone)], cwd=folder))
-    two = [factorised(small_corpus, "dp2"), factorised(small_corpus, "tp2", tp_size=2)]
-    two += [factorised(small_corpus, "float16", tp_size=2, dtype="float16")]
-    two += [factorised(small_corpus, "ladder-tp2", overlap="ladder", tp_size=2)]
+    two = [factorised(small_dataset, "dp2"), factorised(small_dataset, "tp2", tp_size=2)]
+    two += [factorised(small_dataset, "float16", tp_size=2, dtype="float16")]
+    two += [factorised(small_dataset, "ladder-tp2", overlap="ladder", tp_size=2)]
     out = succeeded(run_script([RANKS_AGREE, *chain(two)], nproc=2, cwd=folder))
     assert out.count("2 ranks agree\n") == 4
-    four = factorised(small_corpus, "dp2-tp2", tp_size=2)
+    four = factorised(small_dataset, "dp2-tp2", tp_size=2)
     out = succeeded(run_script([RANKS_AGREE, *four], nproc=4, cwd=folder))
     assert out.count("4 ranks agree\n") == 1
     return folder
@@ -256,7 +256,7 @@ def chain(runs):
     return [argument for run in runs for argument in ["next", *run]][1:]
 
 
-def test_the_log_describes_the_run(layouts, small_corpus):
+def test_the_log_describes_the_run(layouts, small_dataset):
     log = read_log(layouts / "out-1x1" / "log.txt")
     header = log.header
     assert header["architecture"] == "grouped" and header["sync_pattern"] == "0101"
@@ -266,7 +266,7 @@ def test_the_log_describes_the_run(layouts, small_corpus):
     assert header["torch"] == torch.__version__ and re.fullmatch(
         r"cpu \(.+, with(out)? bfloat16 instructions\), 1 threads a process", header["device"]
     )
-    digest = hashlib.sha256((small_corpus / "val.bin").read_bytes()).hexdigest()
+    digest = hashlib.sha256((small_dataset / "val.bin").read_bytes()).hexdigest()
     assert header["val data"] == f"sha256 {digest}" and header["train data"].startswith("sha256 ")
     assert re.fullmatch(r"([0-9a-f]{40}( \(dirty\))?|unknown)", header["git commit"])
     n_params = 12 * 4 * 32**2 + (2 * 4 * 2 + 1) * 32 + (128 + 32) * 32  # matrices, norms of 2 shards, embeddings
@@ -274,7 +274,7 @@ def test_the_log_describes_the_run(layouts, small_corpus):
     assert header["dtype"] == "float32" and header["tokens a step"] == str(4 * 2 * 32) and "started" in header
     config = header["config"]
     assert set(config) == {field for field in Config.__dataclass_fields__}
-    assert (config["n_embd"], config["dataset"], config["grad_clip"]) == (32, str(small_corpus), CLIP)
+    assert (config["n_embd"], config["dataset"], config["grad_clip"]) == (32, str(small_dataset), CLIP)
     assert read_log(layouts / "out-tp2" / "log.txt").header["layout"] == "dp 1 x tp 2, 1 shards a rank"
     assert read_log(layouts / "out-dp2-tp2" / "log.txt").header["layout"] == "dp 2 x tp 2, 1 shards a rank"
 
@@ -293,7 +293,7 @@ def test_the_log_has_a_line_for_each_evaluation_and_update(layouts):
 
 @pytest.mark.parametrize("name", ["wide", "dp2", "tp2", "dp2-tp2"])
 def test_the_same_global_batch_at_any_layout(layouts, name):
-    """Losses and gradient norms, with a clipping that bites at every step, within one unit of the last digit."""
+    """Losses and gradient norms, clipped at every step, within one unit of the last digit."""
     expected = log_lines(layouts / "out-1x1")
     assert_same_to_the_last_digit(log_lines(layouts / f"out-{name}"), expected)
     norms = [row[4] for row in read_log(layouts / f"out-{name}" / "log.txt").iterations]
@@ -346,10 +346,10 @@ def syncs_in_name(path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_config_files_on_eight_processes_in_theory(path, small_corpus, tmp_path, monkeypatch):
+def test_the_config_files_on_eight_processes_in_theory(path, small_dataset, tmp_path, monkeypatch):
     """As they are, except for data and device: what can be checked without a process group."""
     pretend(monkeypatch, 8)
-    config = configure(Config, [str(path), f"--dataset={small_corpus}", "--device=cpu", f"--out_dir={tmp_path}"])
+    config = configure(Config, [str(path), f"--dataset={small_dataset}", "--device=cpu", f"--out_dir={tmp_path}"])
     _, _, model_config, _ = prepare(config)
     n_syncs = syncs_in_name(path)
     assert script.rsm.count_syncs(model_config.sync_pattern) == n_syncs
@@ -366,7 +366,7 @@ def unrolled(names, body):
     return "\n".join(body.replace("$name", name) for name in names.split())
 
 
-def test_the_commands_of_the_documents_are_accepted(small_corpus, tmp_path, monkeypatch):
+def test_the_commands_of_the_documents_are_accepted(small_dataset, tmp_path, monkeypatch):
     texts = [(ROOT / name).read_text() for name in ("README.md", "TRAINING_INSTRUCTIONS.md")]
     text = "\n".join(texts).replace("\\\n", " ")
     text = re.sub(r"for name in ([^;]*); do\n(.*?)\ndone", lambda loop: unrolled(*loop.groups()), text, flags=re.DOTALL)
@@ -376,12 +376,12 @@ def test_the_commands_of_the_documents_are_accepted(small_corpus, tmp_path, monk
         local, nodes = (re.search(rf"--{key}=(\d+)", launcher) for key in ("nproc_per_node", "nnodes"))
         pretend(monkeypatch, int(local[1]) * int(nodes[1] if nodes else 1), int(local[1]))
         argv = [argument for argument in argv.split() if argument.startswith(("config/", "--"))]
-        replaced = [f"--dataset={small_corpus}", "--block_size=64", "--device=cpu", f"--out_dir={tmp_path}"]
+        replaced = [f"--dataset={small_dataset}", "--block_size=64", "--device=cpu", f"--out_dir={tmp_path}"]
         prepare(configure(Config, [*argv, *replaced]))
     assert len(commands) > 12 and any("out-smoke" in command for command in commands)
 
 
-def check_run_of_config(folder, path):
+def assert_run_of_config(folder, path):
     log = read_log(folder / f"out-{path.stem.removeprefix('train_').replace('_', '-')}-cpu" / "log.txt")
     assert log.header["layout"] == "dp 8 x tp 1, 2 shards a rank"
     assert log.header["syncs"].startswith(f"{syncs_in_name(path)} of 24 ")
@@ -390,20 +390,20 @@ def check_run_of_config(folder, path):
 
 
 @pytest.mark.timeout(400)
-def test_the_config_files_on_eight_processes(small_corpus, tmp_path):
+def test_the_config_files_on_eight_processes(small_dataset, tmp_path):
     """Each in turn in the same eight processes, the first also by its launch command."""
-    small = ["config/on_cpu.py", f"--dataset={small_corpus}", "--max_iters=2", "--warmup_iters=1", "--eval_iters=1"]
+    small = ["config/on_cpu.py", f"--dataset={small_dataset}", "--max_iters=2", "--warmup_iters=1", "--eval_iters=1"]
     small += ["--n_embd=32"]
     first = [f"config/{CONFIGS[0].name}", *small]
     succeeded(run_script([TRAIN, *first], nproc=8, cwd=tmp_path, timeout=200))
-    check_run_of_config(tmp_path, CONFIGS[0])
+    assert_run_of_config(tmp_path, CONFIGS[0])
     expected = log_lines(tmp_path / "out-baseline-24sync-cpu")
     shutil.rmtree(tmp_path / "out-baseline-24sync-cpu")
     runs = [[f"config/{path.name}", *small] for path in CONFIGS]
     out = succeeded(run_script([RANKS_AGREE, *chain(runs)], nproc=8, cwd=tmp_path, timeout=200))
     assert out.count("8 ranks agree\n") == len(CONFIGS) == 7
     for path in CONFIGS:
-        check_run_of_config(tmp_path, path)
+        assert_run_of_config(tmp_path, path)
     assert log_lines(tmp_path / "out-baseline-24sync-cpu") == expected
 
 
@@ -421,13 +421,13 @@ def cross_entropies(folder):
 
 
 @pytest.mark.timeout(240)
-def test_it_learns(text_corpus, tmp_path):
+def test_it_learns(text_dataset, tmp_path):
     """Below the unigram entropy a model knows which character stands before; below the bigram's it attends further."""
-    unigram, bigram = cross_entropies(text_corpus)
+    unigram, bigram = cross_entropies(text_dataset)
     keys = dict(n_layer=2, n_embd=64, block_size=64, batch_size=16, gradient_accumulation_steps=1)
     keys |= dict(learning_rate=1e-2, min_lr=1e-3, warmup_iters=30, max_iters=400)
     keys |= dict(eval_interval=200, eval_iters=0, log_interval=50)
-    succeeded(run_script([TRAIN, *tiny(text_corpus, **keys)], cwd=tmp_path, timeout=200))
+    succeeded(run_script([TRAIN, *tiny(text_dataset, **keys)], cwd=tmp_path, timeout=200))
     (_, _, first), _, (_, train_loss, val_loss) = read_log(tmp_path / "out" / "log.txt").evaluations
     print(f"unigram {unigram:.3f}, bigram {bigram:.3f}, untrained {first:.3f}, trained {val_loss:.3f}")
     assert first == pytest.approx(np.log(128), abs=0.3)  # nearly uniform at first
@@ -454,7 +454,7 @@ def interrupt(argv, folder, number, after):
 
 
 @pytest.fixture(scope="module")
-def resumed(small_corpus, tmp_path_factory):
+def resumed(small_dataset, tmp_path_factory):
     """Folders: `whole` with an uninterrupted run, `halves` with one that was stopped, killed and resumed each time.
 
     `stopped` is `halves` as the first stop left it.
@@ -462,7 +462,7 @@ def resumed(small_corpus, tmp_path_factory):
     root = tmp_path_factory.mktemp("resumed")
     for name in ("whole", "halves"):
         (root / name).mkdir()
-    argv = tiny(small_corpus, **LONG)
+    argv = tiny(small_dataset, **LONG)
     succeeded(run_script([TRAIN, *argv], cwd=root / "whole"))
     code, out = interrupt(argv, root / "halves", signal.SIGTERM, after=25)
     assert code == 0 and re.search(r"stopped at step \d+ and saved; go on with --init_from=resume\n$", out)
@@ -494,11 +494,11 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(resumed):
             assert torch.equal(moment, b["optimizer"][name][key]), (name, key)
 
 
-def test_resuming_at_another_tp_size(resumed, small_corpus, tmp_path):
+def test_resuming_at_another_tp_size(resumed, small_dataset, tmp_path):
     """The same to the last digit for 30 steps after the stop; afterwards rounding may have grown into the digits."""
     shutil.copytree(resumed / "stopped", tmp_path, dirs_exist_ok=True)
     step = load(tmp_path)["step"]
-    argv = tiny(small_corpus, **LONG, tp_size=2, init_from="resume")
+    argv = tiny(small_dataset, **LONG, tp_size=2, init_from="resume")
     succeeded(run_script([TRAIN, *argv], nproc=2, cwd=tmp_path))
     header = read_log(tmp_path / "out" / "log.txt").header
     assert header["layout"] == "dp 1 x tp 2, 1 shards a rank" and f"resumed at step {step}" in header
@@ -513,24 +513,24 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_finished_run_resumed_changes_nothing(resumed, small_corpus):
+def test_a_finished_run_resumed_changes_nothing(resumed, small_dataset):
     before = contents(resumed / "whole" / "out")
-    argv = tiny(small_corpus, **LONG, init_from="resume")
+    argv = tiny(small_dataset, **LONG, init_from="resume")
     out = succeeded(run_script([TRAIN, *argv], cwd=resumed / "whole"))
     assert out == "out: finished already, at step 300 of 300: nothing to do\n"
     assert contents(resumed / "whole" / "out") == before
 
 
-def test_eval_only_of_a_checkpoint_changes_nothing(resumed, small_corpus):
+def test_eval_only_of_a_checkpoint_changes_nothing(resumed, small_dataset):
     before = contents(resumed / "whole" / "out")
-    argv = tiny(small_corpus, **LONG, init_from="resume", eval_only=True)
+    argv = tiny(small_dataset, **LONG, init_from="resume", eval_only=True)
     out = succeeded(run_script([TRAIN, *argv], cwd=resumed / "whole"))
     assert out == log_lines(resumed / "whole" / "out")[-1] + "\n"
     assert contents(resumed / "whole" / "out") == before
 
 
-def test_starting_over_in_the_folder_of_a_run_is_refused(resumed, small_corpus):
-    refused(tiny(small_corpus, resumed / "whole" / "out", **LONG), "holds a run already", "--init_from=resume")
+def test_starting_over_in_the_folder_of_a_run_is_refused(resumed, small_dataset):
+    refused(tiny(small_dataset, resumed / "whole" / "out", **LONG), "holds a run already", "--init_from=resume")
 
 
 @pytest.mark.parametrize(
@@ -542,23 +542,23 @@ def test_starting_over_in_the_folder_of_a_run_is_refused(resumed, small_corpus):
     ],
     ids=str,
 )
-def test_resuming_another_model_names_the_fields(resumed, small_corpus, keys, words):
-    argv = tiny(small_corpus, resumed / "whole" / "out", init_from="resume", **LONG, **keys)
+def test_resuming_another_model_names_the_fields(resumed, small_dataset, keys, words):
+    argv = tiny(small_dataset, resumed / "whole" / "out", init_from="resume", **LONG, **keys)
     refused(argv, "another model", "ckpt.pt", *words)
 
 
-def test_resuming_with_another_dropout_or_schedule_is_allowed(resumed, small_corpus):
+def test_resuming_with_another_dropout_or_schedule_is_allowed(resumed, small_dataset):
     keys = LONG | dict(init_from="resume", dropout=0.1, learning_rate=6e-4, max_iters=500)
-    *_, saved = prepare(configure(Config, tiny(small_corpus, resumed / "whole" / "out", **keys)))
+    *_, saved = prepare(configure(Config, tiny(small_dataset, resumed / "whole" / "out", **keys)))
     assert saved["step"] == 300
 
 
-def test_resuming_with_other_settings_says_which(resumed, small_corpus, tmp_path):
+def test_resuming_with_other_settings_says_which(resumed, small_dataset, tmp_path):
     """In the terminal and in the log; what changes nothing that is learned is not named."""
     shutil.copytree(resumed / "stopped", tmp_path, dirs_exist_ok=True)
     step = load(tmp_path)["step"]
     keys = LONG | dict(max_iters=step + 1, init_from="resume", learning_rate=1e-3, dropout=0.1, log_interval=2)
-    out = succeeded(run_script([TRAIN, *tiny(small_corpus, **keys)], cwd=tmp_path))
+    out = succeeded(run_script([TRAIN, *tiny(small_dataset, **keys)], cwd=tmp_path))
     changed = f"dropout 0.0 -> 0.1, learning_rate 0.005 -> 0.001, max_iters 300 -> {step + 1}"
     assert f"resumed at step {step} with other settings: {changed}\n" in out
     assert f"# changed since step {step}: {changed}\n" in (tmp_path / "out" / "log.txt").read_text()
@@ -566,21 +566,21 @@ def test_resuming_with_other_settings_says_which(resumed, small_corpus, tmp_path
     assert load(tmp_path)["config"]["dtype"] == "float32"  # what it came to
 
 
-def test_a_restart_by_torchrun_resumes(resumed, small_corpus, monkeypatch):
+def test_a_restart_by_torchrun_resumes(resumed, small_dataset, monkeypatch):
     monkeypatch.setattr(script, "RESTART_COUNT", 1)
-    config = configure(Config, tiny(small_corpus, resumed / "whole" / "out", **LONG))
+    config = configure(Config, tiny(small_dataset, resumed / "whole" / "out", **LONG))
     *_, saved = prepare(config)
     assert saved["step"] == 300 and config.init_from == "resume"
 
 
-def test_a_save_that_fails_ends_the_run_and_leaves_the_checkpoint_whole(resumed, small_corpus, tmp_path):
+def test_a_save_that_fails_ends_the_run_and_leaves_the_checkpoint_whole(resumed, small_dataset, tmp_path):
     shutil.copytree(resumed / "stopped", tmp_path, dirs_exist_ok=True)
     before = contents(tmp_path / "out")
 
     def small_files():  # as on a full disk: writing fails in the middle of the file
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["ckpt.pt"]) // 2, resource.RLIM_INFINITY))
 
-    argv = tiny(small_corpus, **LONG, init_from="resume")
+    argv = tiny(small_dataset, **LONG, init_from="resume")
     process = run_script([TRAIN, *argv], cwd=tmp_path, preexec_fn=small_files)
     assert process.returncode == 1
     errors = [line for line in process.stderr.splitlines() if "error" in line.lower()]
@@ -592,7 +592,7 @@ def test_a_save_that_fails_ends_the_run_and_leaves_the_checkpoint_whole(resumed,
 # --- h. what else can be switched on
 
 
-def test_wandb_failing_does_not_stop_the_run(small_corpus, tmp_path):
+def test_wandb_failing_does_not_stop_the_run(small_dataset, tmp_path):
     """A wandb that cannot start, then one that starts and cannot log."""
     (tmp_path / "wandb.py").write_text(
         """
@@ -609,7 +609,7 @@ def init(**_):
     return Run()
 """
     )
-    runs = [tiny(small_corpus, name, wandb_log=True, max_iters=2, warmup_iters=1) for name in ("out-1", "out-2")]
+    runs = [tiny(small_dataset, name, wandb_log=True, max_iters=2, warmup_iters=1) for name in ("out-1", "out-2")]
     env = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     process = run_script([RANKS_AGREE, *chain(runs)], cwd=tmp_path, env=env)
     succeeded(process)
@@ -640,8 +640,8 @@ def test_wandb_without_a_login_asks_nothing(tmp_path, mode):
         assert said.startswith("wandb failed, going on without it: No API key") and said.count("\n") == 1
 
 
-def test_gpt2_weights_without_a_network_are_one_line(small_corpus, tmp_path):
-    argv = tiny(small_corpus, init_from="gpt2", architecture="baseline")
+def test_gpt2_weights_without_a_network_are_one_line(small_dataset, tmp_path):
+    argv = tiny(small_dataset, init_from="gpt2", architecture="baseline")
     env = {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1"}
     process = run_script([TRAIN, *argv], cwd=tmp_path, env=env)
     assert process.returncode == 1 and "Traceback" not in process.stderr, process.stderr
@@ -651,8 +651,8 @@ def test_gpt2_weights_without_a_network_are_one_line(small_corpus, tmp_path):
 
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler for torch.compile")
-def test_torch_compile(small_corpus, tmp_path):
+def test_torch_compile(small_dataset, tmp_path):
     env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    runs = [factorised(small_corpus, f"compile-{on}", compile=on, n_layer=2) for on in (True, False)]
+    runs = [factorised(small_dataset, f"compile-{on}", compile=on, n_layer=2) for on in (True, False)]
     succeeded(run_script([RANKS_AGREE, *chain(runs)], cwd=tmp_path, env=env, timeout=280))
     assert_same_to_the_last_digit(log_lines(tmp_path / "out-compile-True"), log_lines(tmp_path / "out-compile-False"))

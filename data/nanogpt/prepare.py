@@ -1,4 +1,4 @@
-"""nanoGPT's own train.bin and val.bin, as they are: checks them, and writes the meta.json that training needs.
+"""nanoGPT's own train.bin and val.bin as they are: sees that they fit, and writes the meta.json that training needs.
 
     python data/nanogpt/prepare.py --folder ~/nanoGPT/data/shakespeare_char      says the --dataset to train with
 
@@ -72,7 +72,7 @@ def read_vocabulary(path):
         raise ValueError(f"{path} is not nanoGPT's vocab_size, itos and stoi of characters: {reason}") from None
 
 
-def check_bin(path, vocab_size, vocabulary):
+def read_bin(path, vocab_size, vocabulary):
     """(number of tokens, sha256) of a file of uint16 token ids. Raises ValueError where it is none."""
     size = path.stat().st_size
     if size == 0 or size % 2:
@@ -100,7 +100,7 @@ def main():
         return
     if (folder / "meta.json").exists():
         raise ValueError(f"{folder / 'meta.json'} is there, and is about other files: remove it first")
-    bins = {split: check_bin(folder / f"{split}.bin", vocab_size, vocabulary) for split in ("train", "val")}
+    bins = {split: read_bin(folder / f"{split}.bin", vocab_size, vocabulary) for split in ("train", "val")}
     preparing.write_meta(folder, bins, vocab_size, tokenizer, source, chars)
     print(f"the tokens are taken for ids of {vocabulary}; train with --dataset={folder}")
 

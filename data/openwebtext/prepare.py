@@ -8,7 +8,7 @@
     python data/openwebtext/prepare.py --out_dir DIR               write there (default: beside this script)
 
 Each document is encoded with GPT-2's BPE and followed by one end-of-text token (50256). 0.05 % of the documents, at
-least one, drawn with nanoGPT's seed, are held out for validation; of a few short ones hold out more. The files are raw
+least one, chosen with nanoGPT's seed, are held out for validation; of a few short ones hold out more. The files are raw
 little-endian uint16. The whole set, as nanoGPT publishes it, is 8,013,769 documents:
 
     train.bin  18.1 GB  9,035,582,198 tokens
@@ -62,7 +62,7 @@ def kind_of(path):
     return next((kind for ending, kind in KINDS.items() if path.name.lower().endswith(ending)), None)
 
 
-def describe_source(data_files, max_docs, val_fraction):
+def source_of(data_files, max_docs, val_fraction):
     """One line that says which documents these are: for files of one's own with the hash of their content."""
     if data_files:
         digest = hashlib.sha256("".join(map(preparing.file_sha256, data_files)).encode()).hexdigest()
@@ -116,7 +116,7 @@ def ctrl_c_ends_at_once():
     """On Ctrl-C, end this process and its workers, with preparing.run's line and exit code.
 
     No KeyboardInterrupt: it is lost if it comes while a worker starts (Python ignores it in fork hooks), and datasets
-    and its pool of processes may answer it with another exception or wait for ever. Nothing of ours is being written.
+    and its pool of processes may answer it with another exception or never end. Nothing of ours is being written.
     """
     parent = os.getpid()
 
@@ -260,7 +260,7 @@ def main():
         if "::" in (name := str(path.absolute())) or os.path.expandvars(name) != name:
             raise ValueError(f"--data_files has {path}: the datasets library takes no path with :: or $NAME")
 
-    source = describe_source(args.data_files, args.max_docs, args.val_fraction)
+    source = source_of(args.data_files, args.max_docs, args.val_fraction)
     if preparing.is_complete(args.out_dir, "gpt2", source):
         print(f"{args.out_dir}: already there, {source}")
         return
@@ -273,7 +273,7 @@ def main():
         split: (int(dataset.with_format("numpy")["len"][:].sum()), chunks(dataset, split))
         for split, dataset in tokenized.items()
     }
-    preparing.write_corpus(args.out_dir, splits, 50257, "gpt2", source)
+    preparing.write_dataset(args.out_dir, splits, 50257, "gpt2", source)
 
 
 if __name__ == "__main__":

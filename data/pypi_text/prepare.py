@@ -3,10 +3,10 @@
     python data/pypi_text/prepare.py                   about a minute with the download
     python data/pypi_text/prepare.py --out_dir DIR     write there (default: beside this script)
 
-A corpus for models too large for Shakespeare's 4.6 million characters. The text comes from a fixed list of PyPI source
+A dataset for models too large for Shakespeare's 4.6 million characters. The text comes from a fixed list of PyPI source
 archives, pinned by version and hash, which pip downloads; they are unpacked, never installed or run. Taken are the .py,
 .rst, .md and .txt files that are plain ASCII (so a character is a byte) and at most 1 MB, each content once, in the
-order of their names. A file in a hundred, drawn by the hash of its content, is held out for validation.
+order of their names. A file in a hundred, chosen by the hash of its content, is held out for validation.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main():
     ids = np.zeros(128, "<u2")
     ids[codes] = np.arange(len(codes))
     splits = {split: (len(stream), [ids[stream]]) for split, stream in streams.items()}
-    preparing.write_corpus(args.out_dir, splits, len(codes), "char", source, "".join(map(chr, codes)))
+    preparing.write_dataset(args.out_dir, splits, len(codes), "char", source, "".join(map(chr, codes)))
 
 
 if __name__ == "__main__":
