@@ -21,6 +21,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,7 +37,7 @@ from reduced_sync.decode_timing import Decoding, patterns_of
 from reduced_sync.figures import draw_decoding
 
 
-def peak_memory(device, reset=False):
+def peak_memory(device: torch.device, reset: bool = False) -> int:
     """The most bytes this process has held since the last reset: of the GPU's memory, or on a CPU of RAM."""
     if device.type == "cuda":
         if reset:
@@ -56,7 +57,7 @@ def peak_memory(device, reset=False):
 # train: a step is forward, backward and AdamW
 
 
-def training(candidate, layout, args):
+def training(candidate: Candidate, layout: parallel.Layout, args: "Train") -> Callable[[], tuple[float, int]]:
     """A function that trains `args.steps` steps and returns (seconds a step, peak bytes)."""
     model = build(candidate, layout, args)
     if candidate.pattern:
@@ -93,7 +94,7 @@ def training(candidate, layout, args):
     return measured
 
 
-def train(args):
+def train(args: "Train") -> list[dict]:
     """Tokens/s and peak memory a rank of every candidate, eager and compiled, with the ratios to the first."""
     modes = {"eager": [False], "compiled": [True], "both": [False, True]}[args.mode]
     table = []
@@ -118,7 +119,7 @@ def train(args):
 # decode: time to the first token (TTFT) and per token after it (TPOT)
 
 
-def summarize(rounds, case, n_forwards):
+def summarize(rounds: list, case: tuple, n_forwards: int) -> dict:
     """One case in figures: medians over tokens and rounds, of the slowest rank; all-reduces over all ranks."""
     ranks = [[one[rank][0][case] for one in rounds] for rank in range(len(rounds[0]))]
     calls = [calls for rank in ranks for _, _, calls in rank]
@@ -134,7 +135,7 @@ def summarize(rounds, case, n_forwards):
     }
 
 
-def constants_of(rounds, B, T, args):
+def constants_of(rounds: list, B: int, T: int, args: "Decode") -> tuple[float, Accelerator, latency.Link | None]:
     """(bytes/s that a rank streams, Accelerator, Link or None): medians of what all ranks measured."""
     found = [constants for one in rounds for _, constants in one]
     middle = {key: statistics.median(one[key] for one in found) for key in found[0]}
@@ -147,7 +148,7 @@ def constants_of(rounds, B, T, args):
     return middle["stream"], accelerator, link
 
 
-def decode(args):
+def decode(args: "Decode") -> list[dict]:
     """TTFT and TPOT of every sync pattern at every tp_size, its all-reduces, and what bounds it; against rivals."""
     for tp_size in args.tp_sizes:
         if args.n_shard % tp_size or args.n_head % args.n_shard:
@@ -178,7 +179,9 @@ def decode(args):
     return table
 
 
-def figures_of(tp_size, setup, measured, shape, B, T, args):
+def figures_of(
+    tp_size: int, setup: list[Candidate], measured: list, shape: latency.Shape, B: int, T: int, args: "Decode"
+) -> dict:
     """The figures of one tp_size, batch size and prompt length."""
     figures = partial(summarize, n_forwards=args.new_tokens + 1)
     stream, accelerator, link = constants_of(measured[0], B, T, args)
@@ -213,7 +216,7 @@ def figures_of(tp_size, setup, measured, shape, B, T, args):
     return case
 
 
-def print_case(case):
+def print_case(case: dict) -> None:
     """One case as a table, in milliseconds."""
     many, bound = case["tp_size"] > 1, 1000 * case["bound_s"]
     print(f"\ntp_size {case['tp_size']}, batch {case['batch_size']}, prompt {case['prompt']}")
@@ -246,7 +249,7 @@ def print_case(case):
 # predict: latency.py with public figures
 
 
-def predict(args):
+def predict(args: "Predict") -> list[dict]:
     """PREDICTED time per token and to the first token on named links, by the cost model of latency.py."""
     shape = latency.Shape(args.n_layer, args.n_embd, args.vocab_size, args.itemsize)
     accelerator = NAMED[args.accelerator]
@@ -346,7 +349,8 @@ COMMANDS = {  # name: (job, its options, the key of arguments without one)
 }
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+    """Run the command that argv names, and write its results where --json asks for them."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("command", choices=COMMANDS, help="bench.py COMMAND --help lists its keys")

@@ -35,7 +35,8 @@ class Options:
     csv: str | None = option(None, "where the table goes as CSV, if anywhere", is_path=True)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+    """Compare the runs that argv names."""
     with one_line_errors():
         options = parse(Options, argv, "paths", __doc__)
         check_figure(options.png)

@@ -44,7 +44,7 @@ class Study:
     tolerance: float = option(2.0, "percent above the baseline that count as equal, for compare.py", least=0)
 
 
-def check_study(study):
+def check_study(study: Study) -> None:
     """Raise ValueError for a study that cannot be run."""
     if not study.out_dir:
         raise ValueError("out_dir is empty: it must name a folder")
@@ -87,7 +87,7 @@ class Run:
         self.step, self.evaluated, self.finished = 0, 0, False
         self.step_work = keys["n_layer"] * keys["n_embd"] ** 2  # about a step's share of the time
 
-    def look(self):
+    def look(self) -> None:
         """Read from its log where it stands. Raises ValueError for the log of another run."""
         try:
             log = read_log(self.out_dir / "log.txt")
@@ -103,7 +103,7 @@ class Run:
         self.evaluated = len(log.evaluations)
         self.finished = any(step == self.keys["max_iters"] for step, *_ in log.evaluations)
 
-    def tokens_left(self):
+    def tokens_left(self) -> tuple[int, int]:
         """(tokens to train on, tokens to evaluate on) until it is finished. Raises ValueError for unusable data."""
         config = self.config
         corpus = Corpus(config.dataset, config.block_size)
@@ -114,7 +114,7 @@ class Run:
         sequences = (config.max_iters - self.step) * config.gradient_accumulation_steps * config.batch_size
         return sequences * config.block_size, evaluations * windows * config.block_size
 
-    def is_held(self):
+    def is_held(self) -> bool:
         """Whether a live process that is not ours trains it."""
         import fcntl  # not on Windows, where the start says so
 
@@ -125,7 +125,7 @@ class Run:
                 return True
         return False
 
-    def start(self, slot, gpus):
+    def start(self, slot: list[str], gpus: bool) -> None:
         """Start or resume it on `slot`, the GPUs or cores of a run."""
         command = [sys.executable, str(HERE / "train_reduced_sync.py")]
         if self.study.processes > 1:
@@ -143,7 +143,7 @@ class Run:
             self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, process_group=0)
         self.slot = slot
 
-    def ended(self):
+    def ended(self) -> bool:
         """Whether its process has ended; `failure` then says why, where it did not finish or stop as asked."""
         if self.process.poll() is None:
             return False
@@ -154,7 +154,7 @@ class Run:
         return True
 
 
-def reason(output, status):
+def reason(output: str, status: int) -> str:
     """Why a process with this output ended with this status: a line that the training script said, or a traceback.
 
     What a rank says of having lost another comes last, and torchrun's own traceback says nothing.
@@ -177,7 +177,7 @@ def reason(output, status):
     return ", after the line: ".join([end, *last])
 
 
-def slots(processes):
+def slots(processes: int) -> tuple[list[list[str]], bool]:
     """(the GPUs or cores for each of the runs that go on at once, as lists of strings; whether they are GPUs)."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = torch.cuda.device_count()
@@ -189,7 +189,7 @@ def slots(processes):
     return [units[i : i + processes] for i in range(0, max(1, len(units) - processes + 1), processes)], bool(gpus)
 
 
-def run_missing(runs, free, gpus):
+def run_missing(runs: list[Run], free: list[list[str]], gpus: bool) -> bool:
     """Train what has not finished. Returns whether it was interrupted; failures are the runs' own."""
     interrupts = []
     for number in stop_signals():
@@ -248,7 +248,7 @@ def _work_done(runs):
     return sum(run.step_work * run.step for run in runs)
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     """The exit status: 130 where the study was stopped, 1 where a run failed."""
     if "--help" in argv or "-h" in argv or not argv:
         print(__doc__, "Keys:\n", describe(Study), sep="\n")

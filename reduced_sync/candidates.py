@@ -6,11 +6,15 @@ several times in another order, since the memory that a process gets can be slow
 
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 
 import reduced_sync_model as rsm
 from reduced_sync import parallel
@@ -27,13 +31,14 @@ class Candidate:
     compile: bool = False
 
     @property
-    def label(self):
+    def label(self) -> str:
+        """As it is printed: the name, and what it does not say."""
         tp = f" tp {self.tp_size}" if self.tp_size > 1 else ""
         return f"{self.name}{tp}{' compiled' if self.compile else ''}"
 
 
-def parse_candidate(text, n_layer, tp_size=1, compiled=False):
-    """`gpt2`, or VARIANT@N_SHARD with VARIANT baseline, spd, grouped:LAYERS or a pattern -> Candidate."""
+def parse_candidate(text: str, n_layer: int, tp_size: int = 1, compiled: bool = False) -> Candidate:
+    """`gpt2`, or VARIANT@N_SHARD with VARIANT baseline, spd, grouped:LAYERS or a pattern. Raises ValueError."""
     if text == "gpt2":
         return Candidate(text, compile=compiled)
     variant, _, n_shard = text.partition("@")
@@ -43,9 +48,10 @@ def parse_candidate(text, n_layer, tp_size=1, compiled=False):
     return Candidate(text, pattern, int(n_shard), tp_size, compiled)
 
 
-def measure(candidates, job, args):
+def measure(candidates: list[Candidate], job: Callable, args: Any) -> list[list[list]]:
     """What `job` measures of the candidates in alternating rounds: [candidate][round][rank].
 
+    job(candidate, layout, args), on each rank, returns the function that measures once. `args` are bench.py's options.
     Raises ValueError for what cannot be built, ChildProcessError if a process ends before its time.
     """
     device, _, _ = parallel.choose_device(args.device, args.dtype)
@@ -66,7 +72,7 @@ def measure(candidates, job, args):
     return results
 
 
-def start(candidate, job, store, args):
+def start(candidate: Candidate, job: Callable, store: str, args: Any) -> list[Connection]:
     """Start a candidate's processes and let them build and warm up; returns a pipe for each rank."""
     context = mp.get_context("spawn")
     ranks = []
@@ -79,7 +85,7 @@ def start(candidate, job, store, args):
     return ranks
 
 
-def answers(ranks, message):
+def answers(ranks: list[Connection], message: str) -> list:
     """Send `message` to all ranks and return their answers. Raises ChildProcessError if a process ended instead."""
     try:
         for pipe in ranks:
@@ -90,7 +96,7 @@ def answers(ranks, message):
 
 
 @parallel.clear_errors()
-def serve(pipe, rank, candidate, job, store, args):
+def serve(pipe: Connection, rank: int, candidate: Candidate, job: Callable, store: str, args: Any) -> None:
     """A rank's process: build what `job` makes, then measure at each message until the last one."""
     device, dtype, backend = parallel.choose_device(args.device, args.dtype)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // candidate.tp_size))
@@ -105,13 +111,13 @@ def serve(pipe, rank, candidate, job, store, args):
     pipe.send("ended")
 
 
-def config_of(candidate, args):
+def config_of(candidate: Candidate, args: Any) -> rsm.GPTConfig:
     """The GPTConfig of one of our candidates, or the sizes of transformers' in its terms. Raises ValueError."""
     sizes = {key: getattr(args, key) for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
     return rsm.GPTConfig(**sizes, n_shard=candidate.n_shard, sync_pattern=candidate.pattern)
 
 
-def build(candidate, layout, args):
+def build(candidate: Candidate, layout: parallel.Layout, args: Any) -> nn.Module:
     """The model of a candidate with random weights, on its device."""
     torch.manual_seed(0)
     if candidate.pattern:
@@ -123,6 +129,7 @@ def build(candidate, layout, args):
     return GPT2LMHeadModel(GPT2Config(**shape, n_positions=args.block_size, **no_dropout)).to(layout.device)
 
 
-def synchronize(device):
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -23,7 +23,7 @@ KINDS |= dict.fromkeys("step evaluated skipped bad_steps".split(), int) | {"best
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of AdamW; none before its first update
 
 
-def gather(model, optimizer):
+def gather(model: GPT, optimizer: torch.optim.Optimizer) -> dict:
     """The whole model's parameters and optimizer state on the CPU. Every rank of the TP group has to call it."""
 
     def whole(name, tensor):
@@ -41,7 +41,7 @@ def gather(model, optimizer):
     return state
 
 
-def restore(checkpoint, model, optimizer=None):
+def restore(checkpoint: dict, model: GPT, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Copy this rank's part of a loaded checkpoint into the model and, where given, the optimizer."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -57,7 +57,7 @@ def restore(checkpoint, model, optimizer=None):
                 }
 
 
-def save(checkpoint, out_dir, is_best):
+def save(checkpoint: dict, out_dir: str | Path, is_best: bool) -> None:
     """Write ckpt.pt, durably, keeping the one before; with is_best also ckpt_best.pt.
 
     Raises OSError where that fails; the old files are whole then.
@@ -77,7 +77,7 @@ def save(checkpoint, out_dir, is_best):
     sync_folder(out_dir)
 
 
-def load(path):
+def load(path: str | Path) -> dict:
     """The checkpoint in `path`, read without running anything in it. Raises ValueError with one clear line."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -103,7 +103,7 @@ def load(path):
     return checkpoint
 
 
-def check_model(checkpoint, config, path):
+def check_model(checkpoint: dict, config: GPTConfig, path: str | Path) -> None:
     """Raise ValueError unless the checkpoint holds the model of GPTConfig `config`, naming the fields that differ."""
     try:
         saved = dataclasses.asdict(GPTConfig(**checkpoint["model_args"]))  # older ones lack some fields
@@ -128,7 +128,7 @@ def check_model(checkpoint, config, path):
             )
 
 
-def check_data(checkpoint, meta, path):
+def check_data(checkpoint: dict, meta: dict, path: str | Path) -> None:
     """Raise ValueError naming the fields in which the meta.json of the checkpoint's data differs from `meta`."""
     saved = checkpoint["data"]
     differing = [key for key in dict.fromkeys([*saved, *meta]) if saved.get(key) != meta.get(key)]

@@ -6,9 +6,10 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Iterator
 
 
-def one_line(error):
+def one_line(error: BaseException) -> str:
     """The first line of an error's text, without the middle of a long one; the error's type where it has no text."""
     text = str(error)
     if isinstance(error, OSError) and error.filename and error.strerror:
@@ -18,7 +19,7 @@ def one_line(error):
 
 
 @contextlib.contextmanager
-def one_line_errors(interrupted="interrupted"):
+def one_line_errors(interrupted: str = "interrupted") -> Iterator[None]:
     """End a command of one process with one line on stderr for what users and their machines do wrong, with status 1.
 
     For Ctrl-C the line is `interrupted`, and the status 130. Commands that may have ranks use parallel.clear_errors.
@@ -33,13 +34,13 @@ def one_line_errors(interrupted="interrupted"):
         sys.exit(1)
 
 
-def check_figure(path):
+def check_figure(path: str) -> None:
     """Raise ValueError unless the name of a figure says its format, by which it is written."""
     if os.path.splitext(path)[1] not in (".png", ".pdf", ".svg"):
         raise ValueError(f"a figure's name ends in .png, .pdf or .svg, not as {path!r} does")
 
 
-def stop_signals():
+def stop_signals() -> list[signal.Signals]:
     """The signals that ask for a stop: a kill, Ctrl-C, a scheduler's warning, and a closed terminal unless ignored.
 
     nohup has SIGHUP ignored.
@@ -55,7 +56,8 @@ class Output(io.FileIO):
         super().__init__(number, "w", closefd=False)
         self.unheard = goes_on
 
-    def write(self, data):
+    def write(self, data: bytes) -> int:
+        """Bytes written; all of them where nobody reads. Raises OSError, as of a full disk."""
         try:
             return super().write(data)
         except OSError as error:
@@ -67,7 +69,7 @@ class Output(io.FileIO):
             return len(data)
 
 
-def set_up(goes_on=False):
+def set_up(goes_on: bool = False) -> None:
     """Let output work on every terminal, where a character that it does not have is a `?`, and in a broken pipe.
 
     A command that `goes_on` does its work without a reader, too. Ends with one line on systems that are not supported.

@@ -2,10 +2,12 @@
 
 import csv
 import itertools
+from pathlib import Path
 
 from reduced_sync.figures import draw_comparison
 from reduced_sync.runs import (
     LEAST_TOKENS,
+    Arm,
     baseline_of,
     by_scale,
     comparable,
@@ -17,7 +19,7 @@ from reduced_sync.runs import (
 )
 
 
-def table(arms):
+def table(arms: list[Arm]) -> str:
     """The comparison as text, a line an arm. Columns that only some comparisons need are left out of the others."""
     several = max((len(arm.seeds) for arm in arms), default=1) > 1
     columns = {  # heading: (aligned to the left, shown, cell of an arm and its gap)
@@ -66,7 +68,7 @@ def _gap_cell(arm, difference):
     return f"{difference.percent:+.2f}%" + ("" if difference.final else f" at {difference.step}*")
 
 
-def warnings(arms):
+def warnings(arms: list[Arm]) -> list[str]:
     """A line for each setting in which runs of one size differ, and for each run that changed some on its way."""
     lines = []
     for group in by_scale(arms):
@@ -89,7 +91,7 @@ def warnings(arms):
     return lines
 
 
-def verdict(arms, tolerance):
+def verdict(arms: list[Arm], tolerance: float) -> str:
     """For each size and n_shard a line: the fewest syncs within `tolerance` percent of the baseline, or why not."""
     lines = []
     for scale, n_shard in sorted({(arm.scale, arm.n_shard) for arm in arms}):
@@ -130,7 +132,7 @@ def verdict(arms, tolerance):
     return "\n".join(lines)
 
 
-def write_csv(arms, path):
+def write_csv(arms: list[Arm], path: str | Path) -> None:
     """One row an arm, numbers in full. Raises OSError."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -145,7 +147,7 @@ def write_csv(arms, path):
             writer.writerow((*start, *middle, a.losses.get(a.step, ""), a.deviation, *end))
 
 
-def report(arms, tolerance, png, csv_path=None):
+def report(arms: list[Arm], tolerance: float, png: str | Path, csv_path: str | Path | None = None) -> None:
     """Print the table, warnings and verdict; write the figure and, where asked for, the CSV. Raises OSError."""
     print(table(arms), *warnings(arms), verdict(arms, tolerance), sep="\n")
     if csv_path:

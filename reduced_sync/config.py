@@ -19,9 +19,17 @@ import reprlib
 import types
 import typing
 from pathlib import Path
+from typing import Any
 
 
-def option(default, meaning, least=None, below=2**63, allowed=None, is_path=False):
+def option(
+    default: Any,
+    meaning: str,
+    least: float | None = None,
+    below: float = 2**63,
+    allowed: tuple | None = None,
+    is_path: bool = False,
+) -> Any:
     """A field of a config dataclass: its default, a line for --help, and what a value other than None must be.
 
     A number with `least` is at least that and less than `below`; with `allowed` a value is one of those. Where
@@ -31,7 +39,7 @@ def option(default, meaning, least=None, below=2**63, allowed=None, is_path=Fals
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def configure(cls, argv):
+def configure(cls: type, argv: list[str]) -> Any:
     """The config of dataclass `cls` that the arguments `argv` ask for. Raises ValueError with one clear line."""
     values = {field.name: field.default for field in dataclasses.fields(cls)}
     for path in argv:
@@ -46,7 +54,7 @@ def configure(cls, argv):
     return _config(cls, values)
 
 
-def parse(cls, argv, listed, description, program=None):
+def parse(cls: type, argv: list[str], listed: str, description: str, program: str | None = None) -> Any:
     """The config of dataclass `cls` that the arguments `argv` of a command without config files ask for.
 
     --key=value, or --key value; a list is --key=1,2 or --key 1 2, and a switch may be --key alone. Arguments without a
@@ -91,7 +99,7 @@ def _config(cls, values):
     return config
 
 
-def check_bounds(config):
+def check_bounds(config: Any) -> None:
     """Raise ValueError with one clear line for a value of `config` that its option does not allow."""
     for field in dataclasses.fields(config):
         least, below, allowed = (field.metadata[bound] for bound in ("least", "below", "allowed"))
@@ -104,7 +112,7 @@ def check_bounds(config):
                 raise ValueError(f"{field.name}={one} must be at least {least}, and below {limit}")
 
 
-def describe(cls):
+def describe(cls: type) -> str:
     """A line per key of `cls`: name, default, meaning."""
     lines = [f"  --{field.name}={field.default!s:<12} {field.metadata['meaning']}" for field in dataclasses.fields(cls)]
     return "\n".join(lines)

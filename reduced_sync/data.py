@@ -5,6 +5,7 @@ data/NAME/ holds train.bin and val.bin (uint16 token ids) and meta.json, made by
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,9 @@ class Corpus:
             )
         self.splits = {split: self._open(split) for split in ("train", "val")}
 
-    def train_batches(self, seed, step, windows, batch_size, part, parts):
+    def train_batches(
+        self, seed: int, step: int, windows: int, batch_size: int, part: int, parts: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the micro-batches (x, y), each (batch_size, block_size) int64, of one of `parts` shares of a step.
 
         The step's `windows` are a function of (seed, step); parts x batch_size must divide them.
@@ -41,7 +44,7 @@ class Corpus:
         for first in range(part * share, (part + 1) * share, batch_size):
             yield self._cut("train", starts[first : first + batch_size])
 
-    def evaluation_starts(self, split, batches, batch_size):
+    def evaluation_starts(self, split: str, batches: int, batch_size: int) -> np.ndarray:
         """Where the fixed windows of an evaluation start in `split`; they do not overlap.
 
         They are `batches` x batch_size spread evenly, or with 0 the whole of val, its last window cut short by the
@@ -54,7 +57,9 @@ class Corpus:
         windows = min(windows, length // T)
         return np.arange(windows) * (length // windows)
 
-    def evaluation_batches(self, split, batches, batch_size, part, parts):
+    def evaluation_batches(
+        self, split: str, batches: int, batch_size: int, part: int, parts: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         """Yield one of `parts` shares of the windows of `evaluation_starts`.
 
         Each batch is (x, y, n) with n counted targets; rows and places that fill a batch up have the target -1.

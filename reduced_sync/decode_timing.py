@@ -4,7 +4,9 @@ import dataclasses
 import itertools
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,9 +14,10 @@ import torch.distributed as dist
 import reduced_sync_model as rsm
 from reduced_sync import decoding, latency
 from reduced_sync.candidates import build, parse_candidate, synchronize
+from reduced_sync.parallel import Layout
 
 
-def patterns_of(args):
+def patterns_of(args: Any) -> dict[str, str]:
     """{name: sync pattern} of the variants to decode with."""
     return {name: parse_candidate(f"{name}@{args.n_shard}", args.n_layer).pattern for name in args.patterns}
 
@@ -25,14 +28,16 @@ class AllReduceMeter:
     def __init__(self, device):
         self.device, self.calls = device, []
 
-    def mark(self):
+    def mark(self) -> float | torch.cuda.Event:
+        """This moment: seconds on a CPU, an event in a GPU's queue."""
         if self.device.type == "cpu":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def all_reduce(self, tensor, *arguments, **keys):
+    def all_reduce(self, tensor: torch.Tensor, *arguments, **keys) -> dist.Work | None:
+        """dist.all_reduce, timed."""
         begin = self.mark()
         work = self.original(tensor, *arguments, **keys)
         self.calls.append((tensor.nbytes, begin, self.mark()))
@@ -45,7 +50,7 @@ class AllReduceMeter:
     def __exit__(self, *_):
         dist.all_reduce = self.original
 
-    def take(self):
+    def take(self) -> list[tuple[int, float]]:
         """[(bytes, seconds)] of the calls since the last take, after they have ended."""
         synchronize(self.device)  # an event has no time before the GPU has come to it
         on_cpu = self.device.type == "cpu"
@@ -54,7 +59,7 @@ class AllReduceMeter:
         return taken
 
 
-def sharing(base, pattern, group):
+def sharing(base: rsm.GPT, pattern: str, group: dist.ProcessGroup | None) -> rsm.GPT:
     """A model with the weights of `base`, another sync pattern and another TP group."""
     config = dataclasses.replace(base.config, sync_pattern=pattern)
     with torch.device("meta"):
@@ -63,7 +68,7 @@ def sharing(base, pattern, group):
     return model.eval()
 
 
-def tensor_parallel_gpt2(model, tp_size, device_type):
+def tensor_parallel_gpt2(model: torch.nn.Module, tp_size: int, device_type: str) -> torch.nn.Module:
     """transformers' GPT-2 cut by PyTorch's own tensor parallelism (torch.distributed.tensor.parallel), in place.
 
     That cuts nn.Linear, so the Conv1D layers become such; Q, K and V are reordered so that equal chunks are heads.
@@ -91,7 +96,7 @@ def tensor_parallel_gpt2(model, tp_size, device_type):
     return model
 
 
-def gpt2_times(model, idx, n_tokens):
+def gpt2_times(model: torch.nn.Module, idx: torch.Tensor, n_tokens: int) -> list[float]:
     """The moments at which transformers' generate has each of n_tokens tokens."""
     from transformers.generation.streamers import BaseStreamer
 
@@ -111,7 +116,7 @@ def gpt2_times(model, idx, n_tokens):
     return clock.times[1:]  # the first is the prompt's
 
 
-def our_times(model, idx, n_tokens, layout):
+def our_times(model: torch.nn.Module, idx: torch.Tensor, n_tokens: int, layout: Layout) -> list[float]:
     """The same of our generate, which sample.py uses, too."""
     times = []
     for new in decoding.generate(model, idx, n_tokens, lambda logits: logits.argmax(-1), layout.autocast):
@@ -120,7 +125,7 @@ def our_times(model, idx, n_tokens, layout):
     return times
 
 
-def seconds_of(function, device, repeats=5):
+def seconds_of(function: Callable, device: torch.device, repeats: int = 5) -> float:
     """Median seconds of a call."""
     taken = []
     for _ in range(repeats):
@@ -191,7 +196,7 @@ class Decoding:
         with torch.inference_mode(), self.layout.autocast():
             return cases, self.constants() if self.candidate.pattern else None
 
-    def constants(self):
+    def constants(self) -> dict:
         """What bounds and cost model need to know of this rank, measured while all ranks measure it."""
         args, tp_size, blocks = self.args, self.candidate.tp_size, self.silent.transformer.h
         weights = [decoding.matrix(m) for m in self.silent.modules() if isinstance(m, decoding.LINEAR)]

@@ -1,5 +1,7 @@
 """Decoding: choose tokens from logits, and generate them one after the other with a KV cache."""
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -7,7 +9,13 @@ from torch.nn import functional as F
 from reduced_sync_model import ColumnParallel, KVCache, RowParallel, role_of
 
 
-def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+def choose(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
     """Logits (B, V) -> token ids (B,), sampled from the softmax of logits / temperature; temperature 0: the largest.
 
     top_k > 0 keeps the k largest logits. top_p < 1 then keeps the fewest tokens whose probabilities reach top_p
@@ -29,7 +37,9 @@ def choose(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 
 @torch.inference_mode()
-def generate(model, idx, max_new_tokens, choose, autocast):
+def generate(
+    model: nn.Module, idx: torch.Tensor, max_new_tokens: int, choose: Callable, autocast: Callable
+) -> Iterator[torch.Tensor]:
     """Yield the next token ids (B,) of the prompts idx (B, T), up to max_new_tokens times.
 
     choose: logits (B, vocab_size) -> ids (B,), the same on all TP ranks. autocast(): the context of a forward pass.
@@ -52,7 +62,7 @@ def generate(model, idx, max_new_tokens, choose, autocast):
             unseen, cache.length = window, 0
 
 
-def cast(model, dtype):
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Keep the matrices in `dtype`, to be read faster; norms and biases stay float32. For use under autocast."""
     for name, parameter in model.named_parameters():
         if role_of(name).is_matrix:
@@ -66,7 +76,7 @@ def cast(model, dtype):
 FEW = 8  # rows
 
 
-def multiply_few(x, weight):
+def multiply_few(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x (S, n, in) times weight (S, out, in) -> (S, n, out), for few rows n: torch.bmm(x, weight.mT), but faster."""
     if torch.compiler.is_compiling() and x.size(1) == 1:  # becomes one loop over the matrix, on all threads
         return (weight[:, :, None] * x[:, None]).sum(-1).mT
@@ -79,7 +89,7 @@ def multiply_few(x, weight):
 LINEAR = (ColumnParallel, RowParallel, nn.Linear)
 
 
-def matrix(layer):
+def matrix(layer: nn.Module) -> torch.Tensor:
     """The matrix of a linear layer as (S, out, in); of the head S is 1."""
     weight = layer.weight.mT if isinstance(layer, RowParallel) else layer.weight
     return weight if weight.dim() == 3 else weight[None]
@@ -92,7 +102,8 @@ class FewRows(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (S, B, T, in) -> (S, B, T, out); of the head without S."""
         rows = x.flatten(-3, -2)  # (S, n, in), or (n, in) of the head
         if rows.size(-2) > FEW:
             return self.layer(x)
@@ -102,7 +113,7 @@ class FewRows(nn.Module):
         return y.reshape(*x.shape[:-1], -1)
 
 
-def for_decoding(model, compile=False):
+def for_decoding(model: nn.Module, compile: bool = False) -> nn.Module:
     """The model made ready to decode with: on a CPU its products become FewRows; with `compile`, torch.compile.
 
     To be called last, once weights are loaded and cast. Compiled, the first tokens take a minute.

@@ -100,7 +100,7 @@ def sync_pattern(config: Config) -> str:
     return rsm.parse_pattern(config.architecture, config.n_layer)
 
 
-def check_config(config: Config):
+def check_config(config: Config) -> None:
     """Raise ValueError for values and combinations that cannot be trained, before any process group exists."""
     if not config.out_dir:
         raise ValueError("out_dir is empty: it must name a folder")

@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from reduced_sync.runs import Arm, by_scale, comparable, differ, reference_of, too_short
 
 
-def draw_comparison(arms, path, tolerance):
+def draw_comparison(arms: list[Arm], path: str | Path, tolerance: float) -> None:
     """A figure, a row a size, two panels each: validation loss over steps, and the last one over syncs. Raises OSError.
 
     Of an architecture at several learning rates only the best is drawn. What is within `tolerance` percent of the
@@ -46,17 +47,19 @@ class Look:
         self.counts = sorted({arm.syncs for arm in self.group if not arm.all_synced})
         self.shards = sorted({arm.n_shard for arm in self.group})
 
-    def style(self, n_shard):
+    def style(self, n_shard: int) -> str:
         """The dashes of a line."""
         return ["-", "--", ":", "-."][self.shards.index(n_shard) % 4]
 
-    def marker(self, n_shard):
+    def marker(self, n_shard: int) -> str:
+        """The shape of a point."""
         return "os^D"[self.shards.index(n_shard) % 4]
 
-    def is_control(self, arm):
+    def is_control(self, arm: Arm) -> bool:
+        """Whether it is a dense model of another depth than the baseline."""
         return arm.all_synced and self.reference is not None and arm.n_layer != self.reference.n_layer
 
-    def colour(self, arm):
+    def colour(self, arm: Arm) -> str | tuple:
         """Black for the baseline, red for a control, the others by their syncs."""
         import matplotlib
 
@@ -64,7 +67,7 @@ class Look:
             return "tab:red" if self.is_control(arm) else "black"
         return matplotlib.colormaps["viridis"](self.counts.index(arm.syncs) / max(1, len(self.counts) - 1) * 0.9)
 
-    def label(self, arm):
+    def label(self, arm: Arm) -> str:
         """The variant, and what of the rest differs in the group."""
         size = f" {arm.n_layer}x{arm.n_embd}" if differ(self.group, "n_layer", "n_embd") else ""
         rate = f", lr {arm.learning_rate:g}" if differ(self.group, "learning_rate") else ""
@@ -74,7 +77,8 @@ class Look:
         count = "" if arm.is_selective else f", {arm.syncs} syncs"  # its name says it
         return f"{arm.title}{size}{count}{shard}{rate}{dtype}{other}"
 
-    def is_comparable(self, arm):
+    def is_comparable(self, arm: Arm) -> bool:
+        """Whether its losses are those of the same tokens as the baseline's."""
         return self.reference is None or comparable(arm, self.reference)
 
 
@@ -133,7 +137,7 @@ def _draw_points(axes, look, tolerance):
     axes.grid(alpha=0.3)
 
 
-def draw_decoding(table, path):
+def draw_decoding(table: list[dict], path: str | Path) -> None:
     """A figure of TPOT against sync count at tp_size 2 or more: measured points, fit and bounds. Raises OSError.
 
     `table` holds the cases that bench.py's decode returns.

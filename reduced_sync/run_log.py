@@ -17,6 +17,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from reduced_sync.files import replace_file
 
@@ -40,26 +41,36 @@ class RunLog:
     def __init__(self, path):
         self.file = open(path, "ab", buffering=0)  # what cannot be written must not wait in a buffer
 
-    def line(self, text):
+    def line(self, text: str) -> None:
+        """Append a line, at once."""
         data = (text + "\n").encode()
         if self.file.write(data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
 
-    def header(self, facts):
+    def header(self, facts: dict) -> None:
         """Write the dict `facts` as `# key: value` lines; a dict value is written as JSON on one line."""
         for key, value in facts.items():
             self.line(f"# {key}: {json.dumps(value) if isinstance(value, dict) else value}")
 
-    def close(self):
+    def close(self) -> None:
+        """Close the file."""
         self.file.close()
 
 
-def step_line(step, train_loss, val_loss):
+def step_line(step: int, train_loss: float, val_loss: float) -> str:
     """The line of an evaluation; losses in nats per token."""
     return f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
 
 
-def iter_line(step, loss, seconds, tokens, grad_norm, mfu=None, skipped=None):
+def iter_line(
+    step: int,
+    loss: float,
+    seconds: float,
+    tokens: int,
+    grad_norm: float,
+    mfu: float | None = None,
+    skipped: int | None = None,
+) -> str:
     """The line of one update: `tokens` trained on in `seconds`; `mfu` a fraction, or None where no peak is known.
 
     `skipped` is the number of updates skipped so far where this is one of them.
@@ -79,12 +90,12 @@ class Log:
     iterations: list = field(default_factory=list)  # (step, loss, ms, tokens/s, grad norm)
 
     @property
-    def header(self):
+    def header(self) -> dict:
         """All headers as one; later ones are right."""
         return {key: value for header in self.headers.values() for key, value in header.items()}
 
 
-def read_log(path):
+def read_log(path: str | Path) -> Log:
     """Parse a log.txt, also one that is being written: a last line without its newline is left out.
 
     Raises ValueError where a complete line is none of the forms above, and OSError where the file cannot be read.
@@ -117,7 +128,7 @@ def read_log(path):
     return log
 
 
-def settings(config):
+def settings(config: dict) -> dict:
     """What of a config (a dict, as in a header) decides what a model learns and what its losses are measured on.
 
     The same sequences a step are the same step, however many of them make a micro-step. The data is a matter of its
@@ -136,7 +147,7 @@ def settings(config):
     return result
 
 
-def changes(before, after):
+def changes(before: dict, after: dict) -> str:
     """The settings in which config `after` differs from `before`, as text; a key that only one of them has is unknown.
 
     `learning_rate 0.001 -> 0.002, dropout 0.0 -> 0.1`
@@ -145,7 +156,7 @@ def changes(before, after):
     return ", ".join(f"{key} {old[key]} -> {new[key]}" for key in old if key in new and old[key] != new[key])
 
 
-def drop_lines_after(path, step, evaluated):
+def drop_lines_after(path: str | Path, step: int, evaluated: int) -> None:
     """Cut from the log at `path` what was written after the checkpoint of `step`, which the resumed run writes again.
 
     Kept: headers, updates before `step`, evaluations up to `evaluated`, the last one that the checkpoint knows of. The

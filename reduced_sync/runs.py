@@ -4,6 +4,7 @@ import itertools
 import math
 import statistics
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,50 +41,55 @@ class Arm:
     scale: int = 0  # its size's place among those of all runs: 1 for the smallest
 
     @property
-    def model(self):
+    def model(self) -> tuple:
+        """What tells its architecture from another one's."""
         return self.variant, self.pattern, self.n_shard, self.n_layer, self.n_head, self.n_embd
 
     @property
-    def title(self):
+    def title(self) -> str:
         """The variant, with the pattern where it does not follow from it."""
         return f"{self.variant} {self.pattern}" if self.is_selective else self.variant
 
     @property
-    def is_selective(self):
+    def is_selective(self) -> bool:
+        """Whether its variant does not tell the pattern."""
         return self.variant.startswith("Selective")
 
     @property
-    def reduction(self):
+    def reduction(self) -> float:
         """Percent fewer syncs than standard TP with as many layers."""
         return 100 * (1 - self.syncs / (2 * len(self.pattern)))
 
     @property
-    def counted(self):
+    def counted(self) -> list[dict[int, float]]:
         """The losses of the finished seeds, or of all where none has finished."""
         return [losses for losses in self.seeds.values() if self.max_iters in losses] or list(self.seeds.values())
 
     @property
-    def losses(self):
+    def losses(self) -> dict[int, float]:
         """The mean over the seeds that count, at the steps that all of them have evaluated."""
         steps = set.intersection(*map(set, self.counted))
         return {step: statistics.fmean(losses[step] for losses in self.counted) for step in sorted(steps)}
 
     @property
-    def step(self):
+    def step(self) -> int:
+        """The last step that all counted seeds have evaluated."""
         return max(self.losses, default=0)
 
     @property
-    def finished(self):
+    def finished(self) -> bool:
+        """Whether the counted seeds have evaluated the last step."""
         return self.max_iters in self.losses
 
     @property
-    def deviation(self):
+    def deviation(self) -> float | None:
         """Standard deviation over seeds of the last loss; None for one seed."""
         last = [losses[self.step] for losses in self.counted] if self.losses else []
         return statistics.stdev(last) if len(last) > 1 else None
 
     @property
-    def all_synced(self):
+    def all_synced(self) -> bool:
+        """Whether it is standard tensor parallelism: all syncs, and none hidden."""
         return set(self.pattern) == {"2"} and not self.hidden
 
 
@@ -97,7 +103,7 @@ class Gap:
     margin: float | None  # half of the 95 % confidence interval; None where no noise is known
 
 
-def load_runs(paths):
+def load_runs(paths: Iterable[str | Path]) -> list[Arm]:
     """The runs in `paths`, folders with a log.txt or logs, as Arms: by size, n_shard and most syncs first.
 
     What is no run is skipped with a note on stderr. Raises ValueError with one clear line where nothing else is left.
@@ -131,7 +137,7 @@ def load_runs(paths):
     return sorted(arms, key=lambda arm: (arm.scale, arm.n_shard, -arm.syncs, arm.names))
 
 
-def read_run(path):
+def read_run(path: Path) -> Arm:
     """The run whose folder or log is `path`, as an Arm. Raises ValueError with one clear line where it is none, yet."""
     log_path = path / "log.txt" if path.is_dir() else path
     try:
@@ -182,17 +188,17 @@ def read_run(path):
         raise ValueError(f"{log_path}: its header is not that of a run: {error}") from None
 
 
-def same_data(a, b):
+def same_data(a: Arm, b: Arm) -> bool:
     """Whether two arms have the same data: by its content, or by its name where a log does not know the content."""
     return a.data[1:] == b.data[1:] if None not in a.data + b.data else a.data[0] == b.data[0]
 
 
-def comparable(a, b):
+def comparable(a: Arm, b: Arm) -> bool:
     """Whether the losses of two arms are those of the same tokens."""
     return same_data(a, b) and a.settings["evaluation"] == b.settings["evaluation"]
 
 
-def same_experiment(a, b):
+def same_experiment(a: Arm, b: Arm) -> bool:
     """Whether two arms differ in their seed alone. What an older log does not say is no difference."""
     shared = a.settings.keys() & b.settings.keys()
     equal = all(a.settings[key] == b.settings[key] for key in shared) and same_data(a, b)
@@ -208,7 +214,7 @@ def _variant(config, syncs):
     return " ".join([name, *filter(None, extra)])
 
 
-def baseline_of(arm, arms):
+def baseline_of(arm: Arm, arms: list[Arm]) -> Arm | None:
     """The baseline to compare `arm` with, or None if there is none or more than one that it could be.
 
     Evaluated on the same tokens; of the same size, dtype and n_shard where there is one.
@@ -224,7 +230,7 @@ def baseline_of(arm, arms):
     return baselines[0] if len(baselines) == 1 else None
 
 
-def noise(arms):
+def noise(arms: list[Arm]) -> tuple[float | None, int]:
     """(standard deviation of a run's last loss over seeds in percent of it, degrees of freedom), pooled."""
     several = [arm for arm in arms if arm.finished and arm.deviation is not None and arm.losses[arm.step]]
     freedom = sum(len(arm.counted) - 1 for arm in several)
@@ -232,7 +238,7 @@ def noise(arms):
     return (100 * math.sqrt(squares / freedom) if freedom else None), freedom
 
 
-def gap(arm, arms):
+def gap(arm: Arm, arms: list[Arm]) -> Gap | None:
     """The arm's Gap to its baseline, or None where there is nothing to compare."""
     reference = baseline_of(arm, arms)
     common = set(arm.losses) & set(reference.losses) if reference is not None else set()
@@ -249,20 +255,22 @@ def gap(arm, arms):
     return Gap(percent, step, arm.finished and reference.finished, margin)
 
 
-def by_scale(arms):
+def by_scale(arms: list[Arm]) -> list[list[Arm]]:
+    """The arms of each size, the smallest first."""
     return [[arm for arm in arms if arm.scale == scale] for scale in sorted({arm.scale for arm in arms})]
 
 
-def reference_of(group, arms):
+def reference_of(group: list[Arm], arms: list[Arm]) -> Arm | None:
     """The baseline of the first arm of `group` that has one."""
     return next(filter(None, (baseline_of(arm, arms) for arm in group)), None)
 
 
-def differ(arms, *names):
+def differ(arms: list[Arm], *names: str) -> bool:
+    """Whether the arms differ in any of these fields."""
     return len({tuple(getattr(arm, name) for name in names) for arm in arms}) > 1
 
 
-def too_short(arms):
+def too_short(arms: list[Arm]) -> str:
     """A text that says so where some arms were trained on too few tokens to tell variants apart."""
     fewest = f"{min(arm.tokens / arm.n_params for arm in arms):.2g}"
     return f"too short to tell: {fewest} tokens a parameter" if float(fewest) < LEAST_TOKENS else ""
