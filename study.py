@@ -143,6 +143,12 @@ class Run:
             self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, process_group=0)
         self.slot = slot
 
+    def pass_on(self, signals: list[int]) -> None:
+        """Send its process those of the signals that it has not had; the second one ends a run without saving."""
+        for number in signals[self.told :]:
+            self.process.send_signal(number)
+        self.told = len(signals)
+
     def ended(self) -> bool:
         """Whether its process has ended; `failure` then says why, where it did not finish or stop as asked."""
         if self.process.poll() is None:
@@ -219,10 +225,7 @@ def run_missing(runs: list[Run], free: list[list[str]], gpus: bool) -> bool:
             running.remove(run)
             free.append(run.slot)
             run.look()
-            line = f"{run.name}: failed: {run.failure}" if run.failure else f"{run.name}: stopped, goes on next time"
-            if run.finished:
-                line = f"{run.name}: finished ({sum(run.finished for run in runs)} of {len(runs)})"
-            bar.write(f"{line}{left()}", file=sys.stdout)
+            bar.write(f"{_outcome(run, runs)}{left()}", file=sys.stdout)
             sys.stdout.flush()
         for run in list(waiting) if not interrupts else ():
             if free and not run.is_held():
@@ -232,9 +235,7 @@ def run_missing(runs: list[Run], free: list[list[str]], gpus: bool) -> bool:
         if interrupts and not running:
             break
         for run in running:
-            for number in interrupts[run.told :]:  # the second one ends a run without saving
-                run.process.send_signal(number)
-            run.told = len(interrupts)
+            run.pass_on(interrupts)
             run.look()
         bar.n = _work_done(runs) / total
         names = ", ".join(f"{run.name} {run.step}/{run.keys['max_iters']}" for run in running)
@@ -242,6 +243,13 @@ def run_missing(runs: list[Run], free: list[list[str]], gpus: bool) -> bool:
         time.sleep(1)
     bar.close()
     return bool(interrupts)
+
+
+def _outcome(run, runs):
+    """How a run has ended, one of all `runs`, as a line."""
+    if run.finished:
+        return f"{run.name}: finished ({sum(run.finished for run in runs)} of {len(runs)})"
+    return f"{run.name}: failed: {run.failure}" if run.failure else f"{run.name}: stopped, goes on next time"
 
 
 def _work_done(runs):

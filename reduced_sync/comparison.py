@@ -97,39 +97,43 @@ def verdict(arms: list[Arm], tolerance: float) -> str:
     for scale, n_shard in sorted({(arm.scale, arm.n_shard) for arm in arms}):
         group = [arm for arm in arms if (arm.scale, arm.n_shard) == (scale, n_shard)]
         reference = reference_of(group, arms)
-        size = f"{reference.n_layer}x{reference.n_embd}, " if reference is not None and len(by_scale(arms)) > 1 else ""
-        start = f"{size}n_shard {n_shard}: "
-        variants = [arm for arm in group if not arm.all_synced and arm.finished]
-        gaps = [(arm, difference) for arm in variants if (difference := gap(arm, arms)) is not None]
         if reference is not None and all(arm.all_synced and arm.n_layer < reference.n_layer for arm in group):
             continue  # controls only
-        if reference is None or (variants and not gaps):
-            synced = [other for other in arms if other.all_synced]
-            reason = f"{len(synced) or 'no'} baseline{'s' if synced else ''} among the runs, one is needed"
-            if synced and not any(itertools.starmap(comparable, itertools.product(variants or group, synced))):
-                reason = "evaluated on other windows or data than the baseline"
-            lines.append(start + f"can't say: {reason}")
-        elif not reference.finished:
-            lines.append(start + f"can't say yet: the baseline {reference.names[0]} has not finished")
-        elif not variants:
-            lines.append(start + "can't say: no variant has finished")
-        else:
-            if short := too_short([reference, *(arm for arm, _ in gaps)]):
-                start += f"{short}, at least {LEAST_TOKENS} are needed. Seen so far, no answer: "
-            good = [(arm, difference) for arm, difference in gaps if difference.percent <= tolerance]  # nan is not <=
-            notes = {"unfinished": sum(not arm.finished for arm in group)}
-            notes["evaluated on other windows or data"] = len(variants) - len(gaps)
-            note = "".join(f" ({count} {why} not counted)" for why, count in notes.items() if count)
-            if not good:
-                lines.append(start + f"no variant is within {tolerance:g}% of the baseline{note}")
-            else:
-                best, difference = min(good, key=lambda pair: (pair[0].syncs - pair[0].hidden, pair[1].percent))
-                count = f"{best.syncs - best.hidden} and {best.hidden} hidden" if best.hidden else best.syncs
-                lines.append(
-                    start + f"the fewest syncs within {tolerance:g}% of the baseline: {count} ({best.title}, "
-                    f"{difference.percent:+.2f}%, {best.reduction:.1f}% fewer syncs){note}"
-                )
+        size = f"{reference.n_layer}x{reference.n_embd}, " if reference is not None and len(by_scale(arms)) > 1 else ""
+        lines.append(f"{size}n_shard {n_shard}: {_group_verdict(group, reference, arms, tolerance)}")
     return "\n".join(lines)
+
+
+def _group_verdict(group, reference, arms, tolerance):
+    """The verdict on the arms `group` of one size and n_shard, whose baseline is `reference`."""
+    variants = [arm for arm in group if not arm.all_synced and arm.finished]
+    gaps = [(arm, difference) for arm in variants if (difference := gap(arm, arms)) is not None]
+    if reference is None or (variants and not gaps):
+        return f"can't say: {_no_gap_reason(variants or group, arms)}"
+    if not reference.finished:
+        return f"can't say yet: the baseline {reference.names[0]} has not finished"
+    if not variants:
+        return "can't say: no variant has finished"
+    short = too_short([reference, *(arm for arm, _ in gaps)])
+    start = f"{short}, at least {LEAST_TOKENS} are needed. Seen so far, no answer: " if short else ""
+    notes = {"unfinished": sum(not arm.finished for arm in group)}
+    notes["evaluated on other windows or data"] = len(variants) - len(gaps)
+    note = "".join(f" ({count} {why} not counted)" for why, count in notes.items() if count)
+    good = [(arm, difference) for arm, difference in gaps if difference.percent <= tolerance]  # nan is not <=
+    if not good:
+        return f"{start}no variant is within {tolerance:g}% of the baseline{note}"
+    best, difference = min(good, key=lambda pair: (pair[0].syncs - pair[0].hidden, pair[1].percent))
+    count = f"{best.syncs - best.hidden} and {best.hidden} hidden" if best.hidden else best.syncs
+    detail = f"{best.title}, {difference.percent:+.2f}%, {best.reduction:.1f}% fewer syncs"
+    return f"{start}the fewest syncs within {tolerance:g}% of the baseline: {count} ({detail}){note}"
+
+
+def _no_gap_reason(variants, arms):
+    """Why none of the variants has a gap to a baseline."""
+    synced = [arm for arm in arms if arm.all_synced]
+    if synced and not any(itertools.starmap(comparable, itertools.product(variants, synced))):
+        return "evaluated on other windows or data than the baseline"
+    return f"{len(synced) or 'no'} baseline{'s' if synced else ''} among the runs, one is needed"
 
 
 def write_csv(arms: list[Arm], path: str | Path) -> None:

@@ -146,46 +146,51 @@ def read_run(path: Path) -> Arm:
         if any(path.glob("*/log.txt")):
             raise ValueError(f"{path}: its runs are in folders of their own: compare.py {path}/*/") from None
         raise ValueError(f"{log_path}: {error.strerror}; name folders that hold a log.txt") from None
-    header = log.header
     try:
-        if missing := [f"# {key}:" for key in HEADER if key not in header]:
-            raise ValueError(f"it has no line {', '.join(missing)}" if header else "there is none, yet")
-        config = header["config"]
-        if missing := [key for key in CONFIG if key not in config]:
-            raise ValueError(f"its config has no {', '.join(missing)}")
-        # a config says which dtype was asked for, its header what that came to
-        configs = [part["config"] | {"dtype": part.get("dtype")} for part in log.headers.values() if "config" in part]
-        rate, own = float(config["learning_rate"]), settings(configs[-1])
-        own["min_lr / learning_rate"] = f"{own.pop('min_lr') / (rate or 1):.4g}"
-        own |= {key: value for key, value in configs[0].items() if key == "init_from" and value != "resume"}
-        seed, pattern, syncs = own.pop("seed"), header["sync_pattern"], int(header["syncs"].split(" of ")[0])
-        if len(pattern) != config["n_layer"]:
-            raise ValueError(f"sync_pattern {pattern!r} with n_layer={config['n_layer']}")
-        if (n_params := int(header["parameters"].split("(")[1].rstrip(")"))) < 1:
-            raise ValueError(f"parameters {n_params}")
-        hashes = [header.get(f"{split} data", "").removeprefix("sha256 ") for split in ("train", "val")]
-        return Arm(
-            names=[path.name if path.is_dir() else path.parent.name],
-            variant=_variant(config, syncs),
-            pattern=pattern,
-            syncs=syncs,
-            hidden=int(header.get("hidden syncs", 0)),
-            n_shard=int(config["n_shard"]),
-            n_layer=int(config["n_layer"]),
-            n_head=int(config["n_head"]),
-            n_embd=int(config["n_embd"]),
-            n_params=n_params,
-            max_iters=int(config["max_iters"]),
-            tokens=int(own["tokens a step"]) * int(config["max_iters"]),
-            learning_rate=rate,
-            dtype=header["dtype"],
-            settings=own,
-            data=(config["dataset"], *(digest if digest not in ("", "unknown") else None for digest in hashes)),
-            changed=", ".join(filter(None, itertools.starmap(changes, itertools.pairwise(configs)))),
-            seeds={seed: {step: loss for step, _, loss in log.evaluations}},
-        )
+        return _arm_of(log, path.name if path.is_dir() else path.parent.name)
     except (KeyError, IndexError, AttributeError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{log_path}: its header is not that of a run: {error}") from None
+
+
+def _arm_of(log, name):
+    """The Arm of one run, called `name`. Raises ValueError, and whatever a header provokes that is not a run's."""
+    header = log.header
+    if missing := [f"# {key}:" for key in HEADER if key not in header]:
+        raise ValueError(f"it has no line {', '.join(missing)}" if header else "there is none, yet")
+    config = header["config"]
+    if missing := [key for key in CONFIG if key not in config]:
+        raise ValueError(f"its config has no {', '.join(missing)}")
+    # a config says which dtype was asked for, its header what that came to
+    configs = [part["config"] | {"dtype": part.get("dtype")} for part in log.headers.values() if "config" in part]
+    rate, own = float(config["learning_rate"]), settings(configs[-1])
+    own["min_lr / learning_rate"] = f"{own.pop('min_lr') / (rate or 1):.4g}"
+    own |= {key: value for key, value in configs[0].items() if key == "init_from" and value != "resume"}
+    seed, pattern, syncs = own.pop("seed"), header["sync_pattern"], int(header["syncs"].split(" of ")[0])
+    if len(pattern) != config["n_layer"]:
+        raise ValueError(f"sync_pattern {pattern!r} with n_layer={config['n_layer']}")
+    if (n_params := int(header["parameters"].split("(")[1].rstrip(")"))) < 1:
+        raise ValueError(f"parameters {n_params}")
+    hashes = [header.get(f"{split} data", "").removeprefix("sha256 ") for split in ("train", "val")]
+    return Arm(
+        names=[name],
+        variant=_variant(config, syncs),
+        pattern=pattern,
+        syncs=syncs,
+        hidden=int(header.get("hidden syncs", 0)),
+        n_shard=int(config["n_shard"]),
+        n_layer=int(config["n_layer"]),
+        n_head=int(config["n_head"]),
+        n_embd=int(config["n_embd"]),
+        n_params=n_params,
+        max_iters=int(config["max_iters"]),
+        tokens=int(own["tokens a step"]) * int(config["max_iters"]),
+        learning_rate=rate,
+        dtype=header["dtype"],
+        settings=own,
+        data=(config["dataset"], *(digest if digest not in ("", "unknown") else None for digest in hashes)),
+        changed=", ".join(filter(None, itertools.starmap(changes, itertools.pairwise(configs)))),
+        seeds={seed: {step: loss for step, _, loss in log.evaluations}},
+    )
 
 
 def same_data(a: Arm, b: Arm) -> bool:
