@@ -252,13 +252,15 @@ class MLP(nn.Module):
         self.c_gate = ColumnParallel(n_local, config.n_embd, n_hidden, config.bias) if config.mlp == "swiglu" else None
         self.c_proj = RowParallel(n_local, n_hidden, config.n_embd, config.bias)
 
+    def neurons(self, h):
+        """h (S, B, T, C) -> (S, B, T, n_hidden/n_shard)."""
+        if self.c_gate is None:
+            return F.gelu(self.c_fc(h), approximate="tanh")  # tanh: GPT-2's own
+        return F.silu(self.c_gate(h)) * self.c_fc(h)
+
     def forward(self, h):
         """h (S, B, T, C) -> (S, B, T, C)."""
-        if self.c_gate is None:
-            y = F.gelu(self.c_fc(h), approximate="tanh")  # (S, B, T, n_hidden/n_shard); tanh: GPT-2's own
-        else:
-            y = F.silu(self.c_gate(h)) * self.c_fc(h)
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        return F.dropout(self.c_proj(self.neurons(h)), self.dropout, self.training)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -568,11 +570,7 @@ class GPT(nn.Module):
             raise ValueError(f"a sequence of {held + T} tokens is longer than block_size={self.config.block_size}")
         if held and T > 1:
             raise ValueError(f"{T} tokens behind the {held} in the cache: decoding takes one at a time")
-        x, rope = self.transformer.wte(idx), None  # (B, T, C)
-        if self.config.position == "learned":
-            x = x + self.transformer.wpe.weight[held : held + T]
-        else:
-            rope = self.rope(held, T)
+        x, rope = self.embed(idx, held)
         stream = Stream(self.transformer.drop(x), self.config, self.tp_group)
         for i, (block, character) in enumerate(zip(self.transformer.h, self.config.sync_pattern, strict=True)):
             block(stream, character, rope, None if cache is None else (*cache.layers[i], held))
@@ -587,8 +585,15 @@ class GPT(nn.Module):
         loss = F.cross_entropy(exact.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
         return logits, loss
 
+    def embed(self, idx, first=0):
+        """Token ids (B, T) at the positions from `first` on -> x (B, T, C), and what rotate() takes or None."""
+        x, T = self.transformer.wte(idx), idx.size(1)
+        if self.config.position == "learned":
+            return x + self.transformer.wpe.weight[first : first + T], None
+        return x, self.rope(first, T)
+
     def rope(self, first, T):
-        """cos and sin, each (T, D/2), of inv_freq times position, of the T positions from `first` on; for rotate()."""
+        """cos and sin, each (T, D/2), of inv_freq times position, of the T positions from `first` on."""
         c, weight = self.config, self.transformer.wte.weight
         exact = dict(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
         if c.rope_inv_freq:

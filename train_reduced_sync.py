@@ -13,8 +13,6 @@ Go on after a stop: the same command and --init_from=resume. Then: tail -f out-*
 
 import dataclasses
 import math
-import os
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -26,10 +24,11 @@ import torch.distributed as dist
 import reduced_sync_model as rsm
 from reduced_sync import checkpoint as ckpt
 from reduced_sync import parallel
-from reduced_sync.commands import set_up, stop_signals
+from reduced_sync.commands import StopSignal, set_up
 from reduced_sync.config import configure, describe
 from reduced_sync.data import Corpus
 from reduced_sync.experiment import Config, check_config, learning_rate, sync_pattern
+from reduced_sync.files import lock_folder
 from reduced_sync.parallel import RANK, RESTART_COUNT, WORLD_SIZE
 from reduced_sync.recording import Recorder
 from reduced_sync.run_log import changes, step_line
@@ -73,40 +72,6 @@ def prepare(config):
         ckpt.check_model(saved, model_config, path)
         ckpt.check_data(saved, corpus.meta, path)
     return choice, corpus, model_config, saved
-
-
-def open_out_dir(config):
-    """Make out_dir and lock it for as long as this process lives. Raises ValueError if it holds another run."""
-    import fcntl  # not on Windows, where the start says so
-
-    out_dir = Path(config.out_dir)
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(out_dir / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it when its holder dies
-    except BlockingIOError:
-        raise ValueError(f"out_dir={config.out_dir!r} is in use by another live run") from None
-    except OSError as error:
-        raise ValueError(f"out_dir={config.out_dir!r} cannot be written: {error.strerror}") from None
-    return lock
-
-
-class StopSignal:
-    """A stop signal asks for a stop after the step; a second one, a second or more later, ends at once.
-
-    torchrun passes a Ctrl-C on to workers that the terminal has already told: that echo is not a second one.
-    """
-
-    def __init__(self):
-        self.asked = None
-        for number in stop_signals():
-            signal.signal(number, self.handle)
-
-    def handle(self, number, frame):
-        if self.asked is None:
-            self.asked = time.monotonic()
-        elif time.monotonic() - self.asked > 1:
-            os._exit(128 + number)
 
 
 @dataclass
@@ -272,7 +237,7 @@ def main(argv):
     with parallel.clear_errors():
         config = configure(Config, argv)
         prepared = prepare(config)
-        lock = open_out_dir(config) if RANK == 0 and not config.eval_only else None
+        lock = lock_folder(config.out_dir) if RANK == 0 and not config.eval_only else None
         train(config, *prepared)
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -23,21 +23,22 @@ KINDS |= dict.fromkeys("step evaluated skipped bad_steps".split(), int) | {"best
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of AdamW; none before its first update
 
 
-def gather(model: GPT, optimizer: torch.optim.Optimizer) -> dict:
+def gather_tensor(model: GPT, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The whole parameter `name`, or a state of it, on the CPU. Every rank of the TP group has to call it."""
+    if model.tp_group is not None and is_sharded(name) and tensor.dim() > 0:
+        parts = [torch.empty_like(tensor) for _ in range(model.tp_size)]
+        dist.all_gather(parts, tensor.contiguous(), group=model.tp_group)
+        return torch.cat([part.cpu() for part in parts])
+    return tensor.detach().cpu().clone()
+
+
+def gather(model: GPT, optimizer: torch.optim.Optimizer | None = None) -> dict:
     """The whole model's parameters and optimizer state on the CPU. Every rank of the TP group has to call it."""
-
-    def whole(name, tensor):
-        if model.tp_group is not None and is_sharded(name) and tensor.dim() > 0:
-            parts = [torch.empty_like(tensor) for _ in range(model.tp_size)]
-            dist.all_gather(parts, tensor.contiguous(), group=model.tp_group)
-            return torch.cat([part.cpu() for part in parts])
-        return tensor.detach().cpu().clone()
-
     state = {"model": {}, "optimizer": {}}
     for name, parameter in model.named_parameters():
-        state["model"][name] = whole(name, parameter.detach())
-        moments = optimizer.state.get(parameter, {})
-        state["optimizer"][name] = {key: whole(name, value) for key, value in moments.items()}
+        state["model"][name] = gather_tensor(model, name, parameter.detach())
+        moments = optimizer.state.get(parameter, {}) if optimizer else {}
+        state["optimizer"][name] = {key: gather_tensor(model, name, value) for key, value in moments.items()}
     return state
 
 
@@ -77,20 +78,23 @@ def save(checkpoint: dict, out_dir: str | Path, is_best: bool) -> None:
     sync_folder(out_dir)
 
 
-def load(path: str | Path) -> dict:
-    """The checkpoint in `path`, read without running anything in it. Raises ValueError with one clear line."""
+def load(path: str | Path, kinds: dict = KINDS) -> dict:
+    """The checkpoint in `path`, read without running anything in it. Raises ValueError with one clear line.
+
+    kinds: {key that it must have: type}.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load itself does not check the sums
         if damaged is not None:
             raise ValueError(f"{damaged} in it is damaged")
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        for key, kind in KINDS.items():
+        for key, kind in kinds.items():
             if not isinstance(checkpoint, dict) or key not in checkpoint:
                 raise ValueError(f"it is not a checkpoint of this project: no {key}")
             if type(checkpoint[key]) is not kind:
                 raise ValueError(f"its {key} is {type(checkpoint[key]).__name__}, not {kind.__name__}")
-        for key in ("model_args", "config", "data"):
+        for key in kinds.keys() & {"model_args", "config", "data"}:
             json.dumps(checkpoint[key])  # no tensor where the header has plain values
     except FileNotFoundError:
         raise ValueError(f"no checkpoint {path}") from None

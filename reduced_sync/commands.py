@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 
 
@@ -47,6 +48,24 @@ def stop_signals() -> list[signal.Signals]:
     """
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     return numbers if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [*numbers, signal.SIGHUP]
+
+
+class StopSignal:
+    """A stop signal asks for a stop after the step; a second one, a second or more later, ends at once.
+
+    torchrun passes a Ctrl-C on to workers that the terminal has already told: that echo is not a second one.
+    """
+
+    def __init__(self):
+        self.asked = None
+        for number in stop_signals():
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if self.asked is None:
+            self.asked = time.monotonic()
+        elif time.monotonic() - self.asked > 1:
+            os._exit(128 + number)
 
 
 class Output(io.FileIO):

@@ -48,3 +48,21 @@ def sync_folder(folder: str | Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def lock_folder(folder):
+    """Make an out_dir and lock it for as long as the file lives that is returned.
+
+    Raises ValueError if another run holds it, or it cannot be written.
+    """
+    import fcntl  # not on Windows, where the start says so
+
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        lock = open(Path(folder) / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it when its holder dies
+    except BlockingIOError:
+        raise ValueError(f"out_dir={folder!r} is in use by another live run") from None
+    except OSError as error:
+        raise ValueError(f"out_dir={folder!r} cannot be written: {error.strerror}") from None
+    return lock

@@ -245,6 +245,16 @@ def from_pretrained(name: str, tp_group=None, block_size=None, **choices) -> GPT
     if block_size is not None and block_size > fields["block_size"]:
         raise ValueError(f"block_size={block_size} is above the {fields['block_size']} positions of {name}")
     config = GPTConfig(**fields | choices | dict(block_size=block_size or fields["block_size"]))
+    with torch.device("meta"):
+        names = [key for key, _ in GPT(config).named_parameters()]
+    return from_dense(config, dense_tensors(name, family, names), tp_group, f"init_from={name!r}")
+
+
+def from_dense(config: GPTConfig, tensors, tp_group, source: str) -> GPT:
+    """The model of `config` with the weights that `tensors`, pairs of our name and a dense tensor, give it.
+
+    Raises ValueError, which begins with `source`, for a tensor of another shape.
+    """
     with torch.device("meta"):  # no initial weights
         model = GPT(config, tp_group)
     model.to_empty(device="cpu")
@@ -252,12 +262,11 @@ def from_pretrained(name: str, tp_group=None, block_size=None, **choices) -> GPT
         model.lm_head.weight = model.transformer.wte.weight
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for key, dense in dense_tensors(name, family, parameters):
+        for key, dense in tensors:
             dense = dense[: config.block_size] if key == "transformer.wpe.weight" else dense
             try:
                 part = model.local_part(key, shard_tensor(key, dense, config)).reshape(parameters[key].shape)
             except RuntimeError:
-                shape = tuple(dense.shape)
-                raise ValueError(f"init_from={name!r}: {key} of {shape} does not fit its config.json") from None
+                raise ValueError(f"{source}: {key} of {tuple(dense.shape)} does not fit its config.json") from None
             parameters[key].copy_(part)
     return model

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from test_model import PATTERNS, VARIANTS, batch, fake_group, rough  # noqa: F401
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from variants import PATTERNS, VARIANTS, batch, rough
 
 import reduced_sync_model as rsm
 from reduced_sync import weights
@@ -100,7 +100,7 @@ def test_a_pattern_is_chosen_without_copying_weights(pattern):
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_executed_all_reduces(fake_group, variant):  # noqa: F811
+def test_executed_all_reduces(fake_group, variant):
     model = GPT(dataclasses.replace(SMALL, n_shard=4, n_kv_head=2, **variant), dist.group.WORLD)
     x, y = batch()
     with CommDebugMode() as comm:
