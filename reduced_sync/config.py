@@ -122,7 +122,7 @@ def _run_file(cls, path, values):
     source = next((p for p in (Path(path), Path(__file__).parents[1] / path) if os.path.isfile(p)), None)
     if source is None:
         raise ValueError(f"no config file {path!r} (arguments are CONFIG.py or --key=value)")
-    namespace = dict(values)
+    namespace = {"__file__": str(source.resolve()), **values}
     try:
         exec(compile(source.read_text(encoding="utf-8-sig"), path, "exec"), namespace)
     except Exception as error:

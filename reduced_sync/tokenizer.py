@@ -32,7 +32,7 @@ class Tokens:
         if self.kind == "gpt2":
             return self.encoding.encode(text, allowed_special={"<|endoftext|>"})
         if self.kind != "char":
-            return self.pretrained(text).input_ids
+            return self.pretrained.backend_tokenizer.encode(text).ids
         if unknown := sorted(set(text) - set(self.ids)):
             raise ValueError(f"the model does not know the character {unknown[0]!r}; it knows {''.join(self.ids)!r}")
         return [self.ids[char] for char in text]

@@ -1,0 +1,492 @@
+"""Drop the syncs of a trained model (SPD, arXiv 2502.20727), and repair it.
+
+$ python models/smollm2/prepare.py && python data/prose/prepare.py
+$ python drop_syncs.py config/spd_smollm2.py
+$ torchrun --standalone --nproc_per_node=3 drop_syncs.py config/spd_smollm2.py --tp_size=3
+
+The model is a folder or hub name of a GPT-2 or Llama, or an out_dir of ours that was trained with all syncs. Its blocks
+lose the sync after their attention (the pattern's 2 becomes 1) in the order of how little that costs. The stages, each
+of which a key can leave out: arrange heads and neurons on the shards; measure each block's sensitivity; choose the
+blocks; distil each dropped block to what it computed before; finetune the whole model towards the one with all syncs.
+Perplexities of the evaluation texts before and after each stand in out_dir/log.txt; sample.py reads out_dir/ckpt.pt.
+
+Go on after a stop: the same command and --init_from=resume.
+"""
+
+import dataclasses
+import datetime
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import reduced_sync_model as rsm
+from reduced_sync import arranging, dropping, parallel, texts
+from reduced_sync import checkpoint as ckpt
+from reduced_sync.commands import StopSignal, set_up
+from reduced_sync.config import configure, describe, option
+from reduced_sync.data import Corpus
+from reduced_sync.drop_log import perplexity_line, sensitivity_line
+from reduced_sync.files import lock_folder, replace_file
+from reduced_sync.parallel import RANK, WORLD_SIZE
+from reduced_sync.run_log import RunLog
+from reduced_sync.tokenizer import KEPT, Tokens
+from reduced_sync.weights import GPT2_SHAPES, from_dense, from_pretrained, pretrained_fields, shards_to_dense
+
+STAGES = ("arrange", "sensitivity", "drop", "distil", "finetune", "finished")
+FREE = "out_dir init_from tp_size device backend timeout_s checkpoint_minutes".split()  # may change at a resume
+
+
+@dataclass
+class Config:
+    """Every key."""
+
+    out_dir: str = option("out-spd", "folder of log.txt and the checkpoints", is_path=True)
+    init_from: str = option("", "the model: a folder or hub name, or an out_dir of ours; or resume", is_path=True)
+    n_shard: int = option(2, "shards that the model is cut into", least=1)
+    # texts
+    calibration: str = option(
+        "", "text files, as a shell pattern; empty: train.bin of an out_dir's dataset", is_path=True
+    )
+    evaluation: str = option("", "text files, as a shell pattern; empty: val.bin of an out_dir's dataset", is_path=True)
+    block_size: int = option(256, "tokens of a window, of calibration and evaluation", least=2)
+    calibration_windows: int = option(128, "windows to distil on", least=1)
+    evaluation_tokens: int = option(20480, "tokens of each evaluation text; 0: all", least=0)
+    batch_size: int = option(8, "windows computed at once where nothing is trained", least=1)
+    # stages
+    arrange: str = option("affinity", "neurons on shards", allowed=("as_is", "random", "affinity"))
+    arrange_heads: str = option("affinity", "KV groups on shards", allowed=("as_is", "random", "affinity", "scatter"))
+    arrange_windows: int = option(16, "windows to arrange by", least=1)
+    sensitivity_windows: int = option(
+        40, "windows to measure sensitivity on; 0: blocks are dropped last to first", least=0
+    )
+    drop: int = option(-1, "how many blocks lose a sync; -1: all", least=-1)
+    sync_pattern: str = option("", "the pattern to drop to, of 2 and 1, in place of `drop`")
+    max_loss_percent: float = option(0.0, "in place of `drop`: as many as raise the perplexity by no more", least=0)
+    distil_epochs: int = option(4, "passes over the calibration windows for each dropped block; 0: none", least=0)
+    distil_inputs: str = option("teacher", "what a block is trained on: streams", allowed=("teacher", "student"))
+    distil_batch_size: int = option(4, "windows of a step", least=1)
+    distil_learning_rate: float = option(1e-4, "peak", least=0)
+    finetune_steps: int = option(0, "steps of the whole model towards the dense one's distributions", least=0)
+    finetune_batch_size: int = option(4, "windows of a step", least=1)
+    finetune_learning_rate: float = option(1e-4, "peak", least=0)
+    elastic: bool = option(False, "train dropped blocks with and without their sync, for any pattern on the way")
+    curve: tuple = option((), "numbers of blocks dropped at which the end result is evaluated, too")
+    seed: int = option(1337, "of random arrangements and the order of windows", least=0)
+    # system
+    tp_size: int = option(1, "tensor-parallel ranks", least=1)
+    checkpoint_minutes: float = option(10.0, "minutes between checkpoints inside a stage", least=0)
+    backend: str | None = option(None, "nccl or gloo; None: nccl on CUDA")
+    device: str | None = option(None, "cuda, cuda:N or cpu; None: cuda where there is one")
+    dtype: str | None = option(None, "float32, bfloat16 or float16; None: bfloat16 on CUDA, float32 on CPU")
+    timeout_s: int = option(1800, "seconds that ranks wait for one another", least=1, below=10**6)
+
+
+@dataclass
+class Progress:
+    """What is remembered from stage to stage besides the weights. A checkpoint has it, too."""
+
+    stage: str = STAGES[0]  # the one to do next
+    done: int = 0  # of its layers or steps
+    groups: list = dataclasses.field(default_factory=list)  # the order of each layer's KV groups,
+    neurons: list = dataclasses.field(default_factory=list)  # and of its neurons
+    order: list = dataclasses.field(default_factory=list)  # layers, the least sensitive first
+    sync_pattern: str = ""
+
+
+class Source:
+    """The trained model: its shape, its tokens, and how it is built in any number of shards."""
+
+    def __init__(self, name: str):
+        """Raises ValueError or OSError where there is none, or none with all syncs."""
+        self.name, path = name, Path(name) / "ckpt.pt"
+        self.saved = ckpt.load(path) if path.exists() else None
+        if self.saved is None:
+            _, fields = pretrained_fields(name)
+            tokenizer = "gpt2" if name in GPT2_SHAPES else str(name)
+            self.meta = {"tokenizer": tokenizer, "vocab_size": fields["vocab_size"], "source": str(name)}
+            self.fields = fields
+        else:
+            trained = rsm.GPTConfig(**self.saved["model_args"] | {"dropout": 0.0})
+            ckpt.check_model(self.saved, trained, path)
+            self.dense = shards_to_dense(self.saved["model"], trained)
+            self.fields = dataclasses.asdict(trained) | {"sync_pattern": ""}
+            self.meta = self.saved["data"]
+            if (kept := Path(name) / KEPT).is_dir():
+                self.meta = self.meta | {"tokenizer": str(kept)}
+
+    def build(self, n_shard: int, tp_group=None) -> rsm.GPT:
+        """The model with all syncs, on the CPU. Raises ValueError where it cannot be cut so."""
+        if self.saved is None:
+            return from_pretrained(self.name, tp_group, n_shard=n_shard)
+        config = rsm.GPTConfig(**self.fields | {"n_shard": n_shard})
+        return from_dense(config, self.dense.items(), tp_group, self.name)
+
+    def texts(self, config: Config) -> tuple[dict, dict]:
+        """{name: token ids} to calibrate and to evaluate on. Raises ValueError or OSError."""
+        found = []
+        for key, split in (("calibration", "train"), ("evaluation", "val")):
+            if pattern := getattr(config, key):
+                found.append(texts.read_texts(pattern, self.tokens, key))
+            elif self.saved is None:
+                raise ValueError(f"{key} is empty: it must name text files")
+            else:
+                corpus = Corpus(self.saved["config"]["dataset"], config.block_size)
+                ckpt.check_data(self.saved, corpus.meta, Path(self.name) / "ckpt.pt")
+                found.append({split: corpus.splits[split]})
+        return found[0], found[1]
+
+    @property
+    def tokens(self) -> Tokens:
+        return Tokens(self.meta)
+
+
+def prepare(config: Config):
+    """Refuse what can be refused before a process group exists. Raises ValueError or OSError.
+
+    Returns (device choice, source, checkpoint or None, texts to calibrate on, windows of each to evaluate on).
+    """
+    out_dir, saved = Path(config.out_dir), None
+    if config.init_from == "resume":
+        saved = ckpt.load(
+            out_dir / "progress.pt", kinds=dict.fromkeys(("progress", "config", "model", "optimizer"), dict)
+        )
+        config.init_from = saved["config"]["init_from"]
+        given = dataclasses.asdict(config)
+        if changed := [key for key in given if key not in FREE and given[key] != saved["config"].get(key)]:
+            says = ", ".join(f"{key}={saved['config'].get(key)!r}, not {given[key]!r}" for key in changed)
+            raise ValueError(f"{out_dir} was started with {says}: go on with the same, or choose another out_dir")
+    elif any((out_dir / name).exists() for name in ("ckpt.pt", "progress.pt")):
+        raise ValueError(f"out_dir={config.out_dir!r} holds a run already: --init_from=resume, or another out_dir")
+    if not config.init_from:
+        raise ValueError("init_from is empty: it must name a trained model")
+    if sum([config.drop != -1, bool(config.sync_pattern), config.max_loss_percent > 0]) > 1:
+        raise ValueError("drop, sync_pattern and max_loss_percent are alternatives: choose one of them")
+    source = Source(config.init_from)
+    shape = rsm.GPTConfig(**source.fields | {"n_shard": config.n_shard})
+    L, dp_size = shape.n_layer, WORLD_SIZE // config.tp_size
+    if config.block_size > shape.block_size:
+        raise ValueError(f"block_size={config.block_size} is above the {shape.block_size} positions of the model")
+    if config.drop > L or any(not isinstance(n, int) or not 0 <= n <= L for n in config.curve):
+        raise ValueError(f"drop={config.drop}, curve={config.curve}: the model has {L} blocks")
+    if config.sync_pattern and set(rsm.selective(L, config.sync_pattern)) - set("12"):
+        raise ValueError(f"sync_pattern={config.sync_pattern!r}: allowed are 2 and, for a dropped block, 1")
+    if config.n_shard % config.tp_size or WORLD_SIZE % config.tp_size:
+        raise ValueError(f"tp_size={config.tp_size} must divide n_shard={config.n_shard} and {WORLD_SIZE} processes")
+    for key in ("calibration_windows", "distil_batch_size", "finetune_batch_size"):
+        if getattr(config, key) % dp_size:
+            raise ValueError(f"{key}={getattr(config, key)} is not divisible by the {dp_size} replicas")
+    choice = parallel.choose_device(config.device, config.dtype, config.backend)
+    calibration, evaluation = source.texts(config)
+    T = config.block_size
+    for key in ("arrange_windows", "calibration_windows", "sensitivity_windows"):
+        texts.spread_windows(calibration, max(1, getattr(config, key)), T, key)
+    windows = {name: texts.first_windows(ids, config.evaluation_tokens, T, name) for name, ids in evaluation.items()}
+    return choice, source, saved, calibration, windows
+
+
+class Dropping:
+    """One run: the model on its way through the stages."""
+
+    def __init__(self, config, choice, source, saved, calibration, evaluation):
+        self.config, self.source, self.calibration, self.evaluation = config, source, calibration, evaluation
+        self.windows = self.spread(config.calibration_windows)
+        self.layout = parallel.start(*choice, config.tp_size, config.timeout_s)
+        self.stop, self.last_save = StopSignal(), time.monotonic()
+        self.progress = Progress(**saved["progress"]) if saved else Progress()
+        self.model = self.build_arranged()
+        self.optimizer = None
+        self.log = None
+        if RANK == 0:
+            self.log = RunLog(Path(config.out_dir) / "log.txt")
+            self.log.header(self.header(resumed=saved is not None))
+        if saved and saved["model"]:
+            ckpt.restore(saved, self.model)
+        self.saved_optimizer = saved["optimizer"] if saved else {}
+
+    def spread(self, windows):
+        """So many windows over the calibration texts: (windows, T)."""
+        return texts.spread_windows(self.calibration, windows, self.config.block_size, "windows")
+
+    def build_arranged(self):
+        """The model with all syncs, arranged as far as progress says."""
+        try:
+            model = self.source.build(self.config.n_shard, self.layout.tp_group)
+        except (OSError, ValueError) as error:
+            raise parallel.SameOnAllRanks(f"init_from={self.config.init_from!r}: {error}") from None
+        for i, (groups, neurons) in enumerate(zip(self.progress.groups, self.progress.neurons, strict=True)):
+            dense = arranging.permuted(arranging.dense_block(model, i), model.config, groups, neurons)
+            arranging.set_dense_block(model, i, dense)
+        return model.to(self.layout.device).eval()
+
+    def header(self, resumed):
+        """What describes the run, for its log."""
+        began = "resumed" if resumed else "started"
+        n = self.model.get_num_params(non_embedding=False)
+        device = f"{self.layout.device.type} ({parallel.device_name(self.layout.device)})"
+        return {
+            began: datetime.datetime.now().isoformat(" ", "seconds"),
+            "model": self.source.name,
+            "parameters": f"{n / 1e6:.2f}M ({n})",
+            "layout": f"dp {self.layout.dp_size} x tp {self.layout.tp_size}",
+            "torch": torch.__version__,
+            "device": f"{device}, {torch.get_num_threads()} threads a process",
+            "dtype": str(self.layout.dtype).removeprefix("torch."),
+            "calibration tokens": self.windows.numel(),
+            "evaluation tokens": {name: windows.numel() for name, windows in self.evaluation.items()},
+            "config": dataclasses.asdict(self.config),
+        }
+
+    def say(self, line):
+        """A line of the log and of the terminal, on rank 0."""
+        if self.log:
+            self.log.line(line)
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def bar(self, items):
+        """The items with a progress bar on rank 0's terminal."""
+        return tqdm(items, desc=self.progress.stage, disable=None if RANK == 0 else True, leave=False)
+
+    def evaluate(self, stage, pattern):
+        """Say the perplexities of all evaluation texts under a pattern."""
+        model, found = self.model.with_pattern(pattern), {}
+        for name, windows in self.evaluation.items():
+            loss = dropping.mean_loss(model, windows, self.config.batch_size, self.layout)
+            found[name] = math.exp(min(loss, 700.0))
+        self.say(perplexity_line(stage, model.num_syncs, 2 * len(pattern), found))
+
+    def save(self, final=False):
+        """Write progress.pt, and at the end ckpt.pt, which sample.py reads. Raises SameOnAllRanks where that fails."""
+        self.last_save = time.monotonic()
+        trained = self.progress.stage in STAGES[3:]  # before, the weights are the source's
+        state = {"model": {}, "optimizer": {}}
+        if trained and self.layout.dp_rank == 0:
+            state = ckpt.gather(self.model, self.optimizer)
+        error = ""
+        if RANK == 0:
+            state |= {"config": dataclasses.asdict(self.config), "progress": dataclasses.asdict(self.progress)}
+            out_dir = Path(self.config.out_dir)
+            try:
+                if final:
+                    model_args = dataclasses.asdict(self.model.config) | {"sync_pattern": self.progress.sync_pattern}
+                    state |= {"model_args": model_args, "data": self.source.meta, "scaler": {}, "step": 0}
+                    state |= {"evaluated": -1, "best_val_loss": math.inf, "skipped": 0, "bad_steps": 0}
+                    if self.source.meta["tokenizer"] not in ("gpt2", "char"):
+                        self.source.tokens.pretrained.save_pretrained(out_dir / KEPT)
+                    ckpt.save(state, out_dir, is_best=False)
+                    (out_dir / "progress.pt").unlink(missing_ok=True)
+                else:
+                    replace_file(out_dir / "progress.pt", lambda file: torch.save(state, file))
+            except (OSError, RuntimeError) as failure:
+                error = f"saving to {out_dir} failed, what was saved before is whole: {failure}"
+        parallel.raise_together(error)
+
+    def step_done(self, done):
+        """Remember that so much of the stage is done, and save where it is due. Whether the run is to stop."""
+        self.progress.done = done
+        due = RANK == 0 and time.monotonic() - self.last_save > self.config.checkpoint_minutes * 60
+        asked = [float(self.stop.asked is not None), float(due)]
+        stopping, due = parallel.sum_over_world(asked, self.layout.device)  # every rank decides alike
+        if stopping or due:
+            self.save()
+        return bool(stopping)
+
+    def run(self):
+        """All stages from where the run stands. Returns whether it came to the end."""
+        n_layer = self.model.config.n_layer
+        if (self.progress.stage, self.progress.done) == (STAGES[0], 0):
+            self.evaluate("dense", "2" * n_layer)
+        while self.progress.stage != STAGES[-1]:
+            stage, begin = self.progress.stage, time.monotonic()
+            n_tokens = getattr(self, stage)()
+            if n_tokens is None:
+                return False
+            if n_tokens:
+                self.say(f"{stage}: {time.monotonic() - begin:.1f} s, {n_tokens} tokens")
+            self.progress.stage, self.progress.done = STAGES[STAGES.index(stage) + 1], 0
+            if n_tokens and stage in ("drop", "distil", "finetune"):
+                self.evaluate({"drop": "dropped", "distil": "distilled", "finetune": "finetuned"}[stage], self.pattern)
+            if self.progress.stage != STAGES[-1]:
+                self.save()
+        for n in self.config.curve:
+            self.evaluate(f"with {n} dropped", self.dropped(n))
+        self.save(final=True)
+        return True
+
+    @property
+    def pattern(self):
+        return self.progress.sync_pattern
+
+    def dropped(self, n):
+        """The pattern with the n blocks dropped that are first in order."""
+        first = set(self.progress.order[:n])
+        return "".join("1" if i in first else "2" for i in range(self.model.config.n_layer))
+
+    # --- the stages: each returns the tokens it has used, 0 if it is left out, None if the run is to stop
+
+    @torch.no_grad()
+    def arrange(self):
+        """Order the heads and neurons of every layer, the dense function unchanged."""
+        config, model, progress = self.config, self.model, self.progress
+        if config.arrange == config.arrange_heads == "as_is" or config.n_shard == 1:
+            return 0
+        windows = self.spread(config.arrange_windows)
+        batches = [model.embed(idx.to(self.layout.device)) for idx in windows.split(config.batch_size)]
+        rope, batches = batches[0][1], [x for x, _ in batches]
+        K, N = model.config.n_kv_head, model.config.n_hidden
+        for i in self.bar(range(model.config.n_layer)):
+            if i >= len(progress.groups):
+                dense = arranging.dense_block(model, i)
+                generator = torch.Generator().manual_seed(parallel.seed_of(config.seed, i))
+                groups, neurons = list(range(K)), list(range(N))
+                if config.arrange_heads == "random":
+                    groups = torch.randperm(K, generator=generator).tolist()
+                elif config.arrange_heads != "as_is":
+                    by = config.arrange_heads
+                    groups = arranging.place_groups(dense, model.config, batches, rope, by, self.layout)
+                dense = arranging.permuted(dense, model.config, groups, neurons)
+                if config.arrange == "random":
+                    neurons = torch.randperm(N, generator=generator).tolist()
+                elif config.arrange == "affinity":
+                    neurons = arranging.place_neurons(dense, model.config, batches, rope, self.layout)
+                dense = arranging.permuted(dense, model.config, list(range(K)), neurons)
+                arranging.set_dense_block(model, i, dense)
+                progress.groups.append(groups)
+                progress.neurons.append(neurons)
+                if self.step_done(i + 1):
+                    return None
+            with self.layout.autocast():
+                batches = [dropping.run_blocks(model, x, rope, i, i + 1) for x in batches]
+        return windows.numel()
+
+    def sensitivity(self):
+        """The order in which blocks are dropped."""
+        n, L = self.config.sensitivity_windows, self.model.config.n_layer
+        self.progress.order = list(range(L))[::-1]
+        if n == 0:
+            return 0
+        windows = self.spread(n)
+        found, perplexities = dropping.sensitivities(self.model, windows, self.config.batch_size, self.layout, self.bar)
+        for i in range(L):
+            self.say(sensitivity_line(i, found[i], perplexities[i]))
+        self.progress.order = sorted(range(L), key=lambda i: (found[i], i))
+        return windows.numel()
+
+    def drop(self):
+        """The pattern."""
+        config, L = self.config, self.model.config.n_layer
+        self.progress.sync_pattern = config.sync_pattern or self.dropped(L if config.drop == -1 else config.drop)
+        if config.max_loss_percent > 0:
+            low, high = 0, L  # the largest number within the limit, taken to grow with the number
+            limit = self.calibration_loss(0) + math.log(1 + config.max_loss_percent / 100)
+            while low < high:
+                middle = (low + high + 1) // 2
+                low, high = (middle, high) if self.calibration_loss(middle) <= limit else (low, middle - 1)
+            self.progress.sync_pattern = self.dropped(low)
+        self.say(f"pattern: {self.pattern}, order {' '.join(map(str, self.progress.order))}")
+        return self.windows.numel() if config.max_loss_percent else 1
+
+    def calibration_loss(self, n):
+        """Mean loss on the calibration windows with n blocks dropped."""
+        model = self.model.with_pattern(self.dropped(n))
+        return dropping.mean_loss(model, self.windows, self.config.batch_size, self.layout)
+
+    def distil(self):
+        """Block to block: each dropped block learns what it computed before, on the same windows."""
+        config, model, done = self.config, self.model, self.progress.done
+        if config.distil_epochs == 0 or "1" not in self.pattern:
+            return 0
+        teacher = self.build_arranged() if done else model  # a layer not yet trained is the teacher's own
+        mine = list(dropping.share(self.windows, config.batch_size, self.layout))
+        with torch.no_grad():
+            rope = teacher.embed(mine[0])[1]
+            exact = torch.cat([teacher.embed(idx)[0].cpu() for idx in mine])  # (windows, T, C)
+        inputs = exact
+        for i in self.bar(range(model.config.n_layer)):
+            before = exact
+            exact = self.through(teacher if i < done else model, i, before, rope, "2")
+            given = before if config.distil_inputs == "teacher" else inputs
+            if i >= done:
+                if self.pattern[i] == "1":
+                    first, last = dropping.distil(model, i, given, exact, rope, config, self.layout)
+                    self.say(f"distil: block {i}, relative error {first:.3e} to {last:.3e}")
+                if self.step_done(i + 1):
+                    return None
+            if config.distil_inputs == "student":
+                inputs = self.through(model, i, inputs, rope, self.pattern[i])
+        return self.windows.numel() * config.distil_epochs
+
+    @torch.no_grad()
+    def through(self, model, i, x, rope, character):
+        """All windows x (windows, T, C) through layer i, under this character of a pattern; on the CPU."""
+        pattern, done = character * model.config.n_layer, []
+        for part in x.split(self.config.batch_size):
+            with self.layout.autocast():
+                done.append(dropping.run_blocks(model, part.to(self.layout.device), rope, i, i + 1, pattern).cpu())
+        return torch.cat(done)
+
+    def finetune(self):
+        """The whole model towards the distributions of the one with all syncs, on other windows at each step."""
+        config, model, layout = self.config, self.model, self.layout
+        if config.finetune_steps == 0 or "1" not in self.pattern:
+            return 0
+        teacher = self.build_arranged()
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+        if self.progress.done:
+            ckpt.restore(
+                {"model": ckpt.gather(model)["model"], "optimizer": self.saved_optimizer}, model, self.optimizer
+            )
+        share = config.finetune_batch_size // layout.dp_size
+        dropped = [i for i in self.progress.order if self.pattern[i] == "1"]
+        for step in self.bar(range(self.progress.done, config.finetune_steps)):
+            generator = torch.Generator().manual_seed(parallel.seed_of(config.seed, 1 << 20, step))
+            idx = self.draw(config.finetune_batch_size, generator)[layout.dp_rank * share :][:share].to(layout.device)
+            n = int(torch.randint(len(dropped) + 1, (), generator=generator)) if config.elastic else len(dropped)
+            pattern = "".join("1" if i in dropped[:n] else "2" for i in range(model.config.n_layer))
+            loss = dropping.divergence(model.with_pattern(pattern), teacher, idx, layout)
+            rate = config.finetune_learning_rate * dropping.cosine(step, config.finetune_steps)
+            dropping.descend(model, loss, self.optimizer, rate, layout, model.tp_group)
+            if step % 10 == 0:
+                mean = parallel.sum_over_world([loss.item() / WORLD_SIZE], layout.device)[0]
+                self.say(f"finetune: step {step}, divergence {mean:.4f}")
+            if self.step_done(step + 1):
+                return None
+        self.optimizer = None
+        return config.finetune_steps * config.finetune_batch_size * config.block_size
+
+    def draw(self, n, generator):
+        """n windows (n, T) from random places of the calibration texts, each text as likely."""
+        arrays, T = list(self.calibration.values()), self.config.block_size
+        found = []
+        for _ in range(n):
+            ids = arrays[int(torch.randint(len(arrays), (), generator=generator))]
+            start = int(torch.randint(len(ids) - T + 1, (), generator=generator))
+            found.append(torch.from_numpy(ids[start : start + T].astype("int64")))
+        return torch.stack(found)
+
+
+def main(argv):
+    if "--help" in argv or "-h" in argv:
+        print(__doc__, "Keys, as lines of a config file (key = value) or as arguments:\n", describe(Config), sep="\n")
+        return
+    with parallel.clear_errors():
+        config = configure(Config, argv)
+        prepared = prepare(config)
+        lock = lock_folder(config.out_dir) if RANK == 0 else None
+        finished = Dropping(config, *prepared).run()
+        if RANK == 0 and not finished:
+            print("stopped and saved; go on with --init_from=resume", flush=True)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        del lock  # held until here
+
+
+if __name__ == "__main__":
+    set_up(goes_on=True)
+    main(sys.argv[1:])

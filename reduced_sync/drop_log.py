@@ -1,0 +1,51 @@
+"""The lines that drop_syncs.py adds to its log.txt, and their parser.
+
+    perplexity distilled: 32 of 60 syncs, manual 25.10, shakespeare 41.20
+    sensitivity: block 3 0.0123, perplexity 24.61
+    arrange: 25.1 s, 4096 tokens
+
+The header is that of run_log.py: lines of `# key: value`.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+
+PERPLEXITY = re.compile(r"perplexity (.+): (\d+) of (\d+) syncs, (.+)$")
+SENSITIVITY = re.compile(r"sensitivity: block (\d+) (\S+), perplexity (\S+)$")
+
+
+def perplexity_line(stage: str, syncs: int, most: int, perplexities: dict[str, float]) -> str:
+    """The perplexity of every evaluation text after a stage, with so many of `most` syncs."""
+    values = ", ".join(f"{name} {value:.3f}" for name, value in perplexities.items())
+    return f"perplexity {stage}: {syncs} of {most} syncs, {values}"
+
+
+def sensitivity_line(block: int, sensitivity: float, perplexity: float) -> str:
+    """s of one block, and the perplexity with it and all behind it dropped."""
+    return f"sensitivity: block {block} {sensitivity:.6g}, perplexity {perplexity:.6g}"
+
+
+@dataclass
+class DropLog:
+    """A parsed log.txt of drop_syncs.py."""
+
+    config: dict = field(default_factory=dict)
+    perplexities: list = field(default_factory=list)  # (stage, syncs, most syncs, {text: perplexity}), in order
+    sensitivities: list = field(default_factory=list)  # (block, s, perplexity), in order
+
+
+def read_drop_log(path) -> DropLog:
+    """The log at `path`. Raises OSError."""
+    log = DropLog()
+    with open(path, encoding="utf-8") as file:
+        for line in file.read().splitlines():
+            if line.startswith("# config: "):
+                log.config = json.loads(line.removeprefix("# config: "))
+            elif match := PERPLEXITY.match(line):
+                values = (value.rsplit(" ", 1) for value in match[4].split(", "))
+                perplexities = {name: float(value) for name, value in values}
+                log.perplexities.append((match[1], int(match[2]), int(match[3]), perplexities))
+            elif match := SENSITIVITY.match(line):
+                log.sensitivities.append((int(match[1]), float(match[2]), float(match[3])))
+    return log

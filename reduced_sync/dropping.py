@@ -1,0 +1,145 @@
+"""SPD on trained models (arXiv 2502.20727): what dropping a block's sync costs, and how it is repaired.
+
+Everything runs on windows of tokens (windows, T), of which a data-parallel replica takes its share. A block whose sync
+is dropped has the pattern's character 1, one that keeps it 2, so the stream between blocks is synced.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+from reduced_sync import parallel
+from reduced_sync_model import GPT, Stream, is_sharded
+
+
+def run_blocks(model: GPT, x, rope, first: int, last: int, pattern: str | None = None):
+    """x (B, T, C), the synced stream, through layers `first` to `last` - 1 -> x (B, T, C)."""
+    pattern = pattern or model.config.sync_pattern
+    stream = Stream(x, model.config, model.tp_group)
+    for i in range(first, last):
+        model.transformer.h[i](stream, pattern[i], rope)
+    stream.arrive()
+    return stream.x
+
+
+def head_nats(model: GPT, x, idx) -> float:
+    """The summed loss in nats of x (B, T, C) behind the last layer, of the tokens idx (B, T) but the first of each."""
+    logits = model.lm_head(model.transformer.ln_f(x[:, :-1])).float()
+    return F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten(), reduction="sum").item()
+
+
+def share(windows, batch_size: int, layout):
+    """Yield this replica's part of the windows, `batch_size` at a time, on its device."""
+    mine = windows[layout.dp_rank :: layout.dp_size]
+    for batch in mine.split(batch_size):
+        yield batch.to(layout.device)
+
+
+@torch.no_grad()
+def mean_loss(model: GPT, windows, batch_size: int, layout) -> float:
+    """Mean loss in nats of windows (N, T), whose first token is not counted. All ranks have to call it."""
+    total = count = 0.0
+    for idx in share(windows, batch_size, layout):
+        with layout.autocast():
+            x, rope = model.embed(idx)
+            total += head_nats(model, run_blocks(model, x, rope, 0, model.config.n_layer), idx)
+        count += idx[:, 1:].numel()
+    total, count = parallel.sum_over_world([total, count], layout.device)
+    return total / count
+
+
+@torch.no_grad()
+def sensitivities(model: GPT, windows, batch_size: int, layout, progress=iter) -> tuple[list[float], list[float]]:
+    """(s, perplexities): the paper's algorithm 1 for the layers of a model whose pattern is all 2.
+
+    perplexities[i] is that with the layers from i on dropped, perplexities[n_layer] the dense one, and s[i] the
+    difference of i and i + 1. What the layers before i compute is computed once, for all i.
+    """
+    L = model.config.n_layer
+    total, count = [0.0] * (L + 1), 0
+    for idx in progress(list(share(windows, batch_size, layout))):
+        with layout.autocast():
+            x, rope = model.embed(idx)
+            before = [x]
+            for i in range(L):
+                before.append(run_blocks(model, before[-1], rope, i, i + 1))
+            for i in range(L + 1):
+                total[i] += head_nats(model, run_blocks(model, before[i], rope, i, L, "1" * L), idx)
+        count += idx[:, 1:].numel()
+    *total, count = parallel.sum_over_world([*total, count], layout.device)
+    found = [math.exp(min(nats / count, 700.0)) for nats in total]
+    return [found[i] - found[i + 1] for i in range(L)], found
+
+
+def relative_error(x, exact):
+    """Mean over positions of |x - exact|^2 / |exact|^2, so that the few huge ones do not hide the others."""
+    return ((x - exact).square().sum(-1) / exact.square().sum(-1)).mean()
+
+
+def cosine(step: int, steps: int) -> float:
+    """The share of the peak learning rate at `step`: 5 % of linear warm-up, then a cosine to a tenth."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+
+
+def descend(module, loss, optimizer, rate: float, layout, tp_group):
+    """One update of `module` by `loss`, its gradients averaged over replicas and clipped to norm 1."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss.backward()
+    parallel.average_gradients(module, layout.dp_group)
+    parallel.clip_gradients(module, 1.0, is_sharded, tp_group)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def distil(model: GPT, i: int, inputs, exact, rope, config, layout) -> tuple[float, float]:
+    """Train layer i, its sync dropped, to give `exact` for `inputs`; returns its relative error before and after.
+
+    inputs, exact: (windows, T, C) of this replica. With config.elastic the layer with its sync is trained beside it.
+    """
+    block, pattern = model.transformer.h[i], "1" * model.config.n_layer
+    optimizer = torch.optim.AdamW(block.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+    size = max(1, config.distil_batch_size // layout.dp_size)
+    steps_of_epoch = -(-len(inputs) // size)
+    steps, step = config.distil_epochs * steps_of_epoch, 0
+
+    def loss_of(rows):
+        x, target = inputs[rows].to(layout.device), exact[rows].to(layout.device)
+        with layout.autocast():
+            loss = relative_error(run_blocks(model, x, rope, i, i + 1, pattern), target)
+            if config.elastic:
+                loss = loss + relative_error(run_blocks(model, x, rope, i, i + 1, "2" * len(pattern)), target)
+        return loss
+
+    def error():
+        with torch.no_grad():
+            losses = [loss_of(slice(first, first + size)).item() for first in range(0, len(inputs), size)]
+        return sum(losses) / len(losses)
+
+    before = error()
+    for epoch in range(config.distil_epochs):
+        generator = torch.Generator().manual_seed(parallel.seed_of(config.seed, i, epoch))
+        order = torch.randperm(len(inputs), generator=generator)
+        for first in range(0, len(inputs), size):
+            rate = config.distil_learning_rate * cosine(step, steps)
+            descend(block, loss_of(order[first : first + size]), optimizer, rate, layout, model.tp_group)
+            step += 1
+    return before, error()
+
+
+def divergence(model: GPT, teacher: GPT, idx, layout):
+    """Mean over tokens of KL(teacher || model) of their next-token distributions, in nats, on idx (B, T)."""
+
+    def log_probs(one):
+        with layout.autocast():
+            x, rope = one.embed(idx)
+            logits = one.lm_head(one.transformer.ln_f(run_blocks(one, x, rope, 0, one.config.n_layer)))
+        return F.log_softmax(logits.float().flatten(0, 1), dim=-1)
+
+    with torch.no_grad():
+        expected = log_probs(teacher)
+    return F.kl_div(log_probs(model), expected, reduction="batchmean", log_target=True)
