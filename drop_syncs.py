@@ -8,7 +8,8 @@ The model is a folder or hub name of a GPT-2 or Llama, or an out_dir of ours tha
 lose the sync after their attention (the pattern's 2 becomes 1) in the order of how little that costs. The stages, each
 of which a key can leave out: arrange heads and neurons on the shards; measure each block's sensitivity; choose the
 blocks; distil each dropped block to what it computed before; finetune the whole model towards the one with all syncs.
-Perplexities of the evaluation texts before and after each stand in out_dir/log.txt; sample.py reads out_dir/ckpt.pt.
+Perplexities of the evaluation texts before and after each stand in out_dir/log.txt, and in dropping.png; sample.py
+reads out_dir/ckpt.pt.
 
 Go on after a stop: the same command and --init_from=resume.
 """
@@ -31,7 +32,8 @@ from reduced_sync import checkpoint as ckpt
 from reduced_sync.commands import StopSignal, set_up
 from reduced_sync.config import configure, describe, option
 from reduced_sync.data import Corpus
-from reduced_sync.drop_log import perplexity_line, sensitivity_line
+from reduced_sync.drop_log import perplexity_line, read_drop_log, sensitivity_line, table_of
+from reduced_sync.figures import draw_dropping
 from reduced_sync.files import lock_folder, replace_file
 from reduced_sync.parallel import RANK, WORLD_SIZE
 from reduced_sync.run_log import RunLog
@@ -39,6 +41,7 @@ from reduced_sync.tokenizer import KEPT, Tokens
 from reduced_sync.weights import GPT2_SHAPES, from_dense, from_pretrained, pretrained_fields, shards_to_dense
 
 STAGES = ("arrange", "sensitivity", "drop", "distil", "finetune", "finished")
+DONE = {"drop": "dropped", "distil": "distilled", "finetune": "finetuned"}
 FREE = "out_dir init_from tp_size device backend timeout_s checkpoint_minutes".split()  # may change at a resume
 
 
@@ -76,7 +79,7 @@ class Config:
     finetune_batch_size: int = option(4, "windows of a step", least=1)
     finetune_learning_rate: float = option(1e-4, "peak", least=0)
     elastic: bool = option(False, "train dropped blocks with and without their sync, for any pattern on the way")
-    curve: tuple = option((), "numbers of blocks dropped at which the end result is evaluated, too")
+    curve: tuple = option((), "numbers of blocks: after each stage, evaluate with only so many dropped, too")
     seed: int = option(1337, "of random arrangements and the order of windows", least=0)
     # system
     tp_size: int = option(1, "tensor-parallel ranks", least=1)
@@ -203,6 +206,8 @@ class Dropping:
         self.optimizer = None
         self.log = None
         if RANK == 0:
+            if saved is None:  # what a run left that had not saved
+                (Path(config.out_dir) / "log.txt").unlink(missing_ok=True)
             self.log = RunLog(Path(config.out_dir) / "log.txt")
             self.log.header(self.header(resumed=saved is not None))
         if saved and saved["model"]:
@@ -310,13 +315,18 @@ class Dropping:
             if n_tokens:
                 self.say(f"{stage}: {time.monotonic() - begin:.1f} s, {n_tokens} tokens")
             self.progress.stage, self.progress.done = STAGES[STAGES.index(stage) + 1], 0
-            if n_tokens and stage in ("drop", "distil", "finetune"):
-                self.evaluate({"drop": "dropped", "distil": "distilled", "finetune": "finetuned"}[stage], self.pattern)
+            if n_tokens and stage in DONE:
+                self.evaluate(DONE[stage], self.pattern)
+                for n in self.config.curve:
+                    if n < self.pattern.count("1"):
+                        self.evaluate(DONE[stage], self.dropped(n))
             if self.progress.stage != STAGES[-1]:
                 self.save()
-        for n in self.config.curve:
-            self.evaluate(f"with {n} dropped", self.dropped(n))
         self.save(final=True)
+        if RANK == 0:
+            log = read_drop_log(Path(self.config.out_dir) / "log.txt")
+            draw_dropping({"": log}, Path(self.config.out_dir) / "dropping.png")
+            print(table_of(log))
         return True
 
     @property

@@ -419,7 +419,7 @@ def shard_tensor(name: str, dense: torch.Tensor, config: "GPTConfig") -> torch.T
 
 
 def initial_weights(config):
-    """Yield name and value of every random tensor of a dense model, drawn on the CPU in a fixed order."""
+    """Yield name and value of every random tensor of a dense model, sampled on the CPU in a fixed order."""
     C, D, hidden = config.n_embd, config.head_size, config.n_hidden
     small = 0.02 / math.sqrt(2 * config.n_layer)  # GPT-2: the 2*n_layer layers that write to the residual stream
     yield "transformer.wte.weight", torch.normal(0.0, 0.02, (config.vocab_size, C))
@@ -521,7 +521,7 @@ class KVCache:
 class GPT(nn.Module):
     """`GPT(config)` holds all shards in one process; with a process group it holds this rank's n_shard / tp_size.
 
-    Raises ValueError for a layout that the model cannot be cut into. The initial weights are the dense model's, drawn
+    Raises ValueError for a layout that the model cannot be cut into. The initial weights are the dense model's, sampled
     from torch's global generator and cut, so they do not depend on the layout.
     """
 

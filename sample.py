@@ -41,16 +41,16 @@ class Config:
     num_samples: int = option(1, "samples, computed as one batch", least=1)
     max_new_tokens: int = option(500, "tokens of a sample; end-of-text ends it earlier", least=1)
     temperature: float = option(0.8, "below 1 bolder, above 1 wilder; 0: always the likeliest token", least=0)
-    top_k: int = option(200, "draw from so many likeliest tokens; 0: from all", least=0)
-    top_p: float = option(1.0, "draw from the likeliest tokens that have this probability together; 1: from all")
-    seed: int = option(1337, "of the draws", least=0)
+    top_k: int = option(200, "choose among so many likeliest tokens; 0: among all", least=0)
+    top_p: float = option(1.0, "choose among the likeliest tokens that have this probability together; 1: among all")
+    seed: int = option(1337, "of the random choices", least=0)
     device: str | None = option(None, "cuda, cuda:N or cpu; None: cuda where there is one")
     dtype: str | None = option(None, "float32, bfloat16 or float16; None: bfloat16 on CUDA, float32 on CPU")
     compile: bool = option(False, "torch.compile: a minute at the start, then faster; worth it for many tokens")
     backend: str | None = option(None, "nccl or gloo; None: nccl on CUDA")
 
 
-def check(config):
+def check_config(config):
     """Raise ValueError for values that mean nothing."""
     if 0 < config.temperature < 0.001:
         raise ValueError(f"temperature={config.temperature} must be 0, for the likeliest token, or at least 0.001")
@@ -141,10 +141,10 @@ def sample(config, model, tokens, vocab_size, layout):
     if RANK == 0 and len(prompt) + config.max_new_tokens > block_size:
         print(f"past {block_size} tokens, a block, the window slides and each token takes longer", file=sys.stderr)
     idx = torch.tensor([prompt] * config.num_samples, device=layout.device)
-    generator = torch.Generator(layout.device).manual_seed(config.seed)  # on every rank: all draw the same tokens
+    generator = torch.Generator(layout.device).manual_seed(config.seed)  # on every rank: all choose the same tokens
     pick = partial(choose, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, generator=generator)
 
-    def draw(logits):
+    def pick_finite(logits):
         if not logits.isfinite().all():
             raise parallel.SameOnAllRanks(
                 "the model's logits are not finite: its training diverged, or dtype is too narrow for it"
@@ -160,9 +160,9 @@ def sample(config, model, tokens, vocab_size, layout):
     say(tokens.decode(prompt))
     samples = [[] for _ in range(config.num_samples)]
     ended = [False] * config.num_samples
-    # ids that no text has, the padding of the vocabulary, are never drawn
+    # ids that no text has, the padding of the vocabulary, are never chosen
     for new in generate(
-        model, idx, config.max_new_tokens, lambda logits: draw(logits[:, :vocab_size]), layout.autocast
+        model, idx, config.max_new_tokens, lambda logits: pick_finite(logits[:, :vocab_size]), layout.autocast
     ):
         for i, token in enumerate(new.tolist()):
             ended[i] = ended[i] or token in tokens.ends
@@ -183,7 +183,7 @@ def main(argv):
         return
     with parallel.clear_errors():
         config = configure(Config, argv)
-        check(config)
+        check_config(config)
         saved, model_config, meta = load(config)
         choice = parallel.choose_device(config.device, config.dtype, config.backend)
         tokens = Tokens(meta)

@@ -9,7 +9,8 @@ import itertools
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
+from scipy import sparse
+from scipy.optimize import linprog
 
 from reduced_sync.checkpoint import gather_tensor
 from reduced_sync.weights import unshard_tensor
@@ -123,7 +124,13 @@ def place_neurons(dense, config, batches, rope, layout) -> list[int]:
                 error = (block.mlp.neurons(block.ln_2(x + y[s])) - exact).float() / weight
                 costs[s] += error.square().sum((1, 2)).flatten().double().cpu()
     costs *= block.mlp.c_proj.weight.detach().square().sum(-1).flatten().double().cpu()
-    rows, places = linear_sum_assignment(np.repeat(costs.T.numpy(), N // S, axis=1))
-    shard_of = np.empty(N, int)
-    shard_of[rows] = places // (N // S)
+    # a transport of N neurons to S shards of N/S places, whose best solution is whole; as an assignment to N places it
+    # takes three times as long for 14,336 neurons, and more memory
+    each_once, each_full = sparse.kron(np.ones((1, S)), sparse.eye(N)), sparse.kron(sparse.eye(S), np.ones((1, N)))
+    best = linprog(
+        costs.flatten().numpy() / costs.mean().item(),
+        A_eq=sparse.vstack([each_once, each_full]).tocsr(),
+        b_eq=np.concatenate([np.ones(N), np.full(S, N // S)]),
+    )
+    shard_of = best.x.reshape(S, N).argmax(0)
     return np.argsort(shard_of, kind="stable").tolist()

@@ -45,7 +45,20 @@ def read_drop_log(path) -> DropLog:
             elif match := PERPLEXITY.match(line):
                 values = (value.rsplit(" ", 1) for value in match[4].split(", "))
                 perplexities = {name: float(value) for name, value in values}
-                log.perplexities.append((match[1], int(match[2]), int(match[3]), perplexities))
+                found = (match[1], int(match[2]), int(match[3]), perplexities)
+                # a run that was killed has said the last ones twice
+                log.perplexities = [old for old in log.perplexities if old[:2] != found[:2]] + [found]
             elif match := SENSITIVITY.match(line):
-                log.sensitivities.append((int(match[1]), float(match[2]), float(match[3])))
+                found = (int(match[1]), float(match[2]), float(match[3]))
+                log.sensitivities = [old for old in log.sensitivities if old[0] != found[0]] + [found]
     return log
+
+
+def table_of(log: DropLog) -> str:
+    """The perplexities of a log as a table in Markdown: after each stage, and in percent above those of all syncs."""
+    _, _, _, dense = log.perplexities[0]
+    lines = ["| after | syncs | " + " | ".join(dense) + " |", "|---" * (2 + len(dense)) + "|"]
+    for stage, syncs, most, perplexities in log.perplexities:
+        cells = [f"{value:.2f} ({100 * (value / dense[name] - 1):+.1f} %)" for name, value in perplexities.items()]
+        lines.append(f"| {stage} | {syncs} of {most} | {' | '.join(cells)} |")
+    return "\n".join(lines)

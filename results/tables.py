@@ -14,6 +14,7 @@ import statistics
 from pathlib import Path
 
 from reduced_sync.comparison import table, verdict, warnings
+from reduced_sync.drop_log import read_drop_log, table_of
 from reduced_sync.runs import baseline_of, gap, load_runs
 
 RESULTS = Path(__file__).parent
@@ -81,7 +82,13 @@ def decoding_case(case):
     return "\n".join(lines)
 
 
-TABLES = {"runs": runs_table, "gaps": gaps_table, "decoding": decoding_table}
+def dropping_table(folder):
+    """The perplexities of every run of drop_syncs.py below a folder."""
+    logs = {log.parent.name: read_drop_log(log) for log in sorted(folder.glob("*/log.txt"))}
+    return "\n\n".join(f"**{name}**\n\n{table_of(log)}" for name, log in logs.items())
+
+
+TABLES = {"runs": runs_table, "gaps": gaps_table, "decoding": decoding_table, "dropping": dropping_table}
 
 
 def renewed(text):
