@@ -1,4 +1,5 @@
 # make demo: set-up, data, smoke test, four variants trained, table and plot.   make test: set-up and all tests.
+# make spd-demo: a trained model from its wheel, all its syncs after attention dropped, and what that costs (25 minutes).
 # make results: the tables in the documents, made anew from results/.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,7 +8,7 @@ DEMO := baseline_24sync spd_12sync grouped_6sync grouped_3sync
 # without processes that train, fail and decode
 QUICK := $(addprefix tests/test_,$(addsuffix .py,batches checkpoint commands compare configurator golden house model results run_log))
 
-.PHONY: demo test test-quick lint data results
+.PHONY: demo spd-demo test test-quick lint data results
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('error: $(PYTHON) is Python ' + \
@@ -33,6 +34,11 @@ demo: data
 			config/on_cpu.py --device=$$device $$resume; \
 	done
 	$(BIN)/python compare.py $(foreach name,$(DEMO),out-$(subst _,-,$(name))-cpu)
+
+spd-demo: .venv/ready
+	$(BIN)/python models/smollm2/prepare.py
+	$(BIN)/python data/prose/prepare.py
+	$(BIN)/python drop_syncs.py config/spd_smollm2.py config/spd_in_minutes.py
 
 test: data
 	$(BIN)/python -m pytest -n 2 --dist worksteal

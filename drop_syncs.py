@@ -79,7 +79,7 @@ class Config:
     finetune_batch_size: int = option(4, "windows of a step", least=1)
     finetune_learning_rate: float = option(1e-4, "peak", least=0)
     elastic: bool = option(False, "train dropped blocks with and without their sync, for any pattern on the way")
-    curve: tuple = option((), "numbers of blocks: after each stage, evaluate with only so many dropped, too")
+    curve: tuple = option((), "numbers of blocks: the end result is evaluated with so many dropped, too")
     seed: int = option(1337, "of random arrangements and the order of windows", least=0)
     # system
     tp_size: int = option(1, "tensor-parallel ranks", least=1)
@@ -317,11 +317,11 @@ class Dropping:
             self.progress.stage, self.progress.done = STAGES[STAGES.index(stage) + 1], 0
             if n_tokens and stage in DONE:
                 self.evaluate(DONE[stage], self.pattern)
-                for n in self.config.curve:
-                    if n < self.pattern.count("1"):
-                        self.evaluate(DONE[stage], self.dropped(n))
             if self.progress.stage != STAGES[-1]:
                 self.save()
+        last = "finetune" if self.config.finetune_steps else "distil" if self.config.distil_epochs else "drop"
+        for n in self.config.curve:
+            self.evaluate(DONE[last], self.dropped(n))
         self.save(final=True)
         if RANK == 0:
             log = read_drop_log(Path(self.config.out_dir) / "log.txt")
