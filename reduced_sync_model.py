@@ -220,10 +220,11 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = ColumnParallel(n_local, config.n_embd, n_qkv, config.bias)
         self.c_proj = RowParallel(n_local, self.n_head * self.head_size, config.n_embd, config.bias)
 
-    def forward(self, h, rope=None, past=None):
+    def forward(self, h, rope=None, past=None, mask=None):
         """h (S, B, T, C) -> (S, B, T, C).
 
-        rope: for rotate(). past: this layer's (keys, values, positions held) of a KVCache.
+        rope: for rotate(). past: this layer's (keys, values, positions held) of a KVCache. mask (S*B, 1, T, positions):
+        what each token sees; None: itself and all before it.
         """
         S, B, T, _ = h.shape
         qkv = self.c_attn(h).unflatten(-1, (-1, self.head_size))  # (S, B, T, H+2K, D)
@@ -235,8 +236,9 @@ class CausalSelfAttention(nn.Module):
             keys, values, held = past  # (S*B, K, block_size, D) twice
             keys[:, :, held : held + T], values[:, :, held : held + T] = k, v
             k, v = keys[:, :, : held + T], values[:, :, : held + T]
-        options = dict(is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0)  # a single token sees all
-        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.n_kv_head < self.n_head, **options)
+        options = dict(attn_mask=mask, is_causal=mask is None and T > 1)  # a single token sees all
+        options |= dict(dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.n_kv_head < self.n_head)
+        y = F.scaled_dot_product_attention(q, k, v, **options)
         y = y.transpose(1, 2).reshape(S, B, T, -1)  # (S, B, T, H*D)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -326,10 +328,10 @@ class Block(nn.Module):
         self.ln_2 = Norm(config, n_local)
         self.mlp = MLP(config, n_local)
 
-    def forward(self, stream, character, rope=None, past=None):
+    def forward(self, stream, character, rope=None, past=None, mask=None):
         """Add this layer to the Stream: `character` is its place in the sync pattern, `past` its part of a KVCache."""
         h = stream.read()
-        y = self.attn(self.ln_1(h), rope, past)
+        y = self.attn(self.ln_1(h), rope, past, mask)
         if character in "2a":
             stream.sync(y)
         else:
@@ -479,6 +481,7 @@ class GPTConfig:
         self.head_size = self.head_size or self.n_embd // self.n_head
         self.n_hidden = self.n_hidden or 4 * self.n_embd
         self.n_kv_head = self.n_kv_head or self.n_head
+        self.rope_inv_freq = tuple(self.rope_inv_freq)  # a list where it comes from JSON
         for name in ("n_head", "n_hidden"):
             if getattr(self, name) % self.n_shard:
                 raise ValueError(f"{name}={getattr(self, name)} is not divisible by n_shard={self.n_shard}")
@@ -565,32 +568,50 @@ class GPT(nn.Module):
         vocab_size), those of the last position. Raises ValueError for a sequence longer than block_size, and for more
         than one token behind those in a cache.
         """
-        T, held = idx.size(1), 0 if cache is None else cache.length
-        if held + T > self.config.block_size:
-            raise ValueError(f"a sequence of {held + T} tokens is longer than block_size={self.config.block_size}")
-        if held and T > 1:
-            raise ValueError(f"{T} tokens behind the {held} in the cache: decoding takes one at a time")
-        x, rope = self.embed(idx, held)
-        stream = Stream(self.transformer.drop(x), self.config, self.tp_group)
-        for i, (block, character) in enumerate(zip(self.transformer.h, self.config.sync_pattern, strict=True)):
-            block(stream, character, rope, None if cache is None else (*cache.layers[i], held))
-        stream.arrive()
-        if cache is not None:
-            cache.length += T
+        x = self.hidden_states(idx, cache)
         if targets is None:
-            return self.lm_head(self.transformer.ln_f(stream.x[:, -1:])), None
-        logits = self.lm_head(self.transformer.ln_f(stream.x))
+            return self.lm_head(self.transformer.ln_f(x[:, -1:])), None
+        logits = self.lm_head(self.transformer.ln_f(x))
         # in float32 also under autocast: in bfloat16 a token's log-softmax is off by 0.02
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(exact.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
         return logits, loss
 
-    def embed(self, idx, first=0):
-        """Token ids (B, T) at the positions from `first` on -> x (B, T, C), and what rotate() takes or None."""
+    def hidden_states(self, idx, cache=None, padding=None):
+        """Token ids (B, T) -> the synced stream behind the last layer (B, T, C), which ln_f and lm_head make logits of.
+
+        padding (B,): so many of a row's first ids are no tokens. Nothing sees them, and positions are counted behind
+        them. With it, and with nothing but zeros in it, several tokens may follow those in a cache.
+        """
+        T, held = idx.size(1), 0 if cache is None else cache.length
+        if held + T > self.config.block_size:
+            raise ValueError(f"a sequence of {held + T} tokens is longer than block_size={self.config.block_size}")
+        if held and T > 1 and padding is None:
+            raise ValueError(f"{T} tokens behind the {held} in the cache: decoding takes one at a time")
+        x, rope = self.embed(idx, held, padding)
+        mask = None
+        if padding is not None:
+            key = torch.arange(held + T, device=idx.device)
+            query, start = key[held:, None], padding[:, None, None]
+            mask = (key <= query) & (key >= start) | (key == query)  # (B, T, held+T); padding has to see something
+            mask = mask.repeat(self.config.n_shard // self.tp_size, 1, 1)[:, None]  # (S*B, 1, T, held+T)
+        stream = Stream(self.transformer.drop(x), self.config, self.tp_group)
+        for i, (block, character) in enumerate(zip(self.transformer.h, self.config.sync_pattern, strict=True)):
+            block(stream, character, rope, None if cache is None else (*cache.layers[i], held), mask)
+        stream.arrive()
+        if cache is not None:
+            cache.length += T
+        return stream.x
+
+    def embed(self, idx, held=0, padding=None):
+        """Token ids (B, T) behind `held` others -> x (B, T, C), and what rotate() takes or None."""
         x, T = self.transformer.wte(idx), idx.size(1)
-        if self.config.position == "learned":
-            return x + self.transformer.wpe.weight[first : first + T], None
-        return x, self.rope(first, T)
+        if self.config.position == "rope":  # only differences of positions count: padding changes none
+            return x, self.rope(held, T)
+        place = slice(held, held + T)
+        if padding is not None:
+            place = (torch.arange(held, held + T, device=idx.device) - padding[:, None]).clamp(min=0)  # (B, T)
+        return x + self.transformer.wpe.weight[place], None
 
     def rope(self, first, T):
         """cos and sin, each (T, D/2), of inv_freq times position, of the T positions from `first` on."""

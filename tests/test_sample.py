@@ -108,6 +108,22 @@ def test_what_a_cache_cannot_hold():
         model(prompt(2, 1), cache=cache)
 
 
+@pytest.mark.parametrize("n_shard", [1, 4])
+@pytest.mark.parametrize("variant", [*VARIANTS, dict(position="rope", n_kv_head=2)], ids=str)
+def test_padding_at_the_start_of_a_row_changes_nothing_behind_it(variant, n_shard):
+    """In one pass, and with a cache that takes several tokens at a time."""
+    model, idx, padding = rough(build(n_shard=n_shard, **variant)), prompt(3), torch.tensor([0, 5, 15])
+    cache = KVCache(model, 3)
+    with torch.no_grad():
+        whole = model.hidden_states(idx, padding=padding)
+        parts = [model.hidden_states(idx[:, a:b], cache, padding) for a, b in ((0, 7), (7, 12), (12, 13), (13, 16))]
+        assert whole.isfinite().all()
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-4)
+        for row, n in enumerate(padding.tolist()):
+            alone = model.hidden_states(idx[row : row + 1, n:])
+            torch.testing.assert_close(whole[row : row + 1, n:], alone, rtol=0, atol=1e-4)
+
+
 # --- choosing tokens
 
 
