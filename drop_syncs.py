@@ -108,20 +108,16 @@ class Source:
     def __init__(self, name: str):
         """Raises ValueError or OSError where there is none, or none with all syncs."""
         self.name, path = name, Path(name) / "ckpt.pt"
-        self.saved = ckpt.load(path) if path.exists() else None
-        if self.saved is None:
+        self.saved = None
+        if not path.exists():
             _, fields = pretrained_fields(name)
             tokenizer = "gpt2" if name in GPT2_SHAPES else str(name)
             self.meta = {"tokenizer": tokenizer, "vocab_size": fields["vocab_size"], "source": str(name)}
             self.fields = fields
         else:
-            trained = rsm.GPTConfig(**self.saved["model_args"] | {"dropout": 0.0})
-            ckpt.check_model(self.saved, trained, path)
+            self.saved, trained, self.meta = ckpt.load_with_tokens(path)
             self.dense = shards_to_dense(self.saved["model"], trained)
             self.fields = dataclasses.asdict(trained) | {"sync_pattern": ""}
-            self.meta = self.saved["data"]
-            if (kept := Path(name) / KEPT).is_dir():
-                self.meta = self.meta | {"tokenizer": str(kept)}
 
     def build(self, n_shard: int, tp_group=None) -> rsm.GPT:
         """The model with all syncs, on the CPU. Raises ValueError where it cannot be cut so."""

@@ -2,7 +2,7 @@
 
 $ python sample.py --out_dir=out-spd-12sync --start="To be"
 $ python sample.py --init_from=gpt2 --start=FILE:prompt.txt --num_samples=3      # FILE:- is standard input
-$ python sample.py --init_from=FOLDER_OR_HUB_NAME                                # a model of save_pretrained
+$ python sample.py --init_from=FOLDER_OR_HUB_NAME                  # a model of save_pretrained or of export.py
 
 With real tensor parallelism, any number of processes that divides the model's n_shard; the text is the same. The `--`
 keeps torchrun from taking --start for an option of its own:
@@ -27,7 +27,7 @@ from reduced_sync.commands import set_up
 from reduced_sync.config import configure, describe, option
 from reduced_sync.decoding import cast, choose, for_decoding, generate
 from reduced_sync.parallel import RANK, WORLD_SIZE
-from reduced_sync.tokenizer import KEPT, Tokens
+from reduced_sync.tokenizer import Tokens
 from reduced_sync.weights import GPT2_SHAPES, from_pretrained, pretrained_fields
 
 
@@ -35,7 +35,7 @@ from reduced_sync.weights import GPT2_SHAPES, from_pretrained, pretrained_fields
 class Config:
     """Every key; names, meanings and most defaults are nanoGPT's."""
 
-    init_from: str = option("resume", "resume: out_dir's ckpt.pt; or folder or hub name of a GPT-2 or Llama")
+    init_from: str = option("resume", "resume: out_dir's ckpt.pt; or folder or hub name of a GPT-2, Llama or export")
     out_dir: str = option("out", "folder of the checkpoint", is_path=True)
     start: str = option("\n", "the prompt; FILE:NAME reads it from a file, FILE:- from standard input")
     num_samples: int = option(1, "samples, computed as one batch", least=1)
@@ -62,41 +62,25 @@ def load(config):
     """(checkpoint or None, GPTConfig, meta of the tokens) of what config names. Raises ValueError or OSError."""
     if config.init_from != "resume":
         _, fields = pretrained_fields(config.init_from)
-        model_config = rsm.GPTConfig(**fields, n_shard=WORLD_SIZE)
+        model_config = rsm.GPTConfig(**{"n_shard": WORLD_SIZE} | fields)
         tokenizer = "gpt2" if config.init_from in GPT2_SHAPES else config.init_from
-        return None, model_config, {"tokenizer": tokenizer, "vocab_size": model_config.vocab_size}
-    path = Path(config.out_dir) / "ckpt.pt"
-    saved = ckpt.load(path)
-    try:
-        model_config = rsm.GPTConfig(**saved["model_args"] | {"dropout": 0.0})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint {path} cannot be used: {error}") from None
-    ckpt.check_model(saved, model_config, path)
-    meta = saved["data"]
-    chars, size = meta.get("chars"), meta.get("vocab_size")
-    if type(size) is not int or not 0 < size <= model_config.vocab_size:
-        raise ValueError(f"checkpoint {path} cannot be used: vocab_size={size!r} of its data does not fit its model")
-    if (kept := Path(config.out_dir) / KEPT).is_dir():
-        meta = meta | {"tokenizer": str(kept)}
-    name = meta.get("tokenizer")
-    is_char = name == "char" and isinstance(chars, str) and len(chars) == size
-    if not (is_char or name == "gpt2" or (isinstance(name, str) and ("/" in name or Path(name).is_dir()))):
-        raise ValueError(
-            f"checkpoint {path} cannot be used: its data names no tokenizer: gpt2, char with chars, or a folder"
-        )
+        saved, meta = None, {"tokenizer": tokenizer, "vocab_size": model_config.vocab_size}
+    else:
+        saved, model_config, meta = ckpt.load_with_tokens(Path(config.out_dir) / "ckpt.pt")
     if model_config.n_shard % WORLD_SIZE:
-        raise ValueError(f"{WORLD_SIZE} processes do not divide the n_shard={model_config.n_shard} of {path}")
+        name = config.init_from if saved is None else Path(config.out_dir) / "ckpt.pt"
+        raise ValueError(f"{WORLD_SIZE} processes do not divide the n_shard={model_config.n_shard} of {name}")
     return saved, model_config, meta
 
 
 def build(config, saved, model_config, layout):
-    """The model on its device, in its number type. A pretrained one has as many shards as there are processes."""
+    """The model on its device, in its number type. A dense one has as many shards as there are processes."""
     if saved is not None:
         model = rsm.GPT(model_config, layout.tp_group)
         ckpt.restore(saved, model)
     else:
         try:
-            model = from_pretrained(config.init_from, layout.tp_group, n_shard=WORLD_SIZE)
+            model = from_pretrained(config.init_from, layout.tp_group, n_shard=model_config.n_shard)
         except (OSError, ValueError) as error:
             raise parallel.SameOnAllRanks(f"init_from={config.init_from!r}: {error}") from None
     cast(model.eval().to(layout.device), layout.dtype)
@@ -142,6 +126,7 @@ def sample(config, model, tokens, vocab_size, layout):
         print(f"past {block_size} tokens, a block, the window slides and each token takes longer", file=sys.stderr)
     idx = torch.tensor([prompt] * config.num_samples, device=layout.device)
     generator = torch.Generator(layout.device).manual_seed(config.seed)  # on every rank: all choose the same tokens
+    suppressed = torch.tensor(tokens.suppressed, dtype=torch.long, device=layout.device)
     pick = partial(choose, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, generator=generator)
 
     def pick_finite(logits):
@@ -149,7 +134,7 @@ def sample(config, model, tokens, vocab_size, layout):
             raise parallel.SameOnAllRanks(
                 "the model's logits are not finite: its training diverged, or dtype is too narrow for it"
             )
-        return pick(logits)
+        return pick(logits.index_fill(1, suppressed, float("-inf")))
 
     text_of = tokens.stream()
 

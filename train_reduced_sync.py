@@ -34,6 +34,8 @@ from reduced_sync.recording import Recorder
 from reduced_sync.run_log import changes, step_line
 from reduced_sync.weights import from_pretrained, pretrained_fields
 
+# what says where shards sync
+RULE = "architecture sync_pattern parallel_block merge overlap".split()
 # what is chosen of a pretrained model: its weights fit any
 CHOICES = "block_size dropout n_shard sync_pattern parallel_block merge overlap".split()
 
@@ -55,6 +57,11 @@ def prepare(config):
     shape = {}
     if origin not in ("scratch", "resume"):  # a pretrained model's weights give its shape, not the keys
         shape = saved["model_args"] if saved else pretrained_fields(origin)[1]
+        has_rule = saved["config"]["architecture"] == "selective" if saved else "sync_pattern" in shape
+        if has_rule and all(getattr(config, key) == getattr(Config, key) for key in RULE):  # an export's own
+            vars(config).update({key: shape[key] for key in RULE if key in shape}, architecture="selective")
+        if saved is None or config.n_shard == Config.n_shard:
+            config.n_shard = shape.get("n_shard", config.n_shard)
         shape = {key: value for key, value in shape.items() if key not in CHOICES}
         for key in shape.keys() & vars(config).keys():
             setattr(config, key, shape[key])

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from reduced_sync.files import link_file, replace_file, sync_folder
+from reduced_sync.tokenizer import KEPT
 from reduced_sync_model import GPT, GPTConfig, is_sharded
 
 KINDS = dict.fromkeys("model optimizer model_args config data scaler".split(), dict)
@@ -130,6 +131,32 @@ def check_model(checkpoint: dict, config: GPTConfig, path: str | Path) -> None:
             raise ValueError(
                 f"checkpoint {path} cannot be used: {name} or its optimizer state is not what it should be"
             )
+
+
+def load_with_tokens(path: str | Path) -> tuple[dict, GPTConfig, dict]:
+    """(checkpoint, its GPTConfig without dropout, meta that tokenizer.Tokens takes) of the checkpoint in `path`.
+
+    Raises ValueError with one clear line.
+    """
+    saved = load(path)
+    try:
+        config = GPTConfig(**saved["model_args"] | {"dropout": 0.0})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint {path} cannot be used: {error}") from None
+    check_model(saved, config, path)
+    meta = saved["data"]
+    chars, size = meta.get("chars"), meta.get("vocab_size")
+    if type(size) is not int or not 0 < size <= config.vocab_size:
+        raise ValueError(f"checkpoint {path} cannot be used: vocab_size={size!r} of its data does not fit its model")
+    if (kept := Path(path).parent / KEPT).is_dir():
+        meta = meta | {"tokenizer": str(kept)}
+    name = meta.get("tokenizer")
+    is_char = name == "char" and isinstance(chars, str) and len(chars) == size
+    if not (is_char or name == "gpt2" or (isinstance(name, str) and ("/" in name or Path(name).is_dir()))):
+        raise ValueError(
+            f"checkpoint {path} cannot be used: its data names no tokenizer: gpt2, char with chars, or a folder"
+        )
+    return saved, config, meta
 
 
 def check_data(checkpoint: dict, meta: dict, path: str | Path) -> None:

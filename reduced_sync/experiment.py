@@ -25,7 +25,7 @@ class Config:
     )
     checkpoint_interval: int = option(0, "steps between further checkpoints; 0: none", least=0)
     checkpoint_minutes: float = option(0.0, "minutes between further checkpoints; 0: none", least=0)
-    init_from: str = option("scratch", "scratch, resume, or the folder or hub name of a GPT-2 or Llama")
+    init_from: str = option("scratch", "scratch, resume, or the folder or hub name of a GPT-2, Llama or export")
     wandb_log: bool = option(False, "log to Weights & Biases as well")
     wandb_project: str = option("reduced-sync", "its project")
     wandb_run_name: str | None = option(None, "its run name; None: out_dir")

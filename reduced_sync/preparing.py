@@ -155,6 +155,12 @@ def read_members(archive: str | Path, pattern: str) -> list[tuple[str, bytes]]:
         return [(member.name, tar.extractfile(member).read()) for member in sorted(members, key=lambda m: m.name)]
 
 
+def gpt2_files() -> dict[str, Path]:
+    """{name: path} of vocab.bpe and encoder.json, GPT-2's tokenizer, where gpt2_encoding puts them."""
+    folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or CACHE / "tiktoken")
+    return {name: folder / hashlib.sha1(url.encode()).hexdigest() for name, url in GPT2_FILES.items()}
+
+
 def gpt2_encoding() -> Any:
     """tiktoken's "gpt2" encoding, without tiktoken's own download where the package index can be reached.
 
@@ -163,9 +169,9 @@ def gpt2_encoding() -> Any:
     """
     import tiktoken
 
-    folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or CACHE / "tiktoken")
+    targets = gpt2_files()
+    folder = targets["vocab.bpe"].parent
     os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)  # tiktoken reads it, in worker processes too
-    targets = {name: folder / hashlib.sha1(url.encode()).hexdigest() for name, url in GPT2_FILES.items()}
     problem = ""
     if not all(target.exists() for target in targets.values()):
         try:

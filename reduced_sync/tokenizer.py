@@ -11,11 +11,12 @@ KEPT = "tokenizer"  # folder of an out_dir with the files of its model's own tok
 class Tokens:
     """The tokens of `meta`: tokenizer "gpt2", "char" with its chars, or a folder or hub name that transformers loads.
 
-    ends: the ids that end a text. Raises ValueError or OSError where a tokenizer is not there.
+    ends: the ids that end a text. suppressed: those that no text of a pretrained model has, where its folder says so.
+    Raises ValueError or OSError where a tokenizer is not there.
     """
 
     def __init__(self, meta: dict):
-        self.kind = meta["tokenizer"]
+        self.kind, self.suppressed = meta["tokenizer"], []
         if self.kind == "gpt2":
             self.encoding = preparing.gpt2_encoding()
             self.ends = {self.encoding.eot_token}
@@ -25,7 +26,7 @@ class Tokens:
             self.ids = {char: i for i, char in enumerate(meta["chars"])}
             self.bytes_of = [char.encode() for char in meta["chars"]].__getitem__
         else:
-            self.pretrained, self.ends = load_pretrained(self.kind)
+            self.pretrained, self.ends, self.suppressed = load_pretrained(self.kind)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`. Raises ValueError for a character that the model does not know."""
@@ -55,17 +56,21 @@ class Tokens:
 
 
 def load_pretrained(name: str):
-    """(tokenizer, ids that end a text) of a folder of save_pretrained or a hub name. Raises ValueError, OSError."""
+    """(tokenizer, ids that end a text, ids that no text has) of a folder of save_pretrained or a hub name.
+
+    Raises ValueError, OSError.
+    """
     from transformers import AutoTokenizer, GenerationConfig
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # its files are enough
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise ValueError("it is none of the tokenizers library")
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"no tokenizer in {name!r}: {str(error).strip().splitlines()[0]}") from None
     try:
-        ends = GenerationConfig.from_pretrained(name).eos_token_id
+        generation = GenerationConfig.from_pretrained(name)
     except OSError:  # it is optional
-        ends = tokenizer.eos_token_id
-    return tokenizer, set(ends) if isinstance(ends, list) else {ends} - {None}
+        generation = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    ends = generation.eos_token_id
+    return tokenizer, set(ends) if isinstance(ends, list) else {ends} - {None}, generation.suppress_tokens or []

@@ -4,12 +4,13 @@ A dense model of ours has nanoGPT's names. transformers' GPT-2 has the same, its
 transformers' Llama has other names, and Q, K and V apart. `their_names` says which.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
 import torch
 
-from reduced_sync_model import GPT, GPTConfig, baseline, role_of, shard_tensor
+from reduced_sync_model import GPT, GPTConfig, baseline, is_sharded, role_of, shard_tensor
 
 # OpenAI's models: n_layer, n_head, n_embd. All have 1024 positions, 50257 tokens and biases.
 GPT2_SHAPES = {
@@ -19,6 +20,7 @@ GPT2_SHAPES = {
     "gpt2-xl": (48, 25, 1600),
 }
 PRETRAINED = "init_from takes a folder or hub name of a GPT-2 or Llama"
+OURS = "reduced_sync"  # model_type of a folder of export.py that carries its code
 # our name in a layer: Llama's, one or several
 LLAMA = {
     "ln_1": ["input_layernorm"],
@@ -98,8 +100,10 @@ def shards_to_dense(shards: dict, config: GPTConfig) -> dict:
 def their_names(name: str, family: str) -> tuple[list[str], bool]:
     """The tensors of transformers' `family`, gpt2 or llama, that our dense tensor `name` is, one under the other.
 
-    And whether they are transposed.
+    And whether they are transposed. Of our own family it is the sharded tensor.
     """
+    if family == OURS:
+        return [f"model.{name}"], False
     if family == "gpt2":
         return [name], name.startswith("transformer.h.") and role_of(name).is_matrix
     layer, _, kind = name.removeprefix("transformer.").rpartition(".")
@@ -107,6 +111,59 @@ def their_names(name: str, family: str) -> tuple[list[str], bool]:
         _, i, layer = layer.split(".", 2)
         return [f"model.layers.{i}.{part}.{kind}" for part in LLAMA[layer]], False
     return [{"wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head"}[layer] + f".{kind}"], False
+
+
+def their_tensors(dense: dict, family: str, config: GPTConfig) -> dict:
+    """State dict of a dense model -> that of transformers' `family`, gpt2 or llama; the inverse of dense_tensors.
+
+    GPT-2's class has all biases: those that a model has not are zeros.
+    """
+    if family == "gpt2":
+        with torch.device("meta"):
+            whole = GPT(dataclasses.replace(config, n_shard=1, sync_pattern="", bias=True))
+        for name, parameter in whole.named_parameters():
+            if name not in dense:
+                dense = dense | {name: torch.zeros(parameter.shape[1:] if is_sharded(name) else parameter.shape)}
+    found = {}
+    for ours, tensor in dense.items():
+        theirs, transposed = their_names(ours, family)
+        tensor = tensor.t() if transposed else tensor
+        heads = [config.head_size * n for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
+        parts = tensor.split(heads) if len(theirs) == 3 else [tensor]
+        found |= {name: part.contiguous() for name, part in zip(theirs, parts, strict=True)}
+    return found
+
+
+def their_config(config: GPTConfig):
+    """(family, transformers' config) of the class that computes a dense model of this shape.
+
+    Raises ValueError where neither GPT2LMHeadModel nor LlamaForCausalLM does.
+    """
+    from transformers import GPT2Config, LlamaConfig
+
+    block = (config.norm, config.position, config.mlp)
+    keys = dict(vocab_size=config.vocab_size, tie_word_embeddings=config.tie_embeddings, dtype="float32")
+    keys |= dict(bos_token_id=None, eos_token_id=None, use_cache=True)
+    if block == ("layernorm", "learned", "gelu"):
+        if config.n_kv_head != config.n_head or config.head_size * config.n_head != config.n_embd:
+            raise ValueError("GPT2LMHeadModel has as many heads of keys as of queries, of n_embd/n_head each")
+        keys |= dict(n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head)
+        keys |= dict(n_inner=config.n_hidden, layer_norm_epsilon=config.norm_eps)
+        keys |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
+        return "gpt2", GPT2Config(**keys, architectures=["GPT2LMHeadModel"])
+    if block != ("rmsnorm", "rope", "swiglu"):
+        raise ValueError(f"neither GPT-2's class nor Llama's has norm={block[0]}, position={block[1]}, mlp={block[2]}")
+    if config.bias:
+        raise ValueError("LlamaForCausalLM as init_from reads it has no biases")
+    if config.rope_inv_freq:
+        raise ValueError("LlamaForCausalLM names the kind of a scaled RoPE, of which only the frequencies are known")
+    if config.n_embd % config.n_head:
+        raise ValueError(f"LlamaForCausalLM has no n_embd={config.n_embd} with n_head={config.n_head}")
+    keys |= dict(hidden_size=config.n_embd, intermediate_size=config.n_hidden, num_hidden_layers=config.n_layer)
+    keys |= dict(num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head, head_dim=config.head_size)
+    keys |= dict(max_position_embeddings=config.block_size, rms_norm_eps=config.norm_eps)
+    keys |= dict(rope_parameters=dict(rope_type="default", rope_theta=config.rope_theta))
+    return "llama", LlamaConfig(**keys, architectures=["LlamaForCausalLM"])
 
 
 def gpt2_fields(hf) -> dict:
@@ -162,11 +219,12 @@ def refuse_unless(hf, key, allowed):
 
 
 def pretrained_fields(name: str) -> tuple[str, dict]:
-    """(family, fields of GPTConfig) of a folder of save_pretrained or a hub name.
+    """(family, fields of GPTConfig) of a folder of save_pretrained, one of export.py, or a hub name.
 
-    Raises ValueError or OSError for a model that is not there, or that our block does not compute.
+    The fields of our own family include n_shard and the rule of syncs. Raises ValueError or OSError for a model that
+    is not there, or that our block does not compute.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     if name in GPT2_SHAPES and not Path(name).is_dir():
         shape = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SHAPES[name], strict=True))
@@ -176,8 +234,13 @@ def pretrained_fields(name: str) -> tuple[str, dict]:
     try:
         if not Path(name).exists() and "/" not in str(name):
             raise ValueError("there is no such folder, and a name on the hub is OWNER/MODEL")
+        keys, _ = PretrainedConfig.get_config_dict(name)
+        if keys.get("model_type") == OURS:
+            names = {field.name for field in dataclasses.fields(GPTConfig)} - {"dropout"}
+            fields = dataclasses.asdict(GPTConfig(**{key: keys[key] for key in names & keys.keys()}))
+            return OURS, {key: fields[key] for key in names}
         hf = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         line = str(error).strip().splitlines()[0]
         raise ValueError(f"init_from={name!r}: {PRETRAINED}, besides scratch and resume: {line}") from None
     families = {"gpt2": gpt2_fields, "llama": llama_fields}
@@ -212,7 +275,7 @@ def safetensors_files(name: str) -> dict[str, str]:
 def dense_tensors(name: str, family: str, names):
     """Yield (our name, dense tensor) of a folder or hub name for our `names`, one at a time, mapped from its file.
 
-    Raises ValueError for a tensor that is missing.
+    The tensors of our own family are sharded. Raises ValueError for a tensor that is missing.
     """
     from safetensors import safe_open
 
@@ -234,26 +297,29 @@ def dense_tensors(name: str, family: str, names):
 
 
 def from_pretrained(name: str, tp_group=None, block_size=None, **choices) -> GPT:
-    """A model of transformers' GPT-2 or Llama classes in shards: of each tensor a rank keeps its own shards' part.
+    """A model of transformers' GPT-2 or Llama classes in shards, or of export.py: a rank keeps its own shards' part.
 
-    name: a folder of save_pretrained, or a name on the hub. block_size crops the positions; `choices` are fields of
-    GPTConfig that are no shape of the weights: dropout, n_shard, sync_pattern and the other rules of syncs. With
-    dropped syncs it is another function than the original: a place to train from. Raises ValueError or OSError where
-    the weights are not there or do not fit.
+    name: a folder of save_pretrained or export.py, or a name on the hub. block_size crops the positions; `choices` are
+    fields of GPTConfig that are no shape of the weights: dropout, n_shard (but of a folder that carries its code),
+    sync_pattern and the other rules of syncs. With dropped syncs it is another function than the original: a place to
+    train from. Raises ValueError or OSError where the weights are not there or do not fit.
     """
     family, fields = pretrained_fields(name)
     if block_size is not None and block_size > fields["block_size"]:
         raise ValueError(f"block_size={block_size} is above the {fields['block_size']} positions of {name}")
     config = GPTConfig(**fields | choices | dict(block_size=block_size or fields["block_size"]))
+    if family == OURS and config.n_shard != fields["n_shard"]:
+        raise ValueError(f"n_shard={config.n_shard}: the weights of {name} are {fields['n_shard']} shards")
     with torch.device("meta"):
         names = [key for key, _ in GPT(config).named_parameters()]
-    return from_dense(config, dense_tensors(name, family, names), tp_group, f"init_from={name!r}")
+    return from_dense(config, dense_tensors(name, family, names), tp_group, f"init_from={name!r}", family == OURS)
 
 
-def from_dense(config: GPTConfig, tensors, tp_group, source: str) -> GPT:
+def from_dense(config: GPTConfig, tensors, tp_group, source: str, sharded=False) -> GPT:
     """The model of `config` with the weights that `tensors`, pairs of our name and a dense tensor, give it.
 
-    Raises ValueError, which begins with `source`, for a tensor of another shape.
+    Where `sharded` the tensors have their shard dimension already. Raises ValueError, which begins with `source`, for a
+    tensor of another shape.
     """
     with torch.device("meta"):  # no initial weights
         model = GPT(config, tp_group)
@@ -265,7 +331,8 @@ def from_dense(config: GPTConfig, tensors, tp_group, source: str) -> GPT:
         for key, dense in tensors:
             dense = dense[: config.block_size] if key == "transformer.wpe.weight" else dense
             try:
-                part = model.local_part(key, shard_tensor(key, dense, config)).reshape(parameters[key].shape)
+                shards = dense if sharded else shard_tensor(key, dense, config)
+                part = model.local_part(key, shards).reshape(parameters[key].shape)
             except RuntimeError:
                 raise ValueError(f"{source}: {key} of {tuple(dense.shape)} does not fit its config.json") from None
             parameters[key].copy_(part)

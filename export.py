@@ -1,0 +1,41 @@
+"""Make a Hugging Face folder of a trained model: for transformers, for serving, for evaluation.
+
+$ python export.py out-spd-12sync --to=spd-12sync           # the last checkpoint
+$ python export.py out-spd-12sync --to=spd-12sync --best    # the one of the lowest validation loss
+
+A model that equals a dense one, as its pattern has all syncs or it is one shard, becomes a plain GPT-2 or Llama, which
+transformers loads without our code. Any other carries its code, to be loaded with trust_remote_code=True. The folder
+has the tokenizer and a README.md that says what the model is; --init_from=FOLDER of train_reduced_sync.py and sample.py
+takes it back. A run that is not finished is exported as far as it has come.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from reduced_sync.commands import one_line_errors, set_up
+from reduced_sync.config import option, parse
+from reduced_sync.exporting import export
+
+
+@dataclass
+class Options:
+    """Every key."""
+
+    out_dir: tuple[str, ...] = option((), "folder of the checkpoint, one", is_path=False)
+    to: str = option("", "the folder to make; it must not exist", is_path=True)
+    best: bool = option(False, "ckpt_best.pt in the place of ckpt.pt")
+
+
+def main(argv):
+    with one_line_errors():
+        options = parse(Options, argv, "out_dir", __doc__)
+        if len(options.out_dir) != 1 or not options.to:
+            raise ValueError("name one out_dir, and the folder to make: python export.py OUT_DIR --to=FOLDER")
+        path = Path(options.out_dir[0]) / ("ckpt_best.pt" if options.best else "ckpt.pt")
+        print(export(path, Path(options.to)))
+
+
+if __name__ == "__main__":
+    set_up()
+    main(sys.argv[1:])

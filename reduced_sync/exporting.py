@@ -1,0 +1,223 @@
+"""A checkpoint as a Hugging Face folder: config.json, safetensors, tokenizer, generation_config.json, a model card."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from reduced_sync import checkpoint as ckpt
+from reduced_sync import preparing
+from reduced_sync.files import sync_folder
+from reduced_sync.run_log import read_log
+from reduced_sync.tokenizer import Tokens
+from reduced_sync.weights import OURS, shards_to_dense, their_config, their_tensors
+from reduced_sync_model import GPT, GPTConfig, count_syncs, draw_pattern
+
+ROOT = Path(__file__).parents[1]
+CODE = [ROOT / "reduced_sync_model.py", ROOT / "reduced_sync" / "exported" / "modeling_reduced_sync.py"]
+END, PAD = "<|endoftext|>", "<|pad|>"
+
+
+def export(path: Path, target: Path) -> str:
+    """Write the model of the checkpoint in `path` to the new folder `target`; returns a line that says what it is.
+
+    Raises ValueError or OSError; there is no `target` then.
+    """
+    if target.exists() or target.is_symlink():
+        raise ValueError(f"to={str(target)!r} exists already: choose another folder, or remove it")
+    if not target.absolute().parent.is_dir():
+        raise ValueError(f"to={str(target)!r}: there is no folder {target.absolute().parent}")
+    saved, config, meta = ckpt.load_with_tokens(path)
+    broken = [name for name, tensor in saved["model"].items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"checkpoint {path}: {broken[0]} is not finite: the training diverged")
+    tokenizer, ends = hugging_face_tokenizer(meta, config.vocab_size)
+    try:
+        family, hf = their_config(config)
+        state = their_tensors(shards_to_dense(saved["model"], config), family, config)
+        what, keys, code = hf.architectures[0], hf.to_dict(), []
+    except ValueError as reason:
+        what, keys, code = f"with its code ({reason})", our_config(config), CODE
+        state = {f"model.{name}": tensor.contiguous() for name, tensor in saved["model"].items()}
+    text = card(target.absolute().name, path, saved, config, meta, bool(code))
+
+    temporary = target.absolute().with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+        write_weights(state, temporary / "model.safetensors")
+        (temporary / "config.json").write_text(json.dumps(keys, indent=1) + "\n", encoding="utf-8")
+        generation_config(meta, config, tokenizer, ends).save_pretrained(temporary)
+        write_tokenizer(tokenizer, temporary)
+        (temporary / "README.md").write_text(text, encoding="utf-8")
+        for file in code:
+            shutil.copy(file, temporary)
+        sync_folder(temporary)
+        temporary.rename(target)
+    except OSError as error:
+        raise OSError(f"to={str(target)!r} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # there only if something failed
+    return f"{target}: {what}"
+
+
+def our_config(config) -> dict:
+    """config.json of a folder that carries its code."""
+    auto_map = {"AutoConfig": "ReducedSyncConfig", "AutoModelForCausalLM": "ReducedSyncForCausalLM"}
+    return {
+        "architectures": ["ReducedSyncForCausalLM"],
+        "auto_map": {key: f"modeling_reduced_sync.{name}" for key, name in auto_map.items()},
+        "dtype": "float32",
+        "model_type": OURS,
+    } | dataclasses.asdict(config)
+
+
+def write_weights(state: dict, path: Path) -> None:
+    """Write tensors as safetensors. Raises OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(state, path, {"format": "pt"})
+    except SafetensorError as error:  # its writer raises nothing else
+        raise OSError(error) from None
+
+
+def write_tokenizer(tokenizer, folder: Path) -> None:
+    """Write the files of a tokenizer of transformers. Raises OSError."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # the writer of the tokenizers library raises just this
+        raise OSError(error) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+
+
+def hugging_face_tokenizer(meta: dict, vocab_size: int):
+    """(tokenizer of transformers, ids that end a text) for `meta` of Tokens, of a model with vocab_size ids.
+
+    It pads on the left, as generating needs it. Raises ValueError where a tokenizer is not there.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = Tokens(meta)
+    if tokens.kind not in ("gpt2", "char"):
+        tokens.pretrained.padding_side = "left"
+        return tokens.pretrained, tokens.ends
+    options = dict(padding_side="left", model_input_names=["input_ids", "attention_mask"])
+    options |= dict(clean_up_tokenization_spaces=False)
+    if tokens.kind == "gpt2":
+        files = preparing.gpt2_files()
+        vocab = json.loads(files["encoder.json"].read_text(encoding="utf-8"))
+        lines = files["vocab.bpe"].read_text(encoding="utf-8").split("\n")[1:]  # the first is its version
+        merges = [tuple(line.split(" ")) for line in lines if line]
+        backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        options |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
+    else:
+        chars = meta["chars"]
+        backend = Tokenizer(models.WordLevel(vocab={char: i for i, char in enumerate(chars)}, unk_token=PAD))
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        backend.decoder = decoders.Fuse()
+        if len(chars) < vocab_size and not set(PAD) <= set(chars):  # an id to spare, and no text that looks like it
+            options |= dict(pad_token=PAD)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **options), tokens.ends
+
+
+def generation_config(meta, config, tokenizer, ends):
+    """What generate() needs to know: the ids that end a text, and those that no text has, never to be chosen."""
+    from transformers import GenerationConfig
+
+    keys = dict(eos_token_id=sorted(ends) or None, bos_token_id=tokenizer.bos_token_id)
+    keys |= dict(pad_token_id=min(ends) if ends and tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    return GenerationConfig(**keys, suppress_tokens=list(range(meta["vocab_size"], config.vocab_size)) or None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model card
+
+
+def validation_loss(path: Path, saved: dict) -> str:
+    """The last validation loss of a checkpoint, with its step: from the log beside it, which has it to four digits."""
+    log = path.parent / "log.txt"
+    if log.is_file():
+        for step, _, loss in reversed(read_log(log).evaluations):
+            if step == saved["evaluated"]:
+                return f"{loss:.4f} nats a token (perplexity {torch.tensor(loss).exp():.2f}) at step {step}"
+    if saved["best_val_loss"] < float("inf"):
+        return f"{saved['best_val_loss']:.4f} nats a token, the lowest of the run"
+    return "not evaluated"
+
+
+def card(name, path, saved, config, meta, has_code) -> str:
+    """README.md of the folder."""
+    with torch.device("meta"):
+        n_params = GPT(config).get_num_params(non_embedding=False)
+    keys, data = saved["config"], meta.get("source", meta["tokenizer"])
+    most, syncs = 2 * config.n_layer, count_syncs(config.sync_pattern)
+    step, last = saved["step"], keys.get("max_iters", saved["step"])
+    a_step = [keys.get(key, 0) for key in ("gradient_accumulation_steps", "batch_size", "block_size")]
+    n_tokens = step * a_step[0] * a_step[1] * a_step[2]
+    rows = {
+        "sync pattern": f"`{config.sync_pattern}`",
+        "drawn (A attention, M MLP, \\| all-reduce)": f"`{draw_pattern(config.sync_pattern)}`".replace("|", "\\|"),
+        "syncs of a forward pass": f"{syncs} of {most}",
+        "n_shard": config.n_shard,
+        "other rules of syncs": ", ".join(
+            f"{key}={value}"
+            for key in ("parallel_block", "merge", "overlap")
+            if (value := getattr(config, key)) != getattr(GPTConfig, key)
+        ),
+        "shape": f"{config.n_layer} layers x {config.n_embd}, {config.n_head} heads, {config.n_kv_head} of keys and "
+        f"values, {config.n_hidden} neurons, {config.block_size} positions, {config.vocab_size} ids",
+        "parameters": f"{n_params:,}",
+        "weights from": "scratch" if keys.get("init_from", "scratch") == "scratch" else f"`{keys['init_from']}`",
+        "data": data,
+        "trained": f"{n_tokens:,} tokens, {step:,} steps" + (f" of {last:,}: unfinished" if step < last else ""),
+        "validation loss": validation_loss(path, saved),
+    }
+    trust = ", trust_remote_code=True" if has_code else ""
+    load = f'AutoModelForCausalLM.from_pretrained("{name}"{trust})'
+    serve = (
+        "vLLM, transformers and lm-eval load it as any GPT-2 or Llama: `vllm serve " + name + "`."
+        if not has_code
+        else "transformers serves it with the code that is in this folder: read it, then allow it by "
+        "`trust_remote_code=True`. An engine of its own, such as vLLM, has to be taught the architecture first."
+    )
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}
+
+A GPT whose tensor-parallel shards synchronise where its pattern says, one character a layer: `2` after attention and
+after the MLP, `1` after the MLP, `a` after the attention, `0` not at all.
+
+| | |
+|---|---|
+{table}
+
+## Load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
+model = {load}
+prompts = tokenizer(["One prompt", "Another one"], return_tensors="pt", padding=True)
+print(tokenizer.batch_decode(model.generate(**prompts, max_new_tokens=50)))
+```
+
+## Serve it
+
+{serve}
+"""
