@@ -8,7 +8,7 @@ DEMO := baseline_24sync spd_12sync grouped_6sync grouped_3sync
 # without processes that train, fail and decode
 QUICK := $(addprefix tests/test_,$(addsuffix .py,batches checkpoint commands compare configurator golden house model results run_log))
 
-.PHONY: demo spd-demo test test-quick lint data results
+.PHONY: demo spd-demo test test-quick test-lm-eval lint data results
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('error: $(PYTHON) is Python ' + \
@@ -45,6 +45,15 @@ test: data
 
 test-quick: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(QUICK)
+
+# the evaluation harness on exported folders, in an environment of its own: it brings many packages along
+.venv-lm/ready: requirements.txt
+	$(PYTHON) -m venv .venv-lm
+	.venv-lm/bin/pip install --quiet --disable-pip-version-check -r requirements.txt "lm-eval[hf]==0.4.13"
+	touch $@
+
+test-lm-eval: .venv-lm/ready
+	.venv-lm/bin/python -m pytest tests/test_lm_eval.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
