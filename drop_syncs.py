@@ -38,7 +38,7 @@ from reduced_sync.files import lock_folder, replace_file
 from reduced_sync.parallel import RANK, WORLD_SIZE
 from reduced_sync.run_log import RunLog
 from reduced_sync.tokenizer import KEPT, Tokens
-from reduced_sync.weights import GPT2_SHAPES, from_dense, from_pretrained, pretrained_fields, shards_to_dense
+from reduced_sync.weights import GPT2_SHAPES, OURS, from_dense, from_pretrained, pretrained_fields, shards_to_dense
 
 STAGES = ("arrange", "sensitivity", "drop", "distil", "finetune", "finished")
 DONE = {"drop": "dropped", "distil": "distilled", "finetune": "finetuned"}
@@ -110,7 +110,9 @@ class Source:
         self.name, path = name, Path(name) / "ckpt.pt"
         self.saved = None
         if not path.exists():
-            _, fields = pretrained_fields(name)
+            family, fields = pretrained_fields(name)
+            if family == OURS:
+                raise ValueError(f"init_from={name!r} was exported with its code: name the out_dir it came from")
             tokenizer = "gpt2" if name in GPT2_SHAPES else str(name)
             self.meta = {"tokenizer": tokenizer, "vocab_size": fields["vocab_size"], "source": str(name)}
             self.fields = fields
