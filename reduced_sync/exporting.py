@@ -18,7 +18,7 @@ from reduced_sync_model import GPT, GPTConfig, count_syncs, draw_pattern
 
 ROOT = Path(__file__).parents[1]
 CODE = [ROOT / "reduced_sync_model.py", ROOT / "reduced_sync" / "exported" / "modeling_reduced_sync.py"]
-END, PAD = "<|endoftext|>", "<|pad|>"
+END, PADS = "<|endoftext|>", ("<|pad|>", "\u2400")  # U+2400 is the picture of a null
 
 
 def export(path: Path, target: Path) -> str:
@@ -34,7 +34,7 @@ def export(path: Path, target: Path) -> str:
     broken = [name for name, tensor in saved["model"].items() if not tensor.isfinite().all()]
     if broken:
         raise ValueError(f"checkpoint {path}: {broken[0]} is not finite: the training diverged")
-    tokenizer, ends = hugging_face_tokenizer(meta, config.vocab_size)
+    tokenizer, ends = hugging_face_tokenizer(meta, config)
     try:
         family, hf = their_config(config)
         state = their_tensors(shards_to_dense(saved["model"], config), family, config)
@@ -42,13 +42,15 @@ def export(path: Path, target: Path) -> str:
     except ValueError as reason:
         what, keys, code = f"with its code ({reason})", our_config(config), CODE
         state = {f"model.{name}": tensor.contiguous() for name, tensor in saved["model"].items()}
-    text = card(target.absolute().name, path, saved, config, meta, bool(code))
+    keys |= {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = card(target.absolute().name, path, saved, config, meta, bool(code), tokenizer.pad_token is not None)
 
     temporary = target.absolute().with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir()
-        write_weights(state, temporary / "model.safetensors")
         (temporary / "config.json").write_text(json.dumps(keys, indent=1) + "\n", encoding="utf-8")
+        write_weights(state, temporary / "model.safetensors")
+        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")  # its writer lets only us read it
         generation_config(meta, config, tokenizer, ends).save_pretrained(temporary)
         write_tokenizer(tokenizer, temporary)
         (temporary / "README.md").write_text(text, encoding="utf-8")
@@ -99,8 +101,8 @@ def write_tokenizer(tokenizer, folder: Path) -> None:
 # Tokens
 
 
-def hugging_face_tokenizer(meta: dict, vocab_size: int):
-    """(tokenizer of transformers, ids that end a text) for `meta` of Tokens, of a model with vocab_size ids.
+def hugging_face_tokenizer(meta: dict, config: GPTConfig):
+    """(tokenizer of transformers, ids that end a text) for `meta` of Tokens, of a model of GPTConfig `config`.
 
     It pads on the left, as generating needs it. Raises ValueError where a tokenizer is not there.
     """
@@ -112,7 +114,7 @@ def hugging_face_tokenizer(meta: dict, vocab_size: int):
         tokens.pretrained.padding_side = "left"
         return tokens.pretrained, tokens.ends
     options = dict(padding_side="left", model_input_names=["input_ids", "attention_mask"])
-    options |= dict(clean_up_tokenization_spaces=False)
+    options |= dict(clean_up_tokenization_spaces=False, model_max_length=config.block_size)
     if tokens.kind == "gpt2":
         files = preparing.gpt2_files()
         vocab = json.loads(files["encoder.json"].read_text(encoding="utf-8"))
@@ -124,11 +126,12 @@ def hugging_face_tokenizer(meta: dict, vocab_size: int):
         options |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
     else:
         chars = meta["chars"]
-        backend = Tokenizer(models.WordLevel(vocab={char: i for i, char in enumerate(chars)}, unk_token=PAD))
+        backend = Tokenizer(models.WordLevel(vocab={char: i for i, char in enumerate(chars)}, unk_token="[UNK]"))
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         backend.decoder = decoders.Fuse()
-        if len(chars) < vocab_size and not set(PAD) <= set(chars):  # an id to spare, and no text that looks like it
-            options |= dict(pad_token=PAD)
+        pads = [pad for pad in PADS if not set(pad) <= set(chars)]  # no text looks like it
+        if pads and len(chars) < config.vocab_size:  # an id to spare
+            options |= dict(pad_token=pads[0])
     return PreTrainedTokenizerFast(tokenizer_object=backend, **options), tokens.ends
 
 
@@ -157,7 +160,7 @@ def validation_loss(path: Path, saved: dict) -> str:
     return "not evaluated"
 
 
-def card(name, path, saved, config, meta, has_code) -> str:
+def card(name, path, saved, config, meta, has_code, can_pad) -> str:
     """README.md of the folder."""
     with torch.device("meta"):
         n_params = GPT(config).get_num_params(non_embedding=False)
@@ -185,11 +188,11 @@ def card(name, path, saved, config, meta, has_code) -> str:
         "validation loss": validation_loss(path, saved),
     }
     trust = ", trust_remote_code=True" if has_code else ""
-    load = f'AutoModelForCausalLM.from_pretrained("{name}"{trust})'
+    prompts = '["the", "a"], return_tensors="pt", padding=True' if can_pad else '"the", return_tensors="pt"'
     serve = (
         "vLLM, transformers and lm-eval load it as any GPT-2 or Llama: `vllm serve " + name + "`."
         if not has_code
-        else "transformers serves it with the code that is in this folder: read it, then allow it by "
+        else "transformers 5 serves it with the code that is in this folder: read it, then allow it by\n"
         "`trust_remote_code=True`. An engine of its own, such as vLLM, has to be taught the architecture first."
     )
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
@@ -212,8 +215,8 @@ after the MLP, `1` after the MLP, `a` after the attention, `0` not at all.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
-model = {load}
-prompts = tokenizer(["One prompt", "Another one"], return_tensors="pt", padding=True)
+model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
+prompts = tokenizer({prompts})
 print(tokenizer.batch_decode(model.generate(**prompts, max_new_tokens=50)))
 ```
 

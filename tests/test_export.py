@@ -118,6 +118,7 @@ def greedy(model, prompt, new):
 def test_a_dense_model_is_a_plain_folder(tmp_path, shape):
     model, folder = exported(tmp_path, **shape)
     files = {path.name for path in folder.iterdir()}
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # who may read one may read all
     assert files == {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} | {
         "tokenizer_config.json"
     }
@@ -246,6 +247,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 ids = tokenizer(prompts, return_tensors="pt", padding=True)
 print(json.dumps(tokenizer.batch_decode(model.generate(**ids, max_new_tokens=10), skip_special_tokens=True)))
+exec(open(f"{folder}/README.md").read().split("```python")[1].split("```")[0].replace("=50", "=5"))
 """
 
 
@@ -253,15 +255,16 @@ print(json.dumps(tokenizer.batch_decode(model.generate(**ids, max_new_tokens=10)
 def test_a_process_with_transformers_and_the_folder_alone(tmp_path, shape):
     """Its greedy text is sample.py's, from the checkpoint and from the folder."""
     _, folder = exported(tmp_path, **shape)
-    folder.rename(moved := tmp_path / "moved")
     prompts = ["he said", "a", "no € or é"]
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     env |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", ALONE, "moved", *prompts]
+    command = [sys.executable, "-c", ALONE, "export", *prompts]
     process = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
-    texts = json.loads(succeeded(process))
+    line, example = succeeded(process).split("\n", 1)
+    assert "'the" in example and "a" in example
+    texts = json.loads(line)
     for text, prompt in zip(texts, prompts, strict=True):
-        for source in (f"--out_dir={tmp_path / 'out'}", f"--init_from={moved}"):
+        for source in (f"--out_dir={tmp_path / 'out'}", f"--init_from={folder}"):
             keys = [source, f"--start={prompt}", "--max_new_tokens=10", "--temperature=0", "--device=cpu"]
             with contextlib.redirect_stdout(io.StringIO()) as ours:
                 sample.main(keys)
@@ -286,11 +289,13 @@ def test_characters(tmp_path, shape):
 
 
 def test_characters_that_leave_no_id_or_text_for_padding(tmp_path):
-    for chars, size in {"".join(map(chr, range(32, 96))): 64, "".join(map(chr, range(32, 127))): 128}.items():
+    for chars, pad in {"".join(map(chr, range(32, 96))): None, "".join(map(chr, range(32, 127))): "\u2400"}.items():
         meta = {"tokenizer": "char", "chars": chars, "vocab_size": len(chars)}
-        _, folder = exported(tmp_path / str(size), meta, vocab_size=size)
+        _, folder = exported(tmp_path / str(len(chars)), meta, vocab_size=128 if pad else 64)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        assert tokenizer.pad_token is None and tokenizer.decode(tokenizer(chars + chars).input_ids) == chars + chars
+        text = chars + "<|pad|>" if pad else chars
+        assert tokenizer.pad_token == pad and tokenizer.decode(tokenizer(text).input_ids) == text
+        assert ("padding=True" in (folder / "README.md").read_text()) == (pad is not None)
 
 
 @pytest.mark.parametrize("shape", [PLAIN[0], PLAIN[4], WITH_CODE[0]], ids=str)

@@ -113,6 +113,7 @@ class ReducedSyncForCausalLM(PreTrainedModel, GenerationMixin):
         with the next ids. num_items_in_batch: the mean is over so many. Raises ValueError for padding between tokens,
         for a cache of another kind, and for inputs and outputs that this model does not have.
         """
+        others.pop("cache_position", None)  # of transformers 5.0; the cache says it, too
         if unknown := [key for key, value in others.items() if value is not None and value is not False]:
             raise ValueError(f"this model takes no {', '.join(unknown)}")
         cache = past_key_values if cache is None else cache
