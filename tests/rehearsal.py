@@ -77,7 +77,8 @@ def pretend_cuda():
         setattr(FakeTensor, name, answering(lambda tensor, answer=answer: answer))
 
     # the kernel that a GPU takes; fake tensors would take the one that makes the whole matrix of scores
-    def attention(q, k, v, is_causal=False, dropout_p=0.0, enable_gqa=False):
+    def attention(q, k, v, attn_mask=None, is_causal=False, dropout_p=0.0, enable_gqa=False):
+        assert attn_mask is None  # the flash kernel takes none: training and sampling need none
         assert q.dtype == k.dtype == v.dtype == torch.bfloat16, (q.dtype, k.dtype, v.dtype)
         assert enable_gqa == (q.size(1) > k.size(1))
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
