@@ -372,16 +372,16 @@ def test_best_is_another_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [dict(n_shard=4, sync_pattern="0101"), dict(n_shard=2, **LLAMA)], ids=str)
-def test_a_folder_is_trained_on(small_corpus, tmp_path, shape):
+def test_a_folder_is_trained_on(small_dataset, tmp_path, shape):
     """By the rule of syncs and the n_shard that it came with, unless the keys ask for another; the run resumes."""
-    model, folder = exported(tmp_path, json.loads((small_corpus / "meta.json").read_text()), vocab_size=128, **shape)
-    keys = dict(init_from=folder, dataset=small_corpus, out_dir="run", device="cpu", dtype="float32", max_iters=2)
+    model, folder = exported(tmp_path, json.loads((small_dataset / "meta.json").read_text()), vocab_size=128, **shape)
+    keys = dict(init_from=folder, dataset=small_dataset, out_dir="run", device="cpu", dtype="float32", max_iters=2)
     keys |= dict(block_size=24, batch_size=2, gradient_accumulation_steps=1, eval_iters=2, warmup_iters=0)
     argv = [f"--{key}={value}" for key, value in keys.items()]
     succeeded(run_script([TRAIN, *argv], cwd=tmp_path))
     step_0 = read_log(tmp_path / "run" / "log.txt").evaluations[0]
     with torch.no_grad():
-        batches = list(Corpus(small_corpus, 24).evaluation_batches("val", 2, 2, 0, 1))
+        batches = list(Corpus(small_dataset, 24).evaluation_batches("val", 2, 2, 0, 1))
         assert step_0[2] == pytest.approx(sum(model(x, y)[1].item() for x, y, _ in batches) / 2, abs=1e-4)
 
     def prepared(*more):

@@ -53,11 +53,11 @@ def write_jsonl(path, rows):
 
 
 @pytest.fixture(scope="module")
-def tasks(small_corpus, tmp_path_factory):
+def tasks(small_dataset, tmp_path_factory):
     """(folder of two tasks with their data, the held-out texts, the questions)."""
     folder = tmp_path_factory.mktemp("tasks")
-    meta = json.loads((small_corpus / "meta.json").read_text())
-    ids = torch.frombuffer(bytearray((small_corpus / "val.bin").read_bytes()), dtype=torch.uint16).tolist()
+    meta = json.loads((small_dataset / "meta.json").read_text())
+    ids = torch.frombuffer(bytearray((small_dataset / "val.bin").read_bytes()), dtype=torch.uint16).tolist()
     text = Tokens(meta).decode(ids)
     lengths = [1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK + 17, 1500, 900]  # also longer than a window
     texts = [text[sum(lengths[:i]) :][:n] for i, n in enumerate(lengths)]
@@ -88,9 +88,9 @@ def log_likelihood(model, context, continuation):
 
 
 @pytest.mark.parametrize("architecture", ["baseline", "spd"])
-def test_the_harness_finds_our_perplexity(small_corpus, tmp_path, tasks, architecture):
+def test_the_harness_finds_our_perplexity(small_dataset, tmp_path, tasks, architecture):
     keys = dict(architecture=architecture, n_shard=2, n_layer=2, n_head=2, n_embd=32, block_size=BLOCK, bias=True)
-    keys |= dict(dataset=small_corpus, out_dir=tmp_path / "out", device="cpu", batch_size=8, eval_iters=4)
+    keys |= dict(dataset=small_dataset, out_dir=tmp_path / "out", device="cpu", batch_size=8, eval_iters=4)
     keys |= dict(gradient_accumulation_steps=1, max_iters=300, warmup_iters=10, learning_rate=1e-2, min_lr=1e-3)
     succeeded(run_script([ROOT / "train_reduced_sync.py", *(f"--{key}={value}" for key, value in keys.items())]))
     succeeded(run_script([ROOT / "export.py", tmp_path / "out", f"--to={tmp_path / 'export'}"]))
