@@ -376,6 +376,7 @@ def test_bfloat16_autocast_stays_near_float32(pattern):
 
 @pytest.mark.timeout(300)
 def test_compiled_without_graph_breaks():
+    torch._dynamo.reset()  # of what other tests in this process have compiled
     x, y = batch()
     torch.manual_seed(0)
     model = GPT(dataclasses.replace(SMALL, n_layer=2, n_shard=2, sync_pattern="a1"))
