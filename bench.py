@@ -298,6 +298,8 @@ class Timed(Options):
     """Keys of the commands that measure."""
 
     n_head: int = option(12, "attention heads", least=1)
+    modern: bool = option(False, "our candidates have the block of Llama's family, config/modern.py's")
+    n_kv_head: int = option(0, "with modern: heads of keys and values; 0: n_head", least=0)
     block_size: int = option(256, "tokens of a sequence", least=1)
     rounds: int = option(5, "rounds of each launch", least=1)
     launches: int = option(1, "times that the processes are started", least=1)

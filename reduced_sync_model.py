@@ -465,7 +465,7 @@ class GPTConfig:
     rope_theta: float = 10000.0
     rope_inv_freq: tuple = ()  # radians a position of each of the D/2 pairs; empty: by rope_theta
     mlp: str = "gelu"  # or swiglu
-    n_hidden: int = 0  # neurons of an MLP; 0: 4*n_embd
+    n_hidden: int = 0  # neurons of an MLP; 0: 4*n_embd, of swiglu as many as make the parameters those of GPT-2's block
     n_kv_head: int = 0  # heads of keys and values; 0: n_head
     head_size: int = 0  # 0: n_embd/n_head
     tie_embeddings: bool = True  # lm_head and wte are one matrix
@@ -479,8 +479,10 @@ class GPTConfig:
         if not self.head_size and self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         self.head_size = self.head_size or self.n_embd // self.n_head
-        self.n_hidden = self.n_hidden or 4 * self.n_embd
         self.n_kv_head = self.n_kv_head or self.n_head
+        # GPT-2's block has 12*n_embd^2 parameters, 4 of them in the attention; a multiple of 48 fits up to 16 shards
+        as_gpt2 = self.n_embd * (10 - 2 * self.n_kv_head / self.n_head) / 3
+        self.n_hidden = self.n_hidden or (4 * self.n_embd if self.mlp == "gelu" else max(1, round(as_gpt2 / 48)) * 48)
         self.rope_inv_freq = tuple(self.rope_inv_freq)  # a list where it comes from JSON
         for name in ("n_head", "n_hidden"):
             if getattr(self, name) % self.n_shard:

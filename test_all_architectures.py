@@ -46,7 +46,6 @@ SIZES = {  # GPTConfig fields and the number of parameters, in millions
     "full": (dict(block_size=1024, vocab_size=50304, n_head=12, n_embd=768), (123.0, 126.0)),
     "small": (dict(block_size=128, vocab_size=128, n_head=4, n_embd=64), (0.59, 0.63)),
 }
-MODERN_SIZES = {"full": dict(n_kv_head=4, n_hidden=2400), "small": dict(n_kv_head=2, n_hidden=192)}
 
 
 def batch(vocab_size, B=2, T=32):
@@ -56,8 +55,9 @@ def batch(vocab_size, B=2, T=32):
 
 def config_of(size, fields):
     """The GPTConfig of a variant, without biases, in two shards."""
-    modern = MODERN_SIZES[size] if "mlp" in fields else {}
-    return GPTConfig(**SIZES[size][0], bias=False, n_shard=2, **modern, **fields)
+    shape = SIZES[size][0]
+    kv_heads = dict(n_kv_head=shape["n_head"] // (3 if size == "full" else 2)) if "mlp" in fields else {}
+    return GPTConfig(**shape, bias=False, n_shard=2, **kv_heads, **fields)
 
 
 def check_variant(syncs, fields, size):

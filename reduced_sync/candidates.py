@@ -114,6 +114,8 @@ def serve(pipe: Connection, rank: int, candidate: Candidate, job: Callable, stor
 def config_of(candidate: Candidate, args: Any) -> rsm.GPTConfig:
     """The GPTConfig of one of our candidates, or the sizes of transformers' in its terms. Raises ValueError."""
     sizes = {key: getattr(args, key) for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
+    if args.modern:
+        sizes |= dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=args.n_kv_head, bias=False)
     return rsm.GPTConfig(**sizes, n_shard=candidate.n_shard, sync_pattern=candidate.pattern)
 
 

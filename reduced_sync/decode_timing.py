@@ -173,7 +173,7 @@ class Decoding:
         else:
             decoding.for_decoding(self.silent)
         self.models = {case: decoding.for_decoding(model, candidate.compile) for case, model in self.models.items()}
-        small = dataclasses.replace(base.config, n_embd=4 * args.n_head, vocab_size=64)
+        small = dataclasses.replace(base.config, n_embd=4 * args.n_head, head_size=0, n_hidden=0, vocab_size=64)
         self.small = decoding.for_decoding(rsm.GPT(small, self.silent_group).to(self.device).eval())
         self()  # what is compiled, allocated or paged in at first
 

@@ -52,7 +52,7 @@ class Config:
     position: str = option("learned", "learned embedding or rotary: rope", allowed=("learned", "rope"))
     rope_theta: float = option(10000.0, "the base of rope's frequencies", least=1)
     mlp: str = option("gelu", "gelu or gated: swiglu", allowed=("gelu", "swiglu"))
-    n_hidden: int = option(0, "neurons of an MLP; 0: 4*n_embd", least=0)
+    n_hidden: int = option(0, "neurons of an MLP; 0: as many as make the parameters those of GPT-2's block", least=0)
     n_kv_head: int = option(0, "heads of keys and values; 0: n_head", least=0)
     tie_embeddings: bool = option(True, "one matrix for the tokens of input and output")
     # AdamW and its schedule

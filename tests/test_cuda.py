@@ -29,6 +29,7 @@ VARIANTS = [
     dict(architecture="grouped", layers_per_group=2, merge="desync"),
     dict(architecture="baseline", overlap="ladder"),
     dict(architecture="baseline", overlap="delayed"),
+    dict(architecture="spd", norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=2),
 ]
 GPT2_SIZE = dict(n_layer=12, n_head=12, n_embd=768)
 

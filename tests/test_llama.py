@@ -13,8 +13,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from variants import PATTERNS, VARIANTS, batch, rough
 
+import bench
 import reduced_sync_model as rsm
-from reduced_sync import weights
+from reduced_sync import candidates, weights
+from reduced_sync.config import configure
+from reduced_sync.experiment import Config
 from reduced_sync_model import GPT, GPTConfig
 
 torch.set_num_threads(1)  # the tensors are tiny
@@ -82,6 +85,23 @@ def test_variants_against_the_oracle(variant, n_shard, n_kv_head):
     expected_loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), y.flatten())
     (gradient,) = torch.autograd.grad(expected_loss, [dense_model.get_parameter(name)])
     torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("files", [[], ["config/on_cpu.py"]])
+def test_the_overlay_keeps_the_parameters(files):
+    """config/modern.py and bench's `modern`: 2 % of the whole at most, GPT-2's position embedding included."""
+    counts, models = [], []
+    for overlay in ([], ["config/modern.py"]):
+        config = configure(Config, [*files, *overlay, "--n_shard=2"])
+        names = {field.name for field in dataclasses.fields(GPTConfig)} & vars(config).keys() - {"sync_pattern"}
+        with torch.device("meta"):
+            models.append(GPT(GPTConfig(**{name: getattr(config, name) for name in names})))
+        counts.append(models[-1].get_num_params(non_embedding=False))
+    assert counts[1] == pytest.approx(counts[0], rel=0.02)
+    built = models[1].config
+    args = bench.Train(n_layer=built.n_layer, n_embd=built.n_embd, n_head=built.n_head, modern=True)
+    args.n_kv_head, args.block_size, args.vocab_size = built.n_kv_head, built.block_size, built.vocab_size
+    assert candidates.config_of(candidates.parse_candidate("baseline@2", built.n_layer), args) == built
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
