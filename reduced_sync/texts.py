@@ -35,7 +35,7 @@ def spread_windows(texts: dict[str, np.ndarray], windows: int, length: int, key:
         if n * length > len(ids):
             raise ValueError(f"{key}: {name} has {len(ids)} tokens; {n} windows of {length} need {n * length}")
         starts = np.arange(n) * (len(ids) // max(1, n))
-        parts += [torch.from_numpy(ids[start : start + length]) for start in starts]
+        parts += [torch.from_numpy(ids[start : start + length].astype(np.int64)) for start in starts]
     return torch.stack(parts)
 
 
@@ -44,4 +44,4 @@ def first_windows(ids: np.ndarray, n_tokens: int, length: int, name: str) -> tor
     windows = min(len(ids), n_tokens or len(ids)) // length
     if windows < 1:
         raise ValueError(f"the evaluation text {name} has {len(ids)} tokens, less than a window of {length}")
-    return torch.from_numpy(ids[: windows * length]).view(windows, length)
+    return torch.from_numpy(ids[: windows * length].astype(np.int64)).view(windows, length)

@@ -16,6 +16,7 @@ from variants import rough
 
 import drop_syncs
 import sample
+import train_reduced_sync
 from reduced_sync import arranging, dropping, parallel, weights
 from reduced_sync import checkpoint as ckpt
 from reduced_sync.drop_log import read_drop_log
@@ -49,8 +50,15 @@ def llama(tmp_path_factory):
 
 
 def arguments(llama, out_dir, **keys):
-    keys = dict(init_from=llama / "model", calibration=llama / "one.calibration.txt", out_dir=out_dir) | keys
-    keys = dict(evaluation=f"{llama}/*.evaluation.txt", block_size=32, calibration_windows=24, device="cpu") | keys
+    """The command's, of a folder with `model` and texts, or of `keys` alone."""
+    if llama:
+        keys = dict(init_from=llama / "model", calibration=llama / "one.calibration.txt") | keys
+    keys = (
+        dict(
+            out_dir=out_dir, evaluation=f"{llama}/*.evaluation.txt", block_size=32, calibration_windows=24, device="cpu"
+        )
+        | keys
+    )
     keys = dict(evaluation_tokens=1024, sensitivity_windows=8, distil_epochs=2, distil_learning_rate=1e-3) | keys
     keys = dict(finetune_steps=11, finetune_learning_rate=1e-3) | keys
     return [f"--{key}={value}" for key, value in keys.items()]
@@ -128,6 +136,28 @@ def test_two_replicas_share_the_windows(llama, whole, tmp_path):
     for i, j in ((0, 0), (1, 1)):
         assert logs[0].perplexities[i][3] == pytest.approx(logs[1].perplexities[j][3], rel=1e-4)
     assert logs[1].perplexities[-1][0] == "finetuned"
+
+
+def test_a_model_of_ours_on_its_own_data(small_dataset, tmp_path):
+    keys = dict(n_layer=2, n_head=4, n_embd=32, n_shard=1, block_size=32, batch_size=4, max_iters=4, warmup_iters=1)
+    keys |= dict(gradient_accumulation_steps=1, eval_iters=2, dataset=small_dataset, device="cpu", bias=True)
+    train_reduced_sync.main([f"--{key}={value}" for key, value in (keys | dict(out_dir=tmp_path / "base")).items()])
+    keys = dict(calibration="", evaluation="", block_size=32, finetune_steps=0, n_shard=4, evaluation_tokens=2048)
+    drop_syncs.main(arguments(None, tmp_path / "out", **keys, init_from=tmp_path / "base"))
+    log = read_drop_log(tmp_path / "out/log.txt")
+    (_, syncs, most, dense), (*_, dropped) = log.perplexities[:2]
+    assert (syncs, most) == (4, 4) and dense.keys() == {"val"} and dropped != dense
+    base = weights.from_dense(*ours(tmp_path / "base/ckpt.pt", n_shard=4), None, "test")
+    windows = drop_syncs.texts.first_windows(drop_syncs.Corpus(small_dataset, 32).splits["val"], 2048, 32, "val")
+    assert dense["val"] == pytest.approx(np.exp(dropping.mean_loss(base, windows, 8, LAYOUT)), rel=1e-4)
+
+
+def ours(path, n_shard):
+    """The GPTConfig with all syncs and the dense tensors of a checkpoint."""
+    saved = ckpt.load(path)
+    config = GPTConfig(**saved["model_args"])
+    dense = weights.shards_to_dense(saved["model"], config)
+    return dataclasses.replace(config, n_shard=n_shard), dense.items()
 
 
 # --- the parts
