@@ -1,0 +1,41 @@
+"""config.json of an exported folder, with the names that vLLM has for its keys, and what of it cannot be served."""
+
+from transformers import PretrainedConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+
+class ReducedSyncConfig(PretrainedConfig):
+    """The keys of GPTConfig in reduced_sync_model.py. export.py writes all of them."""
+
+    model_type = "reduced_sync"
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "head_dim": "head_size",
+        "intermediate_size": "n_hidden",
+        "max_position_embeddings": "block_size",
+    }
+
+    @property
+    def num_key_value_heads(self):
+        """Those of all shards together: where there are fewer heads than shards, each shard has a copy of its own."""
+        return max(self.n_kv_head, self.n_shard)
+
+
+class Checks(VerifyAndUpdateConfig):
+    """Asked by vLLM before any worker starts."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config):
+        """Raises ValueError for what cannot be served."""
+        config, tp_size = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
+        if config.overlap:
+            raise ValueError(f"overlap={config.overlap!r} cannot be served: vLLM's all-reduce waits for its result")
+        if config.n_shard % tp_size:
+            allowed = [n for n in range(1, config.n_shard + 1) if config.n_shard % n == 0]
+            raise ValueError(
+                f"tensor_parallel_size={tp_size} does not divide n_shard={config.n_shard}; allowed: {allowed}"
+            )
+        if vllm_config.model_config.quantization:
+            raise ValueError(f"quantization={vllm_config.model_config.quantization!r}: this model has none")
