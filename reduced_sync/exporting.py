@@ -189,12 +189,17 @@ def card(name, path, saved, config, meta, has_code, can_pad) -> str:
     }
     trust = ", trust_remote_code=True" if has_code else ""
     prompts = '["the", "a"], return_tensors="pt", padding=True' if can_pad else '"the", return_tensors="pt"'
-    serve = (
-        "vLLM, transformers and lm-eval load it as any GPT-2 or Llama: `vllm serve " + name + "`."
-        if not has_code
-        else "transformers 5 serves it with the code that is in this folder: read it, then allow it by\n"
-        "`trust_remote_code=True`. An engine of its own, such as vLLM, has to be taught the architecture first."
-    )
+    serve = "vLLM, transformers and lm-eval load it as any GPT-2 or Llama: `vllm serve " + name + "`."
+    if has_code:
+        serve = (
+            "transformers 5 serves it with the code that is in this folder: read it, then allow it by\n"
+            "`trust_remote_code=True`. vLLM "
+        ) + (
+            "has no all-reduce that is in flight while it computes, as overlap asks for."
+            if config.overlap
+            else "needs the plugin of the project that made it, and then no code from this folder: there,\n"
+            f"`make serve MODEL={name}`, on as many tensor-parallel ranks as divide {config.n_shard}."
+        )
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
     return f"""---
 library_name: transformers

@@ -348,7 +348,7 @@ def test_the_card_says_what_the_model_is(tmp_path):
         "| 4,320 tokens, 30 steps of 40: unfinished |",
         "| 4.2500 nats a token, the lowest of the run |",
         'from_pretrained("export", trust_remote_code=True)',
-        "## Serve it",
+        "`make serve MODEL=export`, on as many tensor-parallel ranks as divide 2.",
     ):
         assert words in text, words
     (tmp_path / "out" / "log.txt").write_text("# started: now\nstep 20: train loss 4.1000, val loss 4.3000\n")
