@@ -217,9 +217,11 @@ class Decoding:
         def run_blocks(B, T, group=None):
             """All blocks on T tokens; with a group, a real all-reduce behind each."""
             x = torch.zeros(B, T, args.n_embd, device=self.device)
-            stream = rsm.Stream(x, self.silent.config, self.silent.tp_group)
-            for block in blocks:
-                block(stream)
+            config = self.silent.config
+            stream = rsm.Stream(x, config, self.silent.tp_group)
+            rope = self.silent.rope(0, T) if config.position == "rope" else None
+            for block, character in zip(blocks, config.sync_pattern, strict=True):
+                block(stream, character, rope)
                 if group is not None:
                     with self.meter:
                         dist.all_reduce(x, group=group)

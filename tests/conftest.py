@@ -8,7 +8,9 @@ import sys
 import pytest
 from launch import ROOT
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's tests would have it ignored, and their processes, too
+# under nohup, or started with a &, tests would have these ignored, and their processes, too
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def english():

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launch import ROOT, TRAIN, run_script, succeeded
 
+import drop_syncs
 from reduced_sync.config import configure, describe, option, parse
 from reduced_sync.experiment import Config
 
@@ -383,8 +384,11 @@ def test_help_of_the_script_lists_every_key(tmp_path):
 
 
 def test_every_config_file_in_the_repository_is_valid():
-    for path in set((ROOT / "config").glob("*.py")) - set((ROOT / "config").glob("study_*.py")):
+    configs = ROOT / "config"
+    for path in set(configs.glob("*.py")) - set(configs.glob("study_*.py")) - set(configs.glob("spd_*.py")):
         assert configure(Config, [str(path)]) != Config()
+    dropping = [str(configs / name) for name in ("spd_smollm2.py", "spd_in_minutes.py")]
+    assert configure(drop_syncs.Config, dropping[:1]) != configure(drop_syncs.Config, dropping)
 
 
 def test_a_byte_order_mark_is_no_mistake(tmp_path):

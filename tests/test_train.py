@@ -20,8 +20,9 @@ from launch import ROOT, TRAIN, ending, one_line_error, run_script, start, succe
 import train_reduced_sync as script
 from reduced_sync import experiment, parallel
 from reduced_sync.config import configure
+from reduced_sync.files import lock_folder
 from reduced_sync.run_log import read_log
-from train_reduced_sync import Config, open_out_dir, prepare
+from train_reduced_sync import Config, prepare
 
 pytestmark = pytest.mark.timeout(200)
 CONFIGS = sorted((ROOT / "config").glob("train_*.py"))
@@ -169,13 +170,13 @@ def test_a_tp_group_over_two_nodes(small_dataset, tmp_path, monkeypatch):
 
 def test_an_out_dir_in_use_or_not_writable(tmp_path):
     config = Config(out_dir=str(tmp_path / "out"))
-    with open_out_dir(config), pytest.raises(ValueError, match=r"out_dir='.*out' is in use by another live run"):
-        open_out_dir(config)
-    open_out_dir(config).close()
+    with lock_folder(config.out_dir), pytest.raises(ValueError, match=r"out_dir='.*out' is in use by another live run"):
+        lock_folder(config.out_dir)
+    lock_folder(config.out_dir).close()
     refused(["--out_dir="], "out_dir is empty")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"out_dir='.*file' cannot be written: File exists"):
-        open_out_dir(Config(out_dir=str(tmp_path / "file")))
+        lock_folder(str(tmp_path / "file"))
 
 
 def test_a_vocabulary_that_gpt2_does_not_have(small_dataset, tmp_path):
