@@ -447,6 +447,8 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys):
 def test_a_full_disk(tmp_path, shape, meta, limit):
     """A limit on a file's size fails where a full disk does: in the weights, in the tokenizer."""
     save(tmp_path / "out", meta and meta | {"vocab_size": 50257}, **shape)
+    if meta:
+        preparing.gpt2_encoding()  # downloaded once, by whoever comes first, which is said
 
     def small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
