@@ -1,7 +1,6 @@
 """Text to token ids and back, as meta.json describes them: GPT-2's, characters, or those of a pretrained model."""
 
 import codecs
-from functools import partial
 
 from reduced_sync import preparing
 
@@ -43,10 +42,19 @@ class Tokens:
         if self.kind in ("gpt2", "char"):
             decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a character
             return lambda token: decoder.decode(b"" if token is None else self.bytes_of(token), final=token is None)
-        from tokenizers.decoders import DecodeStream
+        ids, said = [], ""
 
-        step = partial(DecodeStream(skip_special_tokens=False).step, self.pretrained.backend_tokenizer)
-        return lambda token: "" if token is None else step(token) or ""
+        def text_of(token):
+            nonlocal said
+            if token is not None:
+                ids.append(token)
+            text = self.decode(ids)
+            if token is not None and text.endswith("\ufffd"):
+                return ""
+            new, said = text[len(said) :], text
+            return new
+
+        return text_of
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids; bytes that are no character become U+FFFD."""

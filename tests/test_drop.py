@@ -11,7 +11,7 @@ import torch
 from conftest import english
 from launch import ROOT, one_line_error, run_script, status, succeeded
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from variants import rough
 
 import drop_syncs
@@ -70,6 +70,18 @@ def whole(llama, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("whole") / "out"
     drop_syncs.main(arguments(llama, out_dir))
     return out_dir
+
+
+def test_the_trained_model_is_greedy_as_transformers(llama, tmp_path):
+    """sample.py on the folder, in one process and in two, with the folder's tokenizer."""
+    argv = [ROOT / "sample.py", f"--init_from={llama / 'model'}", "--start=The list", "--max_new_tokens=12"]
+    argv += ["--temperature=0", "--device=cpu"]
+    one = succeeded(run_script(argv, cwd=tmp_path))
+    two = succeeded(run_script(["--", *argv], nproc=2, cwd=tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(llama / "model")
+    theirs = LlamaForCausalLM.from_pretrained(llama / "model")
+    idx = theirs.generate(**tokenizer("The list", return_tensors="pt"), max_new_tokens=12, do_sample=False)
+    assert one == two == tokenizer.decode(idx[0]) + "\n---------------\n"
 
 
 def test_every_stage_leaves_its_line(whole):
