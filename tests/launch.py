@@ -1,6 +1,7 @@
 """Run the project's scripts the way users do, as processes of their own, with a time limit that leaves none behind."""
 
 import contextlib
+import importlib.util
 import os
 import re
 import signal
@@ -83,3 +84,11 @@ def status(main, argv):
 def timeless(lines):
     """The `step` and `iter` lines among `lines`, without the times that differ from run to run."""
     return [re.sub(r"time .*?ms, tok/s \d+, ", "", line) for line in lines if re.match(r"(step|iter) \d", line)]
+
+
+def load_script(path):
+    """A prepare script as a module, to call its parts in this process, which saves the imports."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_prepare", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -8,7 +8,6 @@ import collections
 import contextlib
 import gzip
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -26,7 +25,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from launch import ROOT, one_line_error, succeeded
+from launch import ROOT, load_script, one_line_error, succeeded
 
 from reduced_sync import preparing
 from reduced_sync.data import Corpus
@@ -39,14 +38,6 @@ KEYS = ["vocab_size", "tokenizer", "source", "train_tokens", "val_tokens", "trai
 EOT = 50256
 
 pytestmark = pytest.mark.timeout(120)
-
-
-def load_script(path):
-    """A prepare script as a module, to call its parts in this process, which saves the imports."""
-    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_prepare", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def prepare(script, *args, code="", **options):

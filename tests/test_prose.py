@@ -1,16 +1,13 @@
 """The prose script: what stays of a text, that no passage is in both parts, and how it fails. Its archives are made."""
 
 import hashlib
-import importlib.util
 import io
 import tarfile
-from pathlib import Path
 
 import pytest
+from launch import ROOT, load_script
 
 from reduced_sync import preparing
-
-ROOT = Path(__file__).resolve().parents[1]
 
 RST = """\
 .. _target:
@@ -61,10 +58,7 @@ The end.
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("prose_prepare", ROOT / "data" / "prose" / "prepare.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "data" / "prose" / "prepare.py")
 
 
 def test_prose_of_restructured_text(script):

