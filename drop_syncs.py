@@ -16,6 +16,7 @@ Go on after a stop: the same command and --init_from=resume.
 
 import dataclasses
 import datetime
+import functools
 import math
 import sys
 import time
@@ -36,6 +37,7 @@ from reduced_sync.drop_log import perplexity_line, read_drop_log, sensitivity_li
 from reduced_sync.figures import draw_dropping
 from reduced_sync.files import lock_folder, replace_file
 from reduced_sync.parallel import RANK, WORLD_SIZE
+from reduced_sync.recording import conditions
 from reduced_sync.run_log import RunLog
 from reduced_sync.tokenizer import KEPT, Tokens
 from reduced_sync.weights import GPT2_SHAPES, OURS, from_dense, from_pretrained, pretrained_fields, shards_to_dense
@@ -142,15 +144,17 @@ class Source:
                 found.append({split: corpus.splits[split]})
         return found[0], found[1]
 
-    @property
+    @functools.cached_property
     def tokens(self) -> Tokens:
+        """Loaded once, and only where there is text."""
         return Tokens(self.meta)
 
 
 def prepare(config: Config):
     """Refuse what can be refused before a process group exists. Raises ValueError or OSError.
 
-    Returns (device choice, source, checkpoint or None, texts to calibrate on, windows of each to evaluate on).
+    Returns (device choice, source, checkpoint or None, texts to calibrate on, windows of them by the key that says how
+    many, windows of each text to evaluate on).
     """
     out_dir, saved = Path(config.out_dir), None
     if config.init_from == "resume":
@@ -185,18 +189,18 @@ def prepare(config: Config):
     choice = parallel.choose_device(config.device, config.dtype, config.backend)
     calibration, evaluation = source.texts(config)
     T = config.block_size
-    for key in ("arrange_windows", "calibration_windows", "sensitivity_windows"):
-        texts.spread_windows(calibration, max(1, getattr(config, key)), T, key)
-    windows = {name: texts.first_windows(ids, config.evaluation_tokens, T, name) for name, ids in evaluation.items()}
-    return choice, source, saved, calibration, windows
+    keys = ("arrange_windows", "calibration_windows", "sensitivity_windows")
+    windows = {key: texts.spread_windows(calibration, n, T, key) for key in keys if (n := getattr(config, key))}
+    evaluation = {name: texts.first_windows(ids, config.evaluation_tokens, T, name) for name, ids in evaluation.items()}
+    return choice, source, saved, calibration, windows, evaluation
 
 
 class Dropping:
     """One run: the model on its way through the stages."""
 
-    def __init__(self, config, choice, source, saved, calibration, evaluation):
+    def __init__(self, config, choice, source, saved, calibration, windows, evaluation):
         self.config, self.source, self.calibration, self.evaluation = config, source, calibration, evaluation
-        self.windows = self.spread(config.calibration_windows)
+        self.all_windows, self.windows = windows, windows["calibration_windows"]
         self.layout = parallel.start(*choice, config.tp_size, config.timeout_s)
         self.stop, self.last_save = StopSignal(), time.monotonic()
         self.progress = Progress(**saved["progress"]) if saved else Progress()
@@ -211,10 +215,6 @@ class Dropping:
         if saved and saved["model"]:
             ckpt.restore(saved, self.model)
         self.saved_optimizer = saved["optimizer"] if saved else {}
-
-    def spread(self, windows):
-        """So many windows over the calibration texts: (windows, T)."""
-        return texts.spread_windows(self.calibration, windows, self.config.block_size, "windows")
 
     def build_arranged(self):
         """The model with all syncs, arranged as far as progress says."""
@@ -231,15 +231,12 @@ class Dropping:
         """What describes the run, for its log."""
         began = "resumed" if resumed else "started"
         n = self.model.get_num_params(non_embedding=False)
-        device = f"{self.layout.device.type} ({parallel.device_name(self.layout.device)})"
         return {
             began: datetime.datetime.now().isoformat(" ", "seconds"),
             "model": self.source.name,
             "parameters": f"{n / 1e6:.2f}M ({n})",
             "layout": f"dp {self.layout.dp_size} x tp {self.layout.tp_size}",
-            "torch": torch.__version__,
-            "device": f"{device}, {torch.get_num_threads()} threads a process",
-            "dtype": str(self.layout.dtype).removeprefix("torch."),
+            **conditions(self.layout),
             "calibration tokens": self.windows.numel(),
             "evaluation tokens": {name: windows.numel() for name, windows in self.evaluation.items()},
             "config": dataclasses.asdict(self.config),
@@ -344,7 +341,7 @@ class Dropping:
         config, model, progress = self.config, self.model, self.progress
         if config.arrange == config.arrange_heads == "as_is" or config.n_shard == 1:
             return 0
-        windows = self.spread(config.arrange_windows)
+        windows = self.all_windows["arrange_windows"]
         batches = [model.embed(idx.to(self.layout.device)) for idx in windows.split(config.batch_size)]
         rope, batches = batches[0][1], [x for x, _ in batches]
         K, N = model.config.n_kv_head, model.config.n_hidden
@@ -375,11 +372,11 @@ class Dropping:
 
     def sensitivity(self):
         """The order in which blocks are dropped."""
-        n, L = self.config.sensitivity_windows, self.model.config.n_layer
+        L = self.model.config.n_layer
         self.progress.order = list(range(L))[::-1]
-        if n == 0:
+        if self.config.sensitivity_windows == 0:
             return 0
-        windows = self.spread(n)
+        windows = self.all_windows["sensitivity_windows"]
         found, perplexities = dropping.sensitivities(self.model, windows, self.config.batch_size, self.layout, self.bar)
         for i in range(L):
             self.say(sensitivity_line(i, found[i], perplexities[i]))
@@ -447,9 +444,7 @@ class Dropping:
         teacher = self.build_arranged()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
         if self.progress.done:
-            ckpt.restore(
-                {"model": ckpt.gather(model)["model"], "optimizer": self.saved_optimizer}, model, self.optimizer
-            )
+            ckpt.restore_optimizer(self.saved_optimizer, model, self.optimizer)
         share = config.finetune_batch_size // layout.dp_size
         dropped = [i for i in self.progress.order if self.pattern[i] == "1"]
         for step in self.bar(range(self.progress.done, config.finetune_steps)):
@@ -458,8 +453,8 @@ class Dropping:
             n = int(torch.randint(len(dropped) + 1, (), generator=generator)) if config.elastic else len(dropped)
             pattern = "".join("1" if i in dropped[:n] else "2" for i in range(model.config.n_layer))
             loss = dropping.divergence(model.with_pattern(pattern), teacher, idx, layout)
-            rate = config.finetune_learning_rate * dropping.cosine(step, config.finetune_steps)
-            dropping.descend(model, loss, self.optimizer, rate, layout, model.tp_group)
+            peak, steps = config.finetune_learning_rate, config.finetune_steps
+            dropping.descend(model, loss, self.optimizer, peak, step, steps, layout, model.tp_group)
             if step % 10 == 0:
                 mean = parallel.sum_over_world([loss.item() / WORLD_SIZE], layout.device)[0]
                 self.say(f"finetune: step {step}, divergence {mean:.4f}")

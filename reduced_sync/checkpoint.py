@@ -48,15 +48,21 @@ def restore(checkpoint: dict, model: GPT, optimizer: torch.optim.Optimizer | Non
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(model.local_part(name, checkpoint["model"][name]))
-            moments = checkpoint["optimizer"][name]
-            if optimizer is not None and moments:
-                optimizer.state[parameter] = {
-                    # AdamW keeps its step count on the CPU unless it is fused
-                    key: value.clone().to(parameter.device if optimizer.defaults["fused"] else "cpu")
-                    if value.dim() == 0
-                    else model.local_part(name, value).to(parameter.device, copy=True)
-                    for key, value in moments.items()
-                }
+    if optimizer is not None:
+        restore_optimizer(checkpoint["optimizer"], model, optimizer)
+
+
+def restore_optimizer(states: dict, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+    """Copy this rank's part of a checkpoint's `optimizer` into the optimizer of the model."""
+    for name, parameter in model.named_parameters():
+        if moments := states[name]:
+            optimizer.state[parameter] = {
+                # AdamW keeps its step count on the CPU unless it is fused
+                key: value.clone().to(parameter.device if optimizer.defaults["fused"] else "cpu")
+                if value.dim() == 0
+                else model.local_part(name, value).to(parameter.device, copy=True)
+                for key, value in moments.items()
+            }
 
 
 def save(checkpoint: dict, out_dir: str | Path, is_best: bool) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from reduced_sync import parallel
+from reduced_sync.experiment import cosine_schedule
 from reduced_sync_model import GPT, Stream, is_sharded
 
 
@@ -42,8 +43,7 @@ def mean_loss(model: GPT, windows, batch_size: int, layout) -> float:
     total = count = 0.0
     for idx in share(windows, batch_size, layout):
         with layout.autocast():
-            x, rope = model.embed(idx)
-            total += head_nats(model, run_blocks(model, x, rope, 0, model.config.n_layer), idx)
+            total += head_nats(model, model.hidden_states(idx), idx)
         count += idx[:, 1:].numel()
     total, count = parallel.sum_over_world([total, count], layout.device)
     return total / count
@@ -77,18 +77,13 @@ def relative_error(x, exact):
     return ((x - exact).square().sum(-1) / exact.square().sum(-1)).mean()
 
 
-def cosine(step: int, steps: int) -> float:
-    """The share of the peak learning rate at `step`: 5 % of linear warm-up, then a cosine to a tenth."""
-    warmup = max(1, steps // 20)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+def descend(module, loss, optimizer, peak: float, step: int, steps: int, layout, tp_group):
+    """Update `step` of `steps` of `module` by `loss`, its gradients averaged over replicas and clipped to norm 1.
 
-
-def descend(module, loss, optimizer, rate: float, layout, tp_group):
-    """One update of `module` by `loss`, its gradients averaged over replicas and clipped to norm 1."""
+    The learning rate: 5 % of the steps of warm-up to `peak`, then a cosine to a tenth of it.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = cosine_schedule(step, peak, peak / 10, max(1, steps // 20), steps)
     loss.backward()
     parallel.average_gradients(module, layout.dp_group)
     parallel.clip_gradients(module, 1.0, is_sharded, tp_group)
@@ -125,8 +120,8 @@ def distil(model: GPT, i: int, inputs, exact, rope, config, layout) -> tuple[flo
         generator = torch.Generator().manual_seed(parallel.seed_of(config.seed, i, epoch))
         order = torch.randperm(len(inputs), generator=generator)
         for first in range(0, len(inputs), size):
-            rate = config.distil_learning_rate * cosine(step, steps)
-            descend(block, loss_of(order[first : first + size]), optimizer, rate, layout, model.tp_group)
+            loss, peak = loss_of(order[first : first + size]), config.distil_learning_rate
+            descend(block, loss, optimizer, peak, step, steps, layout, model.tp_group)
             step += 1
     return before, error()
 
@@ -136,8 +131,7 @@ def divergence(model: GPT, teacher: GPT, idx, layout):
 
     def log_probs(one):
         with layout.autocast():
-            x, rope = one.embed(idx)
-            logits = one.lm_head(one.transformer.ln_f(run_blocks(one, x, rope, 0, one.config.n_layer)))
+            logits = one.lm_head(one.transformer.ln_f(one.hidden_states(idx)))
         return F.log_softmax(logits.float().flatten(0, 1), dim=-1)
 
     with torch.no_grad():

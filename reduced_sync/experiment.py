@@ -140,9 +140,14 @@ def learning_rate(config: Config, step: int) -> float:
     if not config.decay_lr:
         return config.learning_rate
     end = config.lr_decay_iters or config.max_iters
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    return cosine_schedule(step, config.learning_rate, config.min_lr, config.warmup_iters, end)
+
+
+def cosine_schedule(step: int, peak: float, least: float, warmup: int, end: int) -> float:
+    """The learning rate at `step`: linear to `peak` in `warmup` steps, then a cosine down to `least` at step `end`."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
     if step > end:
-        return config.min_lr
-    ratio = (step - config.warmup_iters) / max(1, end - config.warmup_iters)
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (config.learning_rate - config.min_lr)
+        return least
+    ratio = (step - warmup) / max(1, end - warmup)
+    return least + 0.5 * (1 + math.cos(math.pi * ratio)) * (peak - least)

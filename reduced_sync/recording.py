@@ -30,14 +30,24 @@ def _git(*arguments):
         return ""
 
 
-def header_of(config: Config, model: rsm.GPT, layout: parallel.Layout, meta: dict, step: int) -> dict:
-    """The header of log.txt, which describes the run: a dict."""
+def conditions(layout: parallel.Layout) -> dict:
+    """What a run's numbers depend on besides its config, for the header of its log: code, device and float type."""
     commit = _git("rev-parse", "--verify", "-q", "HEAD") or "unknown"
     dirty = _git("status", "--porcelain", "-uno")
+    device = f"{layout.device.type} ({parallel.device_name(layout.device)})"
+    return {
+        "torch": torch.__version__,
+        "git commit": commit + (" (dirty)" if dirty else ""),
+        "device": f"{device}, {torch.get_num_threads()} threads a process",
+        "dtype": str(layout.dtype).removeprefix("torch."),
+    }
+
+
+def header_of(config: Config, model: rsm.GPT, layout: parallel.Layout, meta: dict, step: int) -> dict:
+    """The header of log.txt, which describes the run: a dict."""
     pattern, n_params = model.config.sync_pattern, model.get_num_params(non_embedding=False)
     most = 2 * model.config.n_layer
     payload = config.batch_size * config.block_size * config.n_embd * 4
-    device = f"{layout.device.type} ({parallel.device_name(layout.device)})"
     return {
         "started" if step == 0 else f"resumed at step {step}": datetime.datetime.now().isoformat(" ", "seconds"),
         "architecture": config.architecture,
@@ -50,10 +60,7 @@ def header_of(config: Config, model: rsm.GPT, layout: parallel.Layout, meta: dic
         "layout": f"dp {layout.dp_size} x tp {layout.tp_size}, {config.n_shard // layout.tp_size} shards a rank",
         "sync payload": f"float32, {payload} bytes"
         + (" (one rank holds all shards: nothing is sent)" if layout.tp_size == 1 else ""),
-        "torch": torch.__version__,
-        "git commit": commit + (" (dirty)" if dirty else ""),
-        "device": f"{device}, {torch.get_num_threads()} threads a process",
-        "dtype": str(layout.dtype).removeprefix("torch."),
+        **conditions(layout),
         "train data": f"sha256 {meta.get('train_sha256', 'unknown')}",
         "val data": f"sha256 {meta.get('val_sha256', 'unknown')}",
         "tokens a step": config.gradient_accumulation_steps * config.batch_size * config.block_size,
