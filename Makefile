@@ -1,5 +1,5 @@
 # make demo: set-up, data, smoke test, four variants trained, table and plot.   make test: set-up and all tests.
-# make spd-demo: a trained model from its wheel, all its syncs after attention dropped, and what that costs (25 minutes).
+# make spd-demo: a trained model from its wheel, 20 of its 30 syncs after attention dropped, and what that costs.
 # make serve MODEL=FOLDER: an exported folder behind vLLM's OpenAI-compatible server.
 # make results: the tables in the documents, made anew from results/.
 PYTHON ?= python3

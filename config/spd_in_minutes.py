@@ -1,4 +1,4 @@
-"""Overlay for config/spd_smollm2.py: 20 of 30 blocks, fewer windows and steps, in less than half an hour."""
+"""Overlay for config/spd_smollm2.py: 20 of 30 blocks, fewer windows and steps."""
 
 out_dir = out_dir + "-in-minutes"
 arrange_windows = 8
