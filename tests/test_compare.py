@@ -16,7 +16,8 @@ from reduced_sync.figures import draw_comparison
 from reduced_sync.run_log import RunLog, step_line
 from reduced_sync.runs import baseline_of, gap, load_runs, noise
 
-RECORDED = sorted((ROOT / "results").glob("*/*/log.txt"))
+# of training; drop_syncs.py's have another form
+RECORDED = sorted(log for log in (ROOT / "results").glob("*/*/log.txt") if "\nstep 0: " in log.read_text())
 ARCHITECTURES = {"2": "baseline", "1": "spd"}
 
 
