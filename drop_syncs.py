@@ -310,7 +310,7 @@ class Dropping:
             if n_tokens:
                 self.say(f"{stage}: {time.monotonic() - begin:.1f} s, {n_tokens} tokens")
             self.progress.stage, self.progress.done = STAGES[STAGES.index(stage) + 1], 0
-            if n_tokens and stage in DONE:
+            if stage == "drop" or (n_tokens and stage in DONE):
                 self.evaluate(DONE[stage], self.pattern)
             if self.progress.stage != STAGES[-1]:
                 self.save()
@@ -321,7 +321,7 @@ class Dropping:
         if RANK == 0:
             log = read_drop_log(Path(self.config.out_dir) / "log.txt")
             draw_dropping({"": log}, Path(self.config.out_dir) / "dropping.png")
-            print(table_of(log))
+            print(table_of({Path(self.config.out_dir).name: log}))
         return True
 
     @property
@@ -395,7 +395,7 @@ class Dropping:
                 low, high = (middle, high) if self.calibration_loss(middle) <= limit else (low, middle - 1)
             self.progress.sync_pattern = self.dropped(low)
         self.say(f"pattern: {self.pattern}, order {' '.join(map(str, self.progress.order))}")
-        return self.windows.numel() if config.max_loss_percent else 1
+        return self.windows.numel() if config.max_loss_percent else 0
 
     def calibration_loss(self, n):
         """Mean loss on the calibration windows with n blocks dropped."""

@@ -54,11 +54,19 @@ def read_drop_log(path) -> DropLog:
     return log
 
 
-def table_of(log: DropLog) -> str:
-    """The perplexities of a log as a table in Markdown: after each stage, and in percent above those of all syncs."""
-    _, _, _, dense = log.perplexities[0]
-    lines = ["| after | syncs | " + " | ".join(dense) + " |", "|---" * (2 + len(dense)) + "|"]
-    for stage, syncs, most, perplexities in log.perplexities:
-        cells = [f"{value:.2f} ({100 * (value / dense[name] - 1):+.1f} %)" for name, value in perplexities.items()]
-        lines.append(f"| {stage} | {syncs} of {most} | {' | '.join(cells)} |")
+def table_of(logs: dict[str, DropLog]) -> str:
+    """The perplexities of runs by name as a table in Markdown: after each stage, and in percent above all syncs.
+
+    The first line is that of all syncs; a run's own stands in it where it is another one.
+    """
+    lines, above = [], None
+    for name, log in logs.items():
+        dense = log.perplexities[0][3]
+        if not lines:
+            head = ["run", "after", "syncs", *dense]
+            lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for stage, syncs, most, perplexities in log.perplexities[dense == above :]:
+            cells = [f"{value:.2f} ({100 * (value / dense[text] - 1):+.1f} %)" for text, value in perplexities.items()]
+            lines.append(f"| {name} | {stage} | {syncs} of {most} | {' | '.join(cells)} |")
+        above = dense
     return "\n".join(lines)

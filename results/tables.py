@@ -84,8 +84,7 @@ def decoding_case(case):
 
 def dropping_table(folder):
     """The perplexities of every run of drop_syncs.py below a folder."""
-    logs = {log.parent.name: read_drop_log(log) for log in sorted(folder.glob("*/log.txt"))}
-    return "\n\n".join(f"**{name}**\n\n{table_of(log)}" for name, log in logs.items())
+    return table_of({log.parent.name: read_drop_log(log) for log in sorted(folder.glob("*/log.txt"))})
 
 
 TABLES = {"runs": runs_table, "gaps": gaps_table, "decoding": decoding_table, "dropping": dropping_table}
