@@ -13,25 +13,29 @@ from scipy import sparse
 from scipy.optimize import linprog
 
 from reduced_sync.checkpoint import gather_tensor
+from reduced_sync.parallel import Layout
 from reduced_sync.weights import unshard_tensor
-from reduced_sync_model import Block, shard_tensor
+from reduced_sync_model import GPT, Block, GPTConfig, shard_tensor
+
+Dense = dict[str, torch.Tensor]  # a block's, by name: attn.c_attn.weight
+Rope = tuple[torch.Tensor, torch.Tensor] | None
 
 
-def dense_block(model, i: int) -> dict[str, torch.Tensor]:
-    """{name in the block: dense tensor} of layer i, on the CPU. Every rank of the TP group has to call it."""
+def dense_block(model: GPT, i: int) -> Dense:
+    """The dense tensors of layer i, on the CPU. Every rank of the TP group has to call it."""
     names = {name: f"transformer.h.{i}.{name}" for name, _ in model.transformer.h[i].named_parameters()}
     whole = {name: gather_tensor(model, key, model.get_parameter(key).detach()) for name, key in names.items()}
     return {name: unshard_tensor(name, tensor, model.config) for name, tensor in whole.items()}
 
 
-def set_dense_block(model, i: int, dense: dict[str, torch.Tensor]):
+def set_dense_block(model: GPT, i: int, dense: Dense) -> None:
     """Give layer i the dense tensors of `dense_block`; each rank takes its part."""
     with torch.no_grad():
         for name, parameter in model.transformer.h[i].named_parameters():
             parameter.copy_(model.local_part(name, shard_tensor(name, dense[name], model.config)))
 
 
-def permuted(dense: dict, config, groups: list[int], neurons: list[int]) -> dict[str, torch.Tensor]:
+def permuted(dense: Dense, config: GPTConfig, groups: list[int], neurons: list[int]) -> Dense:
     """The tensors of a dense block with its KV groups and its neurons in another order: the same function.
 
     A KV group is a head of keys and values with the heads of queries that read it.
@@ -53,7 +57,7 @@ def permuted(dense: dict, config, groups: list[int], neurons: list[int]) -> dict
     return dense
 
 
-def whole_block(dense: dict, config, device) -> Block:
+def whole_block(dense: Dense, config: GPTConfig, device: torch.device) -> Block:
     """The block of all config.n_shard shards in this process."""
     block = Block(config, config.n_shard)
     with torch.no_grad():
@@ -63,7 +67,9 @@ def whole_block(dense: dict, config, device) -> Block:
 
 
 @torch.no_grad()
-def place_groups(dense, config, batches, rope, by: str, layout) -> list[int]:
+def place_groups(
+    dense: Dense, config: GPTConfig, batches: list[torch.Tensor], rope: Rope, by: str, layout: Layout
+) -> list[int]:
     """The order of a layer's KV groups, shard after shard; config has the n_shard to come.
 
     batches: x (B, T, C), what the layer reads. With y_g a group's output, relative to the stream's norm at each
@@ -105,7 +111,9 @@ def place_groups(dense, config, batches, rope, by: str, layout) -> list[int]:
 
 
 @torch.no_grad()
-def place_neurons(dense, config, batches, rope, layout) -> list[int]:
+def place_neurons(
+    dense: Dense, config: GPTConfig, batches: list[torch.Tensor], rope: Rope, layout: Layout
+) -> list[int]:
     """The order of a layer's neurons, shard after shard, by affinity.
 
     The cost of a neuron in a shard is the error that its activation has there with the sync dropped, squared, relative

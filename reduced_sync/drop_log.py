@@ -10,6 +10,7 @@ The header is that of run_log.py: lines of `# key: value`.
 import json
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 PERPLEXITY = re.compile(r"perplexity (.+): (\d+) of (\d+) syncs, (.+)$")
 SENSITIVITY = re.compile(r"sensitivity: block (\d+) (\S+), perplexity (\S+)$")
@@ -35,7 +36,7 @@ class DropLog:
     sensitivities: list = field(default_factory=list)  # (block, s, perplexity), in order
 
 
-def read_drop_log(path) -> DropLog:
+def read_drop_log(path: str | Path) -> DropLog:
     """The log at `path`. Raises OSError."""
     log = DropLog()
     with open(path, encoding="utf-8") as file:

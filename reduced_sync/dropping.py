@@ -5,16 +5,23 @@ is dropped has the pattern's character 1, one that keeps it 2, so the stream bet
 """
 
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from reduced_sync import parallel
 from reduced_sync.experiment import cosine_schedule
+from reduced_sync.parallel import Layout
 from reduced_sync_model import GPT, Stream, is_sharded
 
+Rope = tuple[Tensor, Tensor] | None  # what GPT.embed gives besides x
 
-def run_blocks(model: GPT, x, rope, first: int, last: int, pattern: str | None = None):
+
+def run_blocks(model: GPT, x: Tensor, rope: Rope, first: int, last: int, pattern: str | None = None) -> Tensor:
     """x (B, T, C), the synced stream, through layers `first` to `last` - 1 -> x (B, T, C)."""
     pattern = pattern or model.config.sync_pattern
     stream = Stream(x, model.config, model.tp_group)
@@ -24,13 +31,13 @@ def run_blocks(model: GPT, x, rope, first: int, last: int, pattern: str | None =
     return stream.x
 
 
-def head_nats(model: GPT, x, idx) -> float:
+def head_nats(model: GPT, x: Tensor, idx: Tensor) -> float:
     """The summed loss in nats of x (B, T, C) behind the last layer, of the tokens idx (B, T) but the first of each."""
     logits = model.lm_head(model.transformer.ln_f(x[:, :-1])).float()
     return F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten(), reduction="sum").item()
 
 
-def share(windows, batch_size: int, layout):
+def share(windows: Tensor, batch_size: int, layout: Layout) -> Iterator[Tensor]:
     """Yield this replica's part of the windows, `batch_size` at a time, on its device."""
     mine = windows[layout.dp_rank :: layout.dp_size]
     for batch in mine.split(batch_size):
@@ -38,7 +45,7 @@ def share(windows, batch_size: int, layout):
 
 
 @torch.no_grad()
-def mean_loss(model: GPT, windows, batch_size: int, layout) -> float:
+def mean_loss(model: GPT, windows: Tensor, batch_size: int, layout: Layout) -> float:
     """Mean loss in nats of windows (N, T), whose first token is not counted. All ranks have to call it."""
     total = count = 0.0
     for idx in share(windows, batch_size, layout):
@@ -50,7 +57,9 @@ def mean_loss(model: GPT, windows, batch_size: int, layout) -> float:
 
 
 @torch.no_grad()
-def sensitivities(model: GPT, windows, batch_size: int, layout, progress=iter) -> tuple[list[float], list[float]]:
+def sensitivities(
+    model: GPT, windows: Tensor, batch_size: int, layout: Layout, progress: Callable = iter
+) -> tuple[list[float], list[float]]:
     """(s, perplexities): the paper's algorithm 1 for the layers of a model whose pattern is all 2.
 
     perplexities[i] is that with the layers from i on dropped, perplexities[n_layer] the dense one, and s[i] the
@@ -72,12 +81,21 @@ def sensitivities(model: GPT, windows, batch_size: int, layout, progress=iter) -
     return [found[i] - found[i + 1] for i in range(L)], found
 
 
-def relative_error(x, exact):
+def relative_error(x: Tensor, exact: Tensor) -> Tensor:
     """Mean over positions of |x - exact|^2 / |exact|^2, so that the few huge ones do not hide the others."""
     return ((x - exact).square().sum(-1) / exact.square().sum(-1)).mean()
 
 
-def descend(module, loss, optimizer, peak: float, step: int, steps: int, layout, tp_group):
+def descend(
+    module: nn.Module,
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    peak: float,
+    step: int,
+    steps: int,
+    layout: Layout,
+    tp_group: ProcessGroup | None,
+) -> None:
     """Update `step` of `steps` of `module` by `loss`, its gradients averaged over replicas and clipped to norm 1.
 
     The learning rate: 5 % of the steps of warm-up to `peak`, then a cosine to a tenth of it.
@@ -91,10 +109,13 @@ def descend(module, loss, optimizer, peak: float, step: int, steps: int, layout,
     optimizer.zero_grad(set_to_none=True)
 
 
-def distil(model: GPT, i: int, inputs, exact, rope, config, layout) -> tuple[float, float]:
+def distil(
+    model: GPT, i: int, inputs: Tensor, exact: Tensor, rope: Rope, config: Any, layout: Layout
+) -> tuple[float, float]:
     """Train layer i, its sync dropped, to give `exact` for `inputs`; returns its relative error before and after.
 
-    inputs, exact: (windows, T, C) of this replica. With config.elastic the layer with its sync is trained beside it.
+    inputs, exact: (windows, T, C) of this replica; config is drop_syncs.py's. With its `elastic` the layer with its
+    sync is trained beside it.
     """
     block, pattern = model.transformer.h[i], "1" * model.config.n_layer
     optimizer = torch.optim.AdamW(block.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
@@ -126,7 +147,7 @@ def distil(model: GPT, i: int, inputs, exact, rope, config, layout) -> tuple[flo
     return before, error()
 
 
-def divergence(model: GPT, teacher: GPT, idx, layout):
+def divergence(model: GPT, teacher: GPT, idx: Tensor, layout: Layout) -> Tensor:
     """Mean over tokens of KL(teacher || model) of their next-token distributions, in nats, on idx (B, T)."""
 
     def log_probs(one):

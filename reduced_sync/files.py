@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 
 def replace_file(path: str | Path, write: Callable[[BinaryIO], object], keep: Path | None = None) -> None:
@@ -50,7 +50,7 @@ def sync_folder(folder: str | Path) -> None:
         os.close(directory)
 
 
-def lock_folder(folder):
+def lock_folder(folder: str | Path) -> IO:
     """Make an out_dir and lock it for as long as the file lives that is returned.
 
     Raises ValueError if another run holds it, or it cannot be written.

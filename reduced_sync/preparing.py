@@ -109,7 +109,7 @@ def fetch_sdist(
     return archive
 
 
-def fetch_wheel(name, version, sha256, folder=CACHE / "wheels"):
+def fetch_wheel(name: str, version: str, sha256: str, folder: Path = CACHE / "wheels") -> Path:
     """Download the wheel NAME==VERSION, of any Python and system, once, into `folder`, as fetch_sdist does.
 
     Returns the wheel's path. Raises ValueError if pip cannot get it or its sha256 (hex) is another.
@@ -120,7 +120,7 @@ def fetch_wheel(name, version, sha256, folder=CACHE / "wheels"):
     return wheel
 
 
-def pip_download(name, version, sha256, archive, options, env):
+def pip_download(name: str, version: str, sha256: str, archive: Path, options: list[str], env: dict) -> None:
     """Let pip put NAME==VERSION, if its sha256 (hex) is this one, under the name `archive`. Raises ValueError."""
     print(f"downloading {name}=={version} from the package index", file=sys.stderr)
     archive.parent.mkdir(parents=True, exist_ok=True)

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from reduced_sync.preparing import decode_text
+from reduced_sync.tokenizer import Tokens
 
 
-def read_texts(pattern: str, tokens, key: str) -> dict[str, np.ndarray]:
+def read_texts(pattern: str, tokens: Tokens, key: str) -> dict[str, np.ndarray]:
     """{name: token ids} of the text files that the shell pattern `pattern` names. Raises ValueError, naming `key`."""
     paths = sorted(map(Path, glob.glob(pattern)))
     if not paths:

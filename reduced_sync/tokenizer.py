@@ -1,6 +1,7 @@
 """Text to token ids and back, as meta.json describes them: GPT-2's, characters, or those of a pretrained model."""
 
 import codecs
+from typing import Any
 
 from reduced_sync import preparing
 
@@ -63,7 +64,7 @@ class Tokens:
         return self.pretrained.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def load_pretrained(name: str):
+def load_pretrained(name: str) -> tuple[Any, set[int], list[int]]:
     """(tokenizer, ids that end a text, ids that no text has) of a folder of save_pretrained or a hub name.
 
     Raises ValueError, OSError.

@@ -6,9 +6,12 @@ transformers' Llama has other names, and Q, K and V apart. `their_names` says wh
 
 import dataclasses
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
 from reduced_sync_model import GPT, GPTConfig, baseline, is_sharded, role_of, shard_tensor
 
@@ -134,7 +137,7 @@ def their_tensors(dense: dict, family: str, config: GPTConfig) -> dict:
     return found
 
 
-def their_config(config: GPTConfig):
+def their_config(config: GPTConfig) -> tuple[str, Any]:
     """(family, transformers' config) of the class that computes a dense model of this shape.
 
     Raises ValueError where neither GPT2LMHeadModel nor LlamaForCausalLM does.
@@ -166,7 +169,7 @@ def their_config(config: GPTConfig):
     return "llama", LlamaConfig(**keys, architectures=["LlamaForCausalLM"])
 
 
-def gpt2_fields(hf) -> dict:
+def gpt2_fields(hf: Any) -> dict:
     """The fields of GPTConfig that transformers' GPT2Config gives. Raises ValueError for what our block lacks."""
     expected = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     for key, value in expected.items():
@@ -177,7 +180,7 @@ def gpt2_fields(hf) -> dict:
     return shape | dict(bias=True, tie_embeddings=hf.tie_word_embeddings)
 
 
-def llama_fields(hf) -> dict:
+def llama_fields(hf: Any) -> dict:
     """The fields of GPTConfig that transformers' LlamaConfig gives. Raises ValueError for what our block lacks."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -212,7 +215,7 @@ def llama_fields(hf) -> dict:
     )
 
 
-def refuse_unless(hf, key, allowed):
+def refuse_unless(hf: Any, key: str, allowed: tuple) -> None:
     """Raise ValueError unless transformers' config `hf` has one of the values that our block computes."""
     if (value := getattr(hf, key, allowed[0])) not in allowed:
         raise ValueError(f"{PRETRAINED} with {key}={' or '.join(map(repr, allowed))}, not {value!r}")
@@ -272,7 +275,7 @@ def safetensors_files(name: str) -> dict[str, str]:
     return found
 
 
-def dense_tensors(name: str, family: str, names):
+def dense_tensors(name: str, family: str, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (our name, dense tensor) of a folder or hub name for our `names`, one at a time, mapped from its file.
 
     The tensors of our own family are sharded. Raises ValueError for a tensor that is missing.
@@ -296,7 +299,9 @@ def dense_tensors(name: str, family: str, names):
         yield ours, tensor.t() if transposed else tensor
 
 
-def from_pretrained(name: str, tp_group=None, block_size=None, **choices) -> GPT:
+def from_pretrained(
+    name: str, tp_group: ProcessGroup | None = None, block_size: int | None = None, **choices: Any
+) -> GPT:
     """A model of transformers' GPT-2 or Llama classes in shards, or of export.py: a rank keeps its own shards' part.
 
     name: a folder of save_pretrained or export.py, or a name on the hub. block_size crops the positions; `choices` are
@@ -315,7 +320,13 @@ def from_pretrained(name: str, tp_group=None, block_size=None, **choices) -> GPT
     return from_dense(config, dense_tensors(name, family, names), tp_group, f"init_from={name!r}", family == OURS)
 
 
-def from_dense(config: GPTConfig, tensors, tp_group, source: str, sharded=False) -> GPT:
+def from_dense(
+    config: GPTConfig,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    tp_group: ProcessGroup | None,
+    source: str,
+    sharded: bool = False,
+) -> GPT:
     """The model of `config` with the weights that `tensors`, pairs of our name and a dense tensor, give it.
 
     Where `sharded` the tensors have their shard dimension already. Raises ValueError, which begins with `source`, for a
