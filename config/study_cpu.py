@@ -93,6 +93,18 @@ def _settled(seed):
     yield _run("3x192", "spd-delayed", 4e-3, architecture="spd", overlap="delayed", seed=seed, n_shard=4)
 
 
+def _modern(size, lr):
+    """Llama's block, config/modern.py's: does the answer depend on GPT-2's?"""
+    n_layer, block = _DEEP[size][0], dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=2)
+    yield _run(size, "modern-baseline", lr, **block)
+    for n_shard in (2, 4):
+        yield _run(size, "modern-spd", lr, architecture="spd", n_shard=n_shard, **block)
+        yield _run(size, "modern-1sync", lr, **_grouped(n_layer), n_shard=n_shard, **block)
+    width = {"2x128": 180, "3x192": 236}[size]  # heads of an even size, which RoPE needs
+    control = block | dict(n_layer=n_layer - 1, n_embd=width, n_hidden=3 * width, n_head=2, n_kv_head=1, n_shard=1)
+    yield _run(size, f"modern-control-{n_layer - 1}x{width}", lr, **control)
+
+
 def _many(size, seed):
     """What is compared with several seeds."""
     n_layer = _DEEP[size][0]
@@ -112,7 +124,10 @@ _planned = [
     *_headline("2x128", 4e-3),
     *_headline("2x128", 4e-3, n_shard=4),
     *_rivals("2x128", 4e-3, n_shard=4),
-    *(run for seed in (1, 2, 3) for run in _settled(seed)),  # half an hour for two runs on two cores
+    *_modern("2x128", 4e-3),
+    *_settled(1),  # half an hour for two runs on two cores
+    *_modern("3x192", 4e-3),
+    *(run for seed in (2, 3) for run in _settled(seed)),
     # on another machine, in float32, with a baseline of its own
     _run("3x192", "baseline", 4e-3, dtype="float32"),
     _run("3x192", "1sync", 4e-3, **_grouped(3), n_shard=4, dtype="float32"),
