@@ -27,7 +27,7 @@ from reduced_sync.commands import one_line, one_line_errors, set_up, stop_signal
 from reduced_sync.comparison import report
 from reduced_sync.config import configure, describe, option
 from reduced_sync.data import Corpus
-from reduced_sync.experiment import Config
+from reduced_sync.experiment import Config, sync_pattern
 from reduced_sync.run_log import read_log
 from reduced_sync.runs import load_runs
 
@@ -70,7 +70,7 @@ def check_study(study: Study) -> None:
 class Run:
     """One run of the study: where it stands, its process while it has one, and why it failed if it did.
 
-    Raises ValueError for keys that the training script does not have.
+    Raises ValueError for keys that the training script does not have, and syncs that it does not know.
     """
 
     def __init__(self, study, keys):
@@ -80,6 +80,7 @@ class Run:
         self.arguments = [f"--{key}={value}" for key, value in self.keys.items()] + [f"--out_dir={self.out_dir}"]
         try:
             self.config = configure(Config, self.arguments)
+            sync_pattern(self.config)
         except ValueError as error:
             raise ValueError(f"run {self.name!r}: {error}") from None
         self.process = self.slot = self.failure = None

@@ -127,6 +127,7 @@ def test_under_torchrun(small_dataset, tmp_path):
         ([dict(name="a", out_dir="b")], ["out_dir"]),
         ([dict(name="a", eval_interval=0)], ["'a'", "eval_interval=0"]),
         ([dict(name="a", batchsize=3)], ["'a'", "unknown key 'batchsize'"]),
+        ([dict(name="a", architecture="spdx")], ["'a'", "architecture='spdx'", "allowed are"]),
         ([dict(name="a", dataset="/nowhere")], ["/nowhere/meta.json", "prepare the data first"]),
     ],
 )
