@@ -97,8 +97,13 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     facts = torch.cpu.get_capabilities()
     name = facts.get("cpu_name", facts["architecture"])
-    has_bfloat16 = any(facts.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
-    return f"{name}, {'with' if has_bfloat16 else 'without'} bfloat16 instructions"
+    return f"{name}, {'with' if cpu_has_bfloat16() else 'without'} bfloat16 instructions"
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor has bfloat16 instructions; without them bfloat16 is slower than float32."""
+    facts = torch.cpu.get_capabilities()
+    return any(facts.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def set_device(device: str, local_rank: int) -> torch.device:
