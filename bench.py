@@ -1,10 +1,12 @@
 """Measure what reduced syncs cost and save, and predict what they would save on other machines.
 
 $ python bench.py train                          # training steps against transformers' GPT-2, at the 124M shape
+$ python bench.py traffic                        # the memory traffic of a training step, counted and not measured
 $ python bench.py decode --png=decode.png        # TTFT and TPOT for every sync pattern, tensor-parallel and not
 $ python bench.py predict --n_shard=8            # the cost model of latency.py with public figures of links
 
-Every candidate runs in processes of its own, which take turns (candidates.py). Figures are medians over all rounds.
+train and decode run every candidate in processes of its own, which take turns (candidates.py). Figures are medians over
+all rounds.
 
 decode prints, in milliseconds: TTFT, the time to the first token; TPOT, the time of each token after it; `run` and
 `bytes`, the all-reduces that really ran in a decode step and the size of each; `in-syncs`, the time spent in them;
@@ -30,11 +32,12 @@ import torch
 import reduced_sync_model as rsm
 from reduced_sync import latency, parallel
 from reduced_sync.accelerators import ACCELERATORS, Accelerator
-from reduced_sync.candidates import Candidate, build, measure, parse_candidate, synchronize
+from reduced_sync.candidates import Candidate, build, config_of, measure, parse_candidate, synchronize
 from reduced_sync.commands import check_figure, one_line_errors, set_up
 from reduced_sync.config import option, parse
 from reduced_sync.decode_timing import Decoding, patterns_of
 from reduced_sync.figures import draw_decoding
+from reduced_sync.traffic import training_traffic
 
 
 def peak_memory(device: torch.device, reset: bool = False) -> int:
@@ -112,6 +115,31 @@ def train(args: "Train") -> list[dict]:
             )
             one = {"candidate": candidate.label, "tokens_per_s": speed, "speed_ratio": ratio, "rounds_s": seconds}
             table.append(one | {"peak_bytes": peak, "memory_ratio": memory})
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# traffic: what a training step's forward and backward read and write under bfloat16 autocast
+
+
+def traffic(args: "Counted") -> list[dict]:
+    """GB that the kernels of a compiled training step read and write, counted as Inductor schedules them for a CPU.
+
+    Under bfloat16 autocast; nothing runs. `fused` are the kernels that Inductor makes, where the extra work of local
+    streams shows; the others are matrix products and attention. Ratios are to the first candidate.
+    """
+    if "gpt2" in args.candidates:
+        raise ValueError("candidate 'gpt2': only our own candidates are counted, VARIANT@N_SHARD such as grouped:3@2")
+    candidates = [parse_candidate(text, args.n_layer) for text in args.candidates]
+    configs = [config_of(candidate, args) for candidate in candidates]
+    table = []
+    for candidate, config in zip(candidates, configs, strict=True):
+        counted = training_traffic(config, args.batch_size)
+        row = {"candidate": candidate.label, "total_bytes": counted.total, "fused_bytes": counted.fused}
+        table.append(row)
+        ratios = {key: row[key] / table[0][key] for key in ("total_bytes", "fused_bytes")}
+        cells = "".join(f"   {key[:5]} {row[key] / 1e9:7.2f} GB {ratio:6.3f}x" for key, ratio in ratios.items())
+        print(f"{candidate.label:16}{cells}", flush=True)
     return table
 
 
@@ -294,17 +322,30 @@ class Options:
 
 
 @dataclass
-class Timed(Options):
-    """Keys of the commands that measure."""
+class Shaped(Options):
+    """Keys of the commands that build models."""
 
     n_head: int = option(12, "attention heads", least=1)
     modern: bool = option(False, "our candidates have the block of Llama's family, config/modern.py's")
     n_kv_head: int = option(0, "with modern: heads of keys and values; 0: n_head", least=0)
     block_size: int = option(256, "tokens of a sequence", least=1)
+
+
+@dataclass
+class Timed(Shaped):
+    """Keys of the commands that measure."""
+
     rounds: int = option(5, "rounds of each launch", least=1)
     launches: int = option(1, "times that the processes are started", least=1)
     device: str | None = option(None, "cuda or cpu; None: cuda where there is one")
     dtype: str | None = option(None, "float32, bfloat16 or float16; None: bfloat16 on CUDA, float32 on CPU")
+
+
+@dataclass
+class Counted(Shaped):
+    candidates: tuple[str, ...] = option(("baseline@1", "spd@2", "grouped:3@2", "grouped:3@4"), "VARIANT@N_SHARD")
+    block_size: int = option(1024, "tokens of a sequence", least=1)
+    batch_size: int = option(12, "sequences of a step", least=1)
 
 
 @dataclass
@@ -346,6 +387,7 @@ class Predict(Options):
 
 COMMANDS = {  # name: (job, its options, the key of arguments without one)
     "train": (train, Train, "candidates"),
+    "traffic": (traffic, Counted, "candidates"),
     "decode": (decode, Decode, "patterns"),
     "predict": (predict, Predict, "patterns"),
 }
