@@ -273,8 +273,8 @@ class Stream:
     """The residual stream of a forward pass: what was synced, and what each shard has added to it since.
 
     x (B, T, C) is the synced stream and x_in what the shards read of it, f(x); d (S, B, T, C) are their local deltas,
-    None where they are zero; late is the sum of a sync in flight, None where there is none. Under autocast x is float32
-    but d and x + d are as the matrix products are, which halves the bytes that a GPU moves for them.
+    None where they are zero; late is the sum of a sync in flight, None where there is none. Under bfloat16 autocast x is
+    float32, but d and x + d are bfloat16, which halves the bytes that a GPU moves for them.
     """
 
     def __init__(self, x, config, tp_group):
@@ -291,6 +291,7 @@ class Stream:
     def keep(self, y):
         """No sync: y (S, B, T, C) stays with its shard."""
         self.arrive()
+        y = y.to(self.x.dtype) if y.dtype == torch.float16 else y  # a stream can be beyond float16's range
         self.d = y if self.d is None else self.d + y
 
     def sync(self, y):
