@@ -3,17 +3,26 @@
 $ python bench.py train                          # training steps against transformers' GPT-2, at the 124M shape
 $ python bench.py traffic                        # the memory traffic of a training step, counted and not measured
 $ python bench.py decode --png=decode.png        # TTFT and TPOT for every sync pattern, tensor-parallel and not
+$ python bench.py decode baseline baseline+ladder grouped:3 3x1280 --tp_sizes 2 --added_delay_us 0 1000 2000
 $ python bench.py predict --n_shard=8            # the cost model of latency.py with public figures of links
 
-train and decode run every candidate in processes of its own, which take turns (candidates.py). Figures are medians over
-all rounds.
+A candidate is VARIANT[+RIVAL][@N_SHARD]. VARIANT: baseline, spd, grouped:LAYERS, a pattern, or LAYERSxWIDTH, a dense
+control with standard TP. RIVAL: parallel, desync, ladder or delayed. What is timed takes turns, in processes of its own
+(candidates.py), and figures are medians over all rounds.
 
-decode prints, in milliseconds: TTFT, the time to the first token; TPOT, the time of each token after it; `run` and
-`bytes`, the all-reduces that really ran in a decode step and the size of each; `in-syncs`, the time spent in them;
-`no-syncs`, TPOT of the same model whose all-reduces send nothing (timing only: the no-communication bound);
-`bound/TPOT`, where bound is the time in which a rank reads its weights and cache once, at the bandwidth with which it
-sums its weights; `residual`, what a least-squares fit TPOT = compute + syncs x all_reduce leaves; `measured`, how
-far that line is off with both constants measured, as no-syncs and in-syncs; `model`, how far latency.py is off.
+decode prints, in milliseconds: TTFT, the time to the first token; TPOT, the time of each token after it; `syncs`, with
+overlap those that block and those that it hides, 1+23; `run` and `bytes`, the all-reduces that really ran in a decode
+step and the size of each; `in-syncs`, the time spent in them; `no-syncs`, TPOT of the same model whose all-reduces send
+nothing (timing only: the no-communication bound); `bound/TPOT`, where bound is the time in which a rank reads its
+weights and cache once, at the bandwidth with which it sums its weights; `residual`, what a least-squares fit TPOT =
+compute + syncs x all_reduce leaves of the models of the first one's size without hidden syncs; `measured`, how far that
+line is off with both constants measured, as no-syncs and in-syncs; `model`, how far latency.py is off. `exposed` is
+what a hidden sync still costs, TPOT less no-syncs and the blocking syncs, and the model's figure of it.
+
+With --added_delay_us every all-reduce takes at least so long from its start on, waited for where its result is used:
+real ranks and real all-reduces on a slower link. Each delay has its tables, and behind them stands by how many times
+what was added TPOT grew from one delay to the next: the exposed syncs, measured and as the cost model has them. All
+that block, where both delays are longer than an all-reduce takes; hidden ones, too, where longer than a sublayer.
 """
 
 import argparse
@@ -32,12 +41,20 @@ import torch
 import reduced_sync_model as rsm
 from reduced_sync import latency, parallel
 from reduced_sync.accelerators import ACCELERATORS, Accelerator
-from reduced_sync.candidates import Candidate, build, config_of, measure, parse_candidate, synchronize
+from reduced_sync.candidates import (
+    Candidate,
+    build,
+    config_of,
+    configs_of,
+    describe,
+    measure,
+    parse_candidate,
+    synchronize,
+)
 from reduced_sync.commands import check_figure, one_line_errors, set_up
 from reduced_sync.config import option, parse
-from reduced_sync.decode_timing import Decoding, patterns_of
+from reduced_sync.decode_timing import Decoding
 from reduced_sync.figures import draw_decoding
-from reduced_sync.traffic import training_traffic
 
 
 def peak_memory(device: torch.device, reset: bool = False) -> int:
@@ -63,7 +80,7 @@ def peak_memory(device: torch.device, reset: bool = False) -> int:
 def training(candidate: Candidate, layout: parallel.Layout, args: "Train") -> Callable[[], tuple[float, int]]:
     """A function that trains `args.steps` steps and returns (seconds a step, peak bytes)."""
     model = build(candidate, layout, args)
-    if candidate.pattern:
+    if candidate.keys:
         optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), layout.device.type)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -71,7 +88,7 @@ def training(candidate: Candidate, layout: parallel.Layout, args: "Train") -> Ca
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def loss_of(x, y):  # as train_reduced_sync.py compiles it
-        return model(x, y)[1] if candidate.pattern else model(x, labels=x).loss
+        return model(x, y)[1] if candidate.keys else model(x, labels=x).loss
 
     if candidate.compile:
         loss_of = torch.compile(loss_of)
@@ -131,7 +148,9 @@ def traffic(args: "Counted") -> list[dict]:
     if "gpt2" in args.candidates:
         raise ValueError("candidate 'gpt2': only our own candidates are counted, VARIANT@N_SHARD such as grouped:3@2")
     candidates = [parse_candidate(text, args.n_layer) for text in args.candidates]
-    configs = [config_of(candidate, args) for candidate in candidates]
+    configs = [config_of(candidate.keys, args) for candidate in candidates]
+    from reduced_sync.traffic import training_traffic  # here: it needs parts of Inductor that are not public
+
     table = []
     for candidate, config in zip(candidates, configs, strict=True):
         counted = training_traffic(config, args.batch_size)
@@ -177,100 +196,163 @@ def constants_of(rounds: list, B: int, T: int, args: "Decode") -> tuple[float, A
 
 
 def decode(args: "Decode") -> list[dict]:
-    """TTFT and TPOT of every sync pattern at every tp_size, its all-reduces, and what bounds it; against rivals."""
-    for tp_size in args.tp_sizes:
-        if args.n_shard % tp_size or args.n_head % args.n_shard:
-            raise ValueError(f"tp_size={tp_size} must divide n_shard={args.n_shard}, and that n_head={args.n_head}")
+    """TTFT and TPOT of every candidate at every tp_size, its all-reduces, and what bounds it; against rivals."""
+    configs = configs_of(args)
+    for tp_size, (name, config) in itertools.product(args.tp_sizes, configs.items()):
+        if config.n_shard % tp_size:
+            raise ValueError(f"tp_size={tp_size} must divide n_shard={config.n_shard} of {name}")
     if max(args.prompts) + args.new_tokens >= args.block_size:
         raise ValueError(f"prompts of {max(args.prompts)} and {args.new_tokens} new tokens exceed --block_size")
     if args.png and max(args.tp_sizes) < 2:
         raise ValueError("--png draws TPOT against sync count at tp_size 2 or more; --tp_sizes names none")
     if args.png:
         check_figure(args.png)
-    patterns_of(args)
-    setups = {}  # tp_size: ours eager, the rival, and for one process ours compiled
+    device, dtype, _ = parallel.choose_device(args.device, args.dtype)
+    args.added_delay_us = tuple(sorted(set(args.added_delay_us)))
+    if any(args.added_delay_us) and device != "cpu":
+        raise ValueError(f"--added_delay_us needs --device=cpu, not {device}: a GPU's queue is not held up")
+    setups = {}  # tp_size: ours eager, the rival, ours compiled, and that without communication
     for tp_size in args.tp_sizes:
-        ours = partial(Candidate, "ours", rsm.baseline(args.n_layer), args.n_shard, tp_size)
+        ours = partial(Candidate, "ours", dict(n_shard=args.n_shard), tp_size)
         rival = Candidate("PyTorch's tensor parallelism" if tp_size > 1 else "transformers' generate", tp_size=tp_size)
-        setups[tp_size] = [ours(), rival] + ([ours(compile=True)] if tp_size == 1 and args.compile else [])
+        silences = ([False, True] if tp_size > 1 else [False]) if args.compile else []
+        compiled = [ours(compile=True, silent=silent) for silent in silences]
+        setups[tp_size] = [ours(), rival, *compiled]
     results = iter(measure([one for setup in setups.values() for one in setup], Decoding, args))
-    shape = latency.Shape(args.n_layer, args.n_embd, args.vocab_size)
-    shape.itemsize = parallel.choose_device(args.device, args.dtype)[1].itemsize
     table = []
     for tp_size, setup in setups.items():
         measured = [next(results) for _ in setup]
         for B, T in itertools.product(args.batch_sizes, args.prompts):
-            table.append(figures_of(tp_size, setup, measured, shape, B, T, args))
-            print_case(table[-1])
+            cases = []
+            for delay in args.added_delay_us if tp_size > 1 else (0,):
+                cases.append(figures_of(setup, measured, configs, B, T, delay, dtype.itemsize, args))
+                print_case(cases[-1])
+            for before, after in itertools.pairwise(cases):
+                added = after["added_delay_s"] - before["added_delay_s"]
+                for a, b in zip(before["patterns"], after["patterns"], strict=True):
+                    for key in ("", "model_"):
+                        b[f"{key}exposed_syncs"] = (b[f"{key}tpot_s"] - a[f"{key}tpot_s"]) / added
+            if len(cases) > 1:
+                print_exposed(cases)
+            table += cases
     if args.png:
         draw_decoding(table, args.png)
     return table
 
 
 def figures_of(
-    tp_size: int, setup: list[Candidate], measured: list, shape: latency.Shape, B: int, T: int, args: "Decode"
+    setup: list[Candidate],
+    measured: list,
+    configs: dict[str, rsm.GPTConfig],
+    B: int,
+    T: int,
+    delay: int,
+    itemsize: int,
+    args: "Decode",
 ) -> dict:
-    """The figures of one tp_size, batch size and prompt length."""
-    figures = partial(summarize, n_forwards=args.new_tokens + 1)
+    """The figures of one tp_size, batch size, prompt length and added delay in microseconds."""
+    figures, tp_size = partial(summarize, n_forwards=args.new_tokens + 1), setup[0].tp_size
     stream, accelerator, link = constants_of(measured[0], B, T, args)
-    case = {"tp_size": tp_size, "batch_size": B, "prompt": T, "stream": stream, "rival": setup[1].name}
-    case |= {"accelerator": vars(accelerator), "link": link and vars(link)}
-    # a token in the middle of those decoded
-    case["bound_s"] = latency.bytes_read(shape, tp_size, B, T + args.new_tokens // 2) / stream
-    case |= {f"rival_{key}": value for key, value in figures(measured[1], (setup[1].name, True, B, T)).items()}
-    if len(setup) > 2:
-        compiled = figures(measured[2], (args.patterns[0], True, B, T))
-        case |= {f"compiled_{key}": value for key, value in compiled.items()}
-        stream = statistics.median(constants["stream"] for one in measured[2] for _, constants in one)
-        case["compiled_bound_s"] = case["bound_s"] * case["stream"] / stream
+    middle = T + args.new_tokens // 2  # a token in the middle of those decoded
+    case = {"tp_size": tp_size, "batch_size": B, "prompt": T, "added_delay_s": delay / 1e6, "stream": stream}
+    case |= {"rival": setup[1].name, "accelerator": vars(accelerator), "link": link and vars(link)}
+    first = next(iter(configs.values()))
+    case["bound_s"] = latency.bytes_read(first, tp_size, B, middle, itemsize) / stream
+    rival = figures(measured[1], (setup[1].name, True, B, T, delay))
+    case |= {f"rival_{key}": value for key, value in rival.items()}
+    for candidate, rounds in zip(setup[2:], measured[2:], strict=True):
+        if delay:
+            continue  # a compiled all-reduce is not held up
+        kind = "compiled_silent" if candidate.silent else "compiled"
+        compiled = figures(rounds, (next(iter(configs)), not candidate.silent, B, T, 0))
+        case |= {f"{kind}_{key}": value for key, value in compiled.items()}
+        theirs = statistics.median(constants["stream"] for one in rounds for _, constants in one)
+        case[f"{kind}_bound_s"] = case["bound_s"] * stream / theirs
     case["patterns"] = rows = []
-    for variant, pattern in patterns_of(args).items():
-        row = {"variant": variant, "pattern": pattern, "syncs": rsm.count_syncs(pattern)}
-        row |= figures(measured[0], (variant, True, B, T))
+    for variant, config in configs.items():
+        row = {"variant": variant} | describe(config)
+        row |= figures(measured[0], (variant, True, B, T, delay))
+        row["bound_s"] = latency.bytes_read(config, tp_size, B, middle, itemsize) / stream
+        model = partial(latency.forward_seconds, config, accelerator, itemsize=itemsize, added_delay=delay / 1e6)
+        row |= {"model_ttft_s": model(link, tp_size, B, T, T), "model_tpot_s": model(link, tp_size, B, 1, middle)}
         if tp_size > 1:
-            silent = figures(measured[0], (variant, False, B, T))
+            silent = figures(measured[0], (variant, False, B, T, 0))
             row |= {"silent_ttft_s": silent["ttft_s"], "silent_tpot_s": silent["tpot_s"]}
-        model = partial(latency.forward_seconds, shape, accelerator, link, tp_size, row["syncs"], B)
-        row |= {"model_ttft_s": model(T, T), "model_tpot_s": model(1, T + args.new_tokens // 2)}
+            row["exposed_s"] = row["tpot_s"] - row["silent_tpot_s"]
+            row["model_exposed_s"] = row["model_tpot_s"] - model(None, tp_size, B, 1, middle)
+        if tp_size > 1 and row["hidden"]:
+            blocking = (row["syncs"] - row["hidden"]) * max(
+                link.all_reduce(4 * B * config.n_embd, tp_size), delay / 1e6
+            )
+            for key in ("exposed_s", "model_exposed_s"):
+                row[f"hidden_{key}"] = (row[key] - blocking) / row["hidden"]
         rows.append(row)
-    if tp_size > 1:
-        counts, tpots = [row["syncs"] for row in rows], [row["tpot_s"] for row in rows]
+    size = (first.n_layer, first.n_embd)
+    alike = [row for row in rows if not row["hidden"] and (row["model"]["n_layer"], row["model"]["n_embd"]) == size]
+    if tp_size > 1 and alike:
+        counts, tpots = [row["syncs"] for row in alike], [row["tpot_s"] for row in alike]
         case["fit_compute_s"], case["fit_all_reduce_s"], residuals = latency.fit(counts, tpots)
-        case["compute_s"] = statistics.median(row["silent_tpot_s"] for row in rows)
-        case["all_reduce_s"] = sum(row["in_all_reduces_s"] for row in rows) / sum(counts)
-        for row, residual in zip(rows, residuals, strict=True):
+        case["compute_s"] = statistics.median(row["silent_tpot_s"] for row in alike)
+        case["all_reduce_s"] = sum(row["in_all_reduces_s"] for row in alike) / sum(counts)
+        for row, residual in zip(alike, residuals, strict=True):
             row["residual_s"] = residual
             row["line_s"] = case["compute_s"] + row["syncs"] * case["all_reduce_s"]
     return case
 
 
+def count_of(row: dict) -> str:
+    """A row's all-reduces, with those that are hidden apart."""
+    return f"{row['syncs'] - row['hidden']}+{row['hidden']}" if row.get("hidden") else str(row["syncs"])
+
+
 def print_case(case: dict) -> None:
     """One case as a table, in milliseconds."""
     many, bound = case["tp_size"] > 1, 1000 * case["bound_s"]
-    print(f"\ntp_size {case['tp_size']}, batch {case['batch_size']}, prompt {case['prompt']}")
+    delay = 1e6 * case.get("added_delay_s", 0)
+    added = f", every all-reduce at least {delay:.0f} us (added)" if delay else ""
+    print(f"\ntp_size {case['tp_size']}, batch {case['batch_size']}, prompt {case['prompt']}{added}")
     print(f"a rank streams {case['stream'] / 1e9:.1f} GB/s: its weights and cache take {bound:.2f} ms a token")
     print(f"{case['rival']}: TTFT {1000 * case['rival_ttft_s']:.2f}, TPOT {1000 * case['rival_tpot_s']:.2f}")
-    if "compiled_tpot_s" in case:
-        share, tpot = case["compiled_bound_s"] / case["compiled_tpot_s"], 1000 * case["compiled_tpot_s"]
-        variant = case["patterns"][0]["variant"]
-        times = f"TTFT {1000 * case['compiled_ttft_s']:.2f}, TPOT {tpot:.2f}, bound/TPOT {share:.2f}"
-        print(f"ours, {variant} compiled: {times}")
-    if many:
+    for kind, words in (("compiled", "compiled"), ("compiled_silent", "compiled, all-reduces send nothing")):
+        if f"{kind}_tpot_s" in case:
+            share, tpot = case[f"{kind}_bound_s"] / case[f"{kind}_tpot_s"], 1000 * case[f"{kind}_tpot_s"]
+            times = f"TTFT {1000 * case[f'{kind}_ttft_s']:.2f}, TPOT {tpot:.2f}, bound/TPOT {share:.2f}"
+            print(f"ours, {case['patterns'][0]['variant']} {words}: {times}")
+    if "fit_compute_s" in case:
         for kind, key in (("least squares", "fit_"), ("as measured", "")):
             compute, all_reduce = 1000 * case[f"{key}compute_s"], 1000 * case[f"{key}all_reduce_s"]
             print(f"TPOT, {kind}: {compute:.2f} + syncs x {all_reduce:.3f}")
-    columns = "variant syncs run bytes TTFT model TPOT model bound/TPOT".split()
+    hidden = many and any(row.get("hidden") for row in case["patterns"])
+    width = max(14, *(len(row["variant"]) + 1 for row in case["patterns"]))
+    columns = "syncs run bytes TTFT model TPOT model bound/TPOT".split()
     columns += "in-syncs no-syncs residual measured".split() if many else []
-    print("".join(f"{name:>11}" if i else f"{name:14}" for i, name in enumerate(columns)))
+    columns += ["exposed", "model"] if hidden else []
+    print(f"{'variant':{width}}" + "".join(f"{name:>11}" for name in columns))
     for row in case["patterns"]:
-        cells = [row["syncs"], row["all_reduces"], row["bytes"]]
+        cells = [count_of(row), row["all_reduces"], row["bytes"]]
         for key in ("ttft", "tpot"):
             cells += [f"{1000 * row[f'{key}_s']:.2f}", f"{100 * (row[f'model_{key}_s'] / row[f'{key}_s'] - 1):+.1f}%"]
-        cells.append(f"{case['bound_s'] / row['tpot_s']:.2f}")
+        cells.append(f"{row.get('bound_s', case['bound_s']) / row['tpot_s']:.2f}")
         if many:
-            cells += [f"{1000 * row[key]:.2f}" for key in ("in_all_reduces_s", "silent_tpot_s", "residual_s")]
-            cells.append(f"{100 * (row['line_s'] / row['tpot_s'] - 1):+.1f}%")
-        print(f"{row['variant']:14}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
+            keys = ("in_all_reduces_s", "silent_tpot_s", "residual_s")
+            cells += [f"{1000 * row[key]:.2f}" if key in row else "" for key in keys]
+            cells.append(f"{100 * (row['line_s'] / row['tpot_s'] - 1):+.1f}%" if "line_s" in row else "")
+        if hidden and row["hidden"]:
+            cells += [f"{1000 * row[f'hidden_{key}']:.2f}" for key in ("exposed_s", "model_exposed_s")]
+        print((f"{row['variant']:{width}}" + "".join(f"{cell:>11}" for cell in cells)).rstrip(), flush=True)
+
+
+def print_exposed(cases: list[dict]) -> None:
+    """Exposed syncs of cases that differ in their added delay: by how many times what was added TPOT grew."""
+    first, delays = cases[0], [1e6 * case["added_delay_s"] for case in cases]
+    setting = f"tp_size {first['tp_size']}, batch {first['batch_size']}, prompt {first['prompt']}"
+    print(f"\n{setting}: exposed syncs, measured and by the model, as an all-reduce takes at least so many us")
+    width = max(14, *(len(row["variant"]) + 1 for row in first["patterns"]))
+    spans = [f"{a:.0f}-{b:.0f}" for a, b in itertools.pairwise(delays)]
+    print(f"{'variant':{width}}{'syncs':>11}" + "".join(f"{span:>13}{'model':>8}" for span in spans))
+    for rows in zip(*(case["patterns"] for case in cases), strict=True):
+        cells = [f"{row['exposed_syncs']:13.2f}{row['model_exposed_syncs']:8.2f}" for row in rows[1:]]
+        print(f"{rows[0]['variant']:{width}}{count_of(rows[0]):>11}" + "".join(cells), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,24 +361,27 @@ def print_case(case: dict) -> None:
 
 def predict(args: "Predict") -> list[dict]:
     """PREDICTED time per token and to the first token on named links, by the cost model of latency.py."""
-    shape = latency.Shape(args.n_layer, args.n_embd, args.vocab_size, args.itemsize)
-    accelerator = NAMED[args.accelerator]
+    configs, accelerator = configs_of(args), NAMED[args.accelerator]
+    for name, config in configs.items():
+        if config.n_shard != args.n_shard:
+            raise ValueError(f"{name}: predict has a rank a shard, here n_shard={args.n_shard}")
     setting = f"tp_size {args.n_shard}, batch {args.batch_size}, prompt {args.prompt}"
     print(f"PREDICTED, not measured: {args.accelerator}, {setting}")
-    print(f"{'link':16}{'variant':14}{'syncs':>6}{'TTFT ms':>10}{'TPOT ms':>10}{'faster':>8}{'bound':>8}")
+    width = max(14, *(len(name) + 1 for name in configs))
+    print(f"{'link':16}{'variant':{width}}{'syncs':>6}{'TTFT ms':>10}{'TPOT ms':>10}{'faster':>8}{'bound':>8}")
     table = []
     for name in args.links or latency.LINKS:
         first = None
-        for variant, pattern in patterns_of(args).items():
-            syncs = rsm.count_syncs(pattern)
-            model = partial(latency.forward_seconds, shape, accelerator, latency.LINKS[name], args.n_shard)
-            ttft = model(syncs, args.batch_size, args.prompt, args.prompt)
-            tpot, bound = (model(n, args.batch_size, 1, args.prompt) for n in (syncs, 0))
+        for variant, config in configs.items():
+            row = {"predicted": True, "link": name, "variant": variant} | describe(config)
+            model = partial(latency.forward_seconds, config, accelerator, itemsize=args.itemsize)
+            sizes, link = (args.n_shard, args.batch_size), latency.LINKS[name]
+            ttft = model(link, *sizes, args.prompt, args.prompt)
+            tpot, bound = (model(one, *sizes, 1, args.prompt) for one in (link, None))
             first = first or tpot
-            line = f"{name:16}{variant:14}{syncs:6}{1000 * ttft:10.3f}{1000 * tpot:10.3f}"
+            line = f"{name:16}{variant:{width}}{count_of(row):>6}{1000 * ttft:10.3f}{1000 * tpot:10.3f}"
             print(f"{line}{first / tpot:7.2f}x{first / bound:7.2f}x")
-            row = {"predicted": True, "link": name, "variant": variant, "syncs": syncs, "ttft_s": ttft, "tpot_s": tpot}
-            table.append(row | {"no_communication_tpot_s": bound})
+            table.append(row | {"ttft_s": ttft, "tpot_s": tpot, "no_communication_tpot_s": bound})
     print("faster: than the first variant on this link; bound: the same without any communication. Sources:")
     for name in args.links or latency.LINKS:
         print(f"  {name}: {latency.LINKS[name].source}")
@@ -317,7 +402,10 @@ class Options:
 
     n_layer: int = option(12, "layers", least=1)
     n_embd: int = option(768, "width of the residual stream", least=1)
+    n_head: int = option(12, "attention heads", least=1)
     vocab_size: int = option(50304, "tokens of the vocabulary", least=1)
+    modern: bool = option(False, "our candidates have the block of Llama's family, config/modern.py's")
+    n_kv_head: int = option(0, "with modern: heads of keys and values; 0: n_head", least=0)
     json: str | None = option(None, "write the results there as well", is_path=True)
 
 
@@ -325,9 +413,6 @@ class Options:
 class Shaped(Options):
     """Keys of the commands that build models."""
 
-    n_head: int = option(12, "attention heads", least=1)
-    modern: bool = option(False, "our candidates have the block of Llama's family, config/modern.py's")
-    n_kv_head: int = option(0, "with modern: heads of keys and values; 0: n_head", least=0)
     block_size: int = option(256, "tokens of a sequence", least=1)
 
 
@@ -350,7 +435,9 @@ class Counted(Shaped):
 
 @dataclass
 class Train(Timed):
-    candidates: tuple[str, ...] = option(("gpt2", "baseline@1", "grouped:3@2", "grouped:3@4"), "gpt2, VARIANT@N_SHARD")
+    candidates: tuple[str, ...] = option(
+        ("gpt2", "baseline@1", "grouped:3@2", "grouped:3@4"), "gpt2, VARIANT[+RIVAL]@N_SHARD"
+    )
     mode: str = option("both", "with torch.compile or without", allowed=("eager", "compiled", "both"))
     tp_size: int = option(1, "ranks of our candidates", least=1)
     batch_size: int = option(4, "sequences of a step", least=1)
@@ -360,23 +447,25 @@ class Train(Timed):
 
 @dataclass
 class Decode(Timed):
-    patterns: tuple[str, ...] = option(EVERY, "baseline, spd, grouped:LAYERS or a pattern")
+    candidates: tuple[str, ...] = option(EVERY, "VARIANT[+RIVAL][@N_SHARD]")
     n_shard: int = option(2, "shards that the transformer is cut into", least=1)
     tp_sizes: tuple[int, ...] = option((1, 2), "tensor-parallel ranks", least=1)
     batch_sizes: tuple[int, ...] = option((1,), "sequences decoded at once", least=1)
     prompts: tuple[int, ...] = option((128,), "tokens of the prompts", least=1)
     new_tokens: int = option(16, "tokens decoded after the first one", least=1)
-    compile: bool = option(False, "the first variant in one process compiled, too")
+    compile: bool = option(False, "the first candidate compiled, too; on several ranks also without communication")
+    added_delay_us: tuple[int, ...] = option((0,), "microseconds that an all-reduce takes at least, on a CPU", least=0)
     png: str | None = option(None, "where a figure of TPOT against syncs goes: .png, .pdf or .svg", is_path=True)
 
 
 @dataclass
 class Predict(Options):
-    patterns: tuple[str, ...] = option(
-        tuple(pattern for pattern in EVERY if not pattern.isdecimal()), "baseline, spd, grouped:LAYERS or a pattern"
+    candidates: tuple[str, ...] = option(
+        tuple(variant for variant in EVERY if not variant.isdecimal()), "VARIANT[+RIVAL]"
     )
     n_layer: int = option(24, "layers", least=1)
     n_embd: int = option(2048, "width of the residual stream", least=1)
+    n_head: int = option(32, "attention heads", least=1)
     n_shard: int = option(8, "shards, and ranks", least=1)
     links: tuple[str, ...] = option((), "links between ranks; default: all", allowed=tuple(latency.LINKS))
     accelerator: str = option("h100", "what a rank computes on", allowed=tuple(NAMED))
@@ -388,8 +477,8 @@ class Predict(Options):
 COMMANDS = {  # name: (job, its options, the key of arguments without one)
     "train": (train, Train, "candidates"),
     "traffic": (traffic, Counted, "candidates"),
-    "decode": (decode, Decode, "patterns"),
-    "predict": (predict, Predict, "patterns"),
+    "decode": (decode, Decode, "candidates"),
+    "predict": (predict, Predict, "candidates"),
 }
 
 

@@ -273,8 +273,8 @@ class Stream:
     """The residual stream of a forward pass: what was synced, and what each shard has added to it since.
 
     x (B, T, C) is the synced stream and x_in what the shards read of it, f(x); d (S, B, T, C) are their local deltas,
-    None where they are zero; late is the sum of a sync in flight, None where there is none. Under bfloat16 autocast x is
-    float32, but d and x + d are bfloat16, which halves the bytes that a GPU moves for them.
+    None where they are zero; late is the sum of a sync in flight, None where there is none. Under bfloat16 autocast x
+    is float32, but d and x + d are bfloat16, which halves the bytes that a GPU moves for them.
     """
 
     def __init__(self, x, config, tp_group):

@@ -5,9 +5,10 @@ several times in another order, since the memory that a process gets can be slow
 """
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,33 +20,75 @@ from torch import nn
 import reduced_sync_model as rsm
 from reduced_sync import parallel
 
+RIVALS = {
+    "parallel": dict(parallel_block=True),
+    "desync": dict(merge="desync"),
+    "ladder": dict(overlap="ladder"),
+    "delayed": dict(overlap="delayed"),
+}
+SPELLING = re.compile(rf"(?P<variant>[^+@]+)(?:\+(?P<rival>{'|'.join(RIVALS)}))?(?:@(?P<n_shard>[1-9]\d*))?", re.ASCII)
+CONTROL = re.compile(r"([1-9]\d*)x([1-9]\d*)", re.ASCII)
+
 
 @dataclass
 class Candidate:
-    """What is measured: `gpt2` (transformers') or one of our patterns with its n_shard and tp_size."""
+    """What is measured: `gpt2` (transformers') or one of our models, on tp_size ranks."""
 
     name: str
-    pattern: str = ""  # empty: transformers' GPT-2
-    n_shard: int = 1
+    keys: dict = field(default_factory=dict)  # of its GPTConfig, beside the options'; none: transformers' GPT-2
     tp_size: int = 1
     compile: bool = False
+    silent: bool = False  # its all-reduces send nothing
 
     @property
     def label(self) -> str:
         """As it is printed: the name, and what it does not say."""
         tp = f" tp {self.tp_size}" if self.tp_size > 1 else ""
-        return f"{self.name}{tp}{' compiled' if self.compile else ''}"
+        return f"{self.name}{tp}{' compiled' if self.compile else ''}{' silent' if self.silent else ''}"
+
+
+def keys_of(text: str, n_layer: int, n_shard: int | None = None) -> dict:
+    """The keys of GPTConfig that VARIANT[+RIVAL][@N_SHARD] names. Raises ValueError.
+
+    VARIANT is baseline, spd, grouped:LAYERS, a pattern, or a dense control LAYERSxWIDTH: a baseline of that size, with
+    heads of a multiple of 8 near 64 (the larger of two equally near) whose number is divisible by n_shard. RIVAL is
+    parallel, desync, ladder or delayed. `n_shard` counts where the text does not say it.
+    """
+    found = SPELLING.fullmatch(text)
+    n_shard = int(found["n_shard"] or n_shard or 0) if found else 0
+    if not n_shard:
+        wanted = "gpt2 or VARIANT@N_SHARD, such as grouped:3@2, spd+parallel@2 or 3x1280@2"
+        raise ValueError(f"{text!r}: a candidate is {wanted}; a rival is one of {', '.join(RIVALS)}")
+    keys = dict(n_shard=n_shard) | RIVALS.get(found["rival"], {})
+    control = CONTROL.fullmatch(found["variant"])
+    if not control:
+        return keys | dict(sync_pattern=rsm.parse_pattern(found["variant"], n_layer))
+    n_layer, n_embd = map(int, control.groups())
+    sizes = [size for size in range(8, n_embd + 1, 8) if n_embd % size == 0 and n_embd // size % n_shard == 0]
+    if not sizes:
+        raise ValueError(f"{text!r}: no head size that is a multiple of 8 gives {n_shard} shards heads of that width")
+    n_head = n_embd // min(sizes, key=lambda size: (abs(size - 64), -size))
+    return keys | dict(n_layer=n_layer, n_embd=n_embd, n_head=n_head, sync_pattern=rsm.baseline(n_layer))
 
 
 def parse_candidate(text: str, n_layer: int, tp_size: int = 1, compiled: bool = False) -> Candidate:
-    """`gpt2`, or VARIANT@N_SHARD with VARIANT baseline, spd, grouped:LAYERS or a pattern. Raises ValueError."""
+    """`gpt2`, or one of ours as keys_of takes it, with its @N_SHARD. Raises ValueError."""
     if text == "gpt2":
         return Candidate(text, compile=compiled)
-    variant, _, n_shard = text.partition("@")
-    if not n_shard.isdecimal() or int(n_shard) < 1:
-        raise ValueError(f"{text!r}: a candidate is gpt2 or VARIANT@N_SHARD, such as grouped:3@2")
-    pattern = rsm.parse_pattern(variant, n_layer)
-    return Candidate(text, pattern, int(n_shard), tp_size, compiled)
+    return Candidate(text, keys_of(text, n_layer), tp_size, compiled)
+
+
+def configs_of(args: Any) -> dict[str, rsm.GPTConfig]:
+    """{name: GPTConfig} of the candidates to decode with. Raises ValueError."""
+    return {name: config_of(keys_of(name, args.n_layer, args.n_shard), args) for name in args.candidates}
+
+
+def describe(config: rsm.GPTConfig) -> dict:
+    """What a row of results says of its model: pattern, all-reduces of a forward pass and how many are hidden, keys."""
+    names = "n_layer n_embd n_head n_shard sync_pattern parallel_block merge overlap mlp".split()
+    syncs = rsm.count_syncs(config.sync_pattern)
+    row = {"pattern": config.sync_pattern, "syncs": syncs, "hidden": syncs - 1 if config.overlap else 0}
+    return row | {"model": {name: getattr(config, name) for name in names}}
 
 
 def measure(candidates: list[Candidate], job: Callable, args: Any) -> list[list[list]]:
@@ -58,7 +101,7 @@ def measure(candidates: list[Candidate], job: Callable, args: Any) -> list[list[
     for candidate in candidates:
         if device.startswith("cuda") and candidate.tp_size > torch.cuda.device_count():
             raise ValueError(f"{candidate.label} needs {candidate.tp_size} GPUs; here are {torch.cuda.device_count()}")
-        config_of(candidate, args)
+        config_of(candidate.keys, args)
     results = [[] for _ in candidates]
     for launch in range(args.launches):
         order = [(i + launch) % len(candidates) for i in range(len(candidates))]
@@ -111,19 +154,20 @@ def serve(pipe: Connection, rank: int, candidate: Candidate, job: Callable, stor
     pipe.send("ended")
 
 
-def config_of(candidate: Candidate, args: Any) -> rsm.GPTConfig:
+def config_of(keys: dict, args: Any) -> rsm.GPTConfig:
     """The GPTConfig of one of our candidates, or the sizes of transformers' in its terms. Raises ValueError."""
-    sizes = {key: getattr(args, key) for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")  # predict has no block_size
+    shape = {name: vars(args)[name] for name in names if name in vars(args)}
     if args.modern:
-        sizes |= dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=args.n_kv_head, bias=False)
-    return rsm.GPTConfig(**sizes, n_shard=candidate.n_shard, sync_pattern=candidate.pattern)
+        shape |= dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=args.n_kv_head, bias=False)
+    return rsm.GPTConfig(**shape | keys)
 
 
 def build(candidate: Candidate, layout: parallel.Layout, args: Any) -> nn.Module:
     """The model of a candidate with random weights, on its device."""
     torch.manual_seed(0)
-    if candidate.pattern:
-        return rsm.GPT(config_of(candidate, args), layout.tp_group).to(layout.device)
+    if candidate.keys:
+        return rsm.GPT(config_of(candidate.keys, args), layout.tp_group).to(layout.device)
     from transformers import GPT2Config, GPT2LMHeadModel
 
     shape = dict(vocab_size=args.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)

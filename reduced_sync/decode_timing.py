@@ -1,32 +1,32 @@
 """What one rank measures of decoding: the times of tokens, of all-reduces, and of what they are made of."""
 
+import contextlib
 import dataclasses
 import itertools
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import reduced_sync_model as rsm
 from reduced_sync import decoding, latency
-from reduced_sync.candidates import build, parse_candidate, synchronize
+from reduced_sync.candidates import build, configs_of, synchronize
 from reduced_sync.parallel import Layout
 
-
-def patterns_of(args: Any) -> dict[str, str]:
-    """{name: sync pattern} of the variants to decode with."""
-    return {name: parse_candidate(f"{name}@{args.n_shard}", args.n_layer).pattern for name in args.patterns}
+OPERATORS = torch.ops._c10d_functional  # those of an all-reduce in two halves, start and wait
 
 
 class AllReduceMeter:
-    """Inside it, every dist.all_reduce is counted and timed, on the device where it runs."""
+    """Inside it, every all-reduce is counted and timed, on the device where it runs. Of one in two halves both count.
+
+    On a CPU its result is there `added_delay` seconds after its start on this rank at the earliest: a slower link.
+    """
 
     def __init__(self, device):
-        self.device, self.calls = device, []
+        self.device, self.calls, self.in_flight, self.added_delay = device, [], {}, 0.0
 
     def mark(self) -> float | torch.cuda.Event:
         """This moment: seconds on a CPU, an event in a GPU's queue."""
@@ -36,32 +36,58 @@ class AllReduceMeter:
         event.record()
         return event
 
+    def hold(self, begin: float | torch.cuda.Event) -> None:
+        """Wait for the added delay of what began then. Not asleep: that could take longer."""
+        while self.added_delay and time.perf_counter() < begin + self.added_delay:
+            pass
+
     def all_reduce(self, tensor: torch.Tensor, *arguments, **keys) -> dist.Work | None:
         """dist.all_reduce, timed."""
         begin = self.mark()
-        work = self.original(tensor, *arguments, **keys)
-        self.calls.append((tensor.nbytes, begin, self.mark()))
+        work = self.originals[0](tensor, *arguments, **keys)
+        self.hold(begin)
+        self.calls.append((tensor.nbytes, [(begin, self.mark())]))
         return work
 
+    def start(self, tensor: torch.Tensor, *arguments) -> torch.Tensor:
+        """The operator that starts an all-reduce, timed."""
+        begin = self.mark()
+        total = self.originals[1](tensor, *arguments)
+        spans = [(begin, self.mark())]
+        self.calls.append((tensor.nbytes, spans))
+        self.in_flight[id(total)] = total, spans
+        return total
+
+    def wait(self, total: torch.Tensor) -> torch.Tensor:
+        """The operator that waits for what `start` has started, timed."""
+        _, spans = self.in_flight.pop(id(total))
+        begin = self.mark()
+        arrived = self.originals[2](total)
+        self.hold(spans[0][0])
+        spans.append((begin, self.mark()))
+        return arrived
+
     def __enter__(self):
-        self.original, dist.all_reduce = dist.all_reduce, self.all_reduce
+        self.originals = dist.all_reduce, OPERATORS.all_reduce, OPERATORS.wait_tensor
+        dist.all_reduce, OPERATORS.all_reduce, OPERATORS.wait_tensor = self.all_reduce, self.start, self.wait
         return self
 
     def __exit__(self, *_):
-        dist.all_reduce = self.original
+        dist.all_reduce, OPERATORS.all_reduce, OPERATORS.wait_tensor = self.originals
 
     def take(self) -> list[tuple[int, float]]:
         """[(bytes, seconds)] of the calls since the last take, after they have ended."""
         synchronize(self.device)  # an event has no time before the GPU has come to it
         on_cpu = self.device.type == "cpu"
-        taken = [(size, b - a if on_cpu else a.elapsed_time(b) / 1000) for size, a, b in self.calls]
+        taken = [
+            (size, sum(b - a if on_cpu else a.elapsed_time(b) / 1000 for a, b in spans)) for size, spans in self.calls
+        ]
         self.calls = []
         return taken
 
 
-def sharing(base: rsm.GPT, pattern: str, group: dist.ProcessGroup | None) -> rsm.GPT:
-    """A model with the weights of `base`, another sync pattern and another TP group."""
-    config = dataclasses.replace(base.config, sync_pattern=pattern)
+def sharing(base: rsm.GPT, config: rsm.GPTConfig, group: dist.ProcessGroup | None) -> rsm.GPT:
+    """A model with the weights of `base`, another TP group, and a config that differs in no tensor's shape."""
     with torch.device("meta"):
         model = rsm.GPT(config, group)
     model.load_state_dict(base.state_dict(), assign=True)
@@ -137,11 +163,17 @@ def seconds_of(function: Callable, device: torch.device, repeats: int = 5) -> fl
     return statistics.median(taken)
 
 
-class Decoding:
-    """A rank of a candidate, ready to decode: every pattern on the same weights, or transformers' GPT-2.
+def shape_of(config: rsm.GPTConfig) -> tuple:
+    """What two candidates must have in common to share their weights."""
+    return config.n_layer, config.n_embd, config.n_head, config.n_shard
 
-    Called, it generates in every case once and returns ({case: (TTFT, [seconds of each further token], all-reduces)},
-    constants). A case is (name, whether all-reduces are sent, batch size, tokens of the prompt).
+
+class Decoding:
+    """A rank of a candidate, ready to decode: all of args.candidates, or transformers' GPT-2.
+
+    Those that differ in no tensor's shape share their weights. Called, it generates in every case once and returns
+    ({case: (TTFT, [seconds of each further token], all-reduces)}, constants). A case is (name, whether all-reduces are
+    sent, batch size, tokens of the prompt, microseconds that an all-reduce takes at least).
     """
 
     def __init__(self, candidate, layout, args):
@@ -149,32 +181,36 @@ class Decoding:
         self.device, self.meter = layout.device, AllReduceMeter(layout.device)
         self.lengths = list(itertools.product(args.batch_sizes, args.prompts))
         self.prompts = {(B, T): torch.randint(args.vocab_size, (B, T), device=self.device) for B, T in self.lengths}
-        base, self.silent_group = build(candidate, layout, args).eval(), None
+        base, silent_group = build(candidate, layout, args).eval(), None
         if candidate.tp_size > 1:
             from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend
 
-            self.silent_group = dist.new_group(backend="fake")  # its all-reduces send nothing
-        if not candidate.pattern:
+            silent_group = dist.new_group(backend="fake")  # its all-reduces send nothing
+        if not candidate.keys:
             if candidate.tp_size > 1:
                 tensor_parallel_gpt2(base, candidate.tp_size, self.device.type)
             self.models = {(candidate.name, True): base.to(layout.dtype)}
             self()
             return
         decoding.cast(base, layout.dtype)
-        self.models = {}
-        for name, pattern in patterns_of(args).items():
-            self.models[name, True] = sharing(base, pattern, layout.tp_group)
+        self.models, bases = {}, {shape_of(base.config): base}
+        for name, config in configs_of(args).items():
+            shape = shape_of(config)
+            if shape not in bases:
+                bases[shape] = rsm.GPT(config, layout.tp_group).to(self.device)
+                decoding.cast(bases[shape], layout.dtype)
+            if candidate.compile:  # all would take a minute each: the first has to do
+                group = silent_group if candidate.silent else layout.tp_group
+                self.models[name, not candidate.silent] = self.silent = sharing(bases[shape], config, group)
+                break
+            self.models[name, True] = sharing(bases[shape], config, layout.tp_group)
             if candidate.tp_size > 1:
-                self.models[name, False] = sharing(base, pattern, self.silent_group)
-        self.silent = sharing(base, candidate.pattern, self.silent_group)
-        if candidate.compile:  # every pattern would take a minute: the first has to do
-            self.silent = self.models[args.patterns[0], True]
-            self.models = {(args.patterns[0], True): self.silent}
-        else:
-            decoding.for_decoding(self.silent)
+                self.models[name, False] = sharing(bases[shape], config, silent_group)
+        if not candidate.compile:
+            self.silent = decoding.for_decoding(sharing(base, base.config, silent_group))
         self.models = {case: decoding.for_decoding(model, candidate.compile) for case, model in self.models.items()}
         small = dataclasses.replace(base.config, n_embd=4 * args.n_head, head_size=0, n_hidden=0, vocab_size=64)
-        self.small = decoding.for_decoding(rsm.GPT(small, self.silent_group).to(self.device).eval())
+        self.small = decoding.for_decoding(rsm.GPT(small, silent_group).to(self.device).eval())
         self()  # what is compiled, allocated or paged in at first
 
     def __call__(self):
@@ -182,19 +218,23 @@ class Decoding:
         first, *others = self.models.items()
         self.models = dict([*others, first])  # each round in another order, since some moments are slow for all
         for (name, sent), model in self.models.items():
-            for B, T in self.lengths:
+            metered = not self.candidate.compile  # else its graph would break at each all-reduce
+            delays = self.args.added_delay_us if metered and sent and self.candidate.tp_size > 1 else (0,)
+            for (B, T), delay in itertools.product(self.lengths, delays):
                 if self.candidate.tp_size > 1:
                     dist.barrier()
-                with torch.inference_mode(), self.meter:
+                self.meter.added_delay = delay / 1e6
+                with torch.inference_mode(), self.meter if metered else contextlib.nullcontext():
                     begin, n_tokens = time.perf_counter(), self.args.new_tokens + 1
-                    if self.candidate.pattern:
+                    if self.candidate.keys:
                         times = our_times(model, self.prompts[B, T], n_tokens, self.layout)
                     else:
                         times = gpt2_times(model, self.prompts[B, T], n_tokens)
                 steps = [b - a for a, b in itertools.pairwise(times)]
-                cases[name, sent, B, T] = (times[0] - begin, steps, self.meter.take())
+                cases[name, sent, B, T, delay] = (times[0] - begin, steps, self.meter.take())
+        self.meter.added_delay = 0.0
         with torch.inference_mode(), self.layout.autocast():
-            return cases, self.constants() if self.candidate.pattern else None
+            return cases, self.constants() if self.candidate.keys else None
 
     def constants(self) -> dict:
         """What bounds and cost model need to know of this rank, measured while all ranks measure it."""
@@ -228,7 +268,7 @@ class Decoding:
 
         for B, T in self.lengths:
             found["bandwidth", B] = n_bytes / seconds_of(partial(multiply_all, B), self.device)
-            flops = latency.flops(latency.Shape(args.n_layer, args.n_embd, 0), tp_size, B, T, T)
+            flops = args.n_layer * sum(n for _, n in latency.sublayers(self.silent.config, tp_size, B, T, T))
             found["peak", B, T] = flops / seconds_of(partial(run_blocks, B, T), self.device, repeats=3)
             times = our_times(self.small, self.prompts[B, T] % 64, 21, self.layout)
             found["overhead", B] = (times[-1] - times[0]) / 20 / args.n_layer

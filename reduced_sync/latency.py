@@ -6,7 +6,8 @@ One forward pass of B sequences with T new tokens each, behind a context of toke
 
 bytes: this rank's weights and its part of the cache, read once. flops: two a weight and token, and attention. payload:
 B * T * n_embd float32 numbers. alpha and beta of an all-reduce over n ranks are those of a ring, as in NCCL's own cost
-model: alpha = base + 2 (n - 1) * step, beta = 2 (n - 1) / n / bus bandwidth. Seconds, bytes and flops throughout.
+model: alpha = base + 2 (n - 1) * step, beta = 2 (n - 1) / n / bus bandwidth. Of a sync that `overlap` hides, what the
+sublayer that runs meanwhile leaves: max(0, all-reduce - sublayer). Seconds, bytes and flops throughout.
 """
 
 from collections.abc import Sequence
@@ -15,16 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from reduced_sync.accelerators import Accelerator
-
-
-@dataclass
-class Shape:
-    """A GPT's sizes; `itemsize` is the bytes of a weight and of a number in the cache."""
-
-    n_layer: int
-    n_embd: int
-    vocab_size: int
-    itemsize: int = 4
+from reduced_sync_model import GPTConfig, count_syncs
 
 
 @dataclass
@@ -54,36 +46,70 @@ LINKS = {
 }
 
 
-def bytes_read(shape: Shape, tp_size: int, batch_size: int, context: int) -> float:
+def sublayers(
+    config: GPTConfig, tp_size: int, batch_size: int, tokens: int, context: int, itemsize: int = 4
+) -> list[tuple[float, float]]:
+    """[(bytes, flops)] of a rank for an attention and for an MLP. `context` includes the new tokens.
+
+    itemsize: bytes of a weight and of a number in the cache.
+    """
+    c = config
+    width, kv_width = c.n_head * c.head_size, max(c.n_kv_head, c.n_shard) * c.head_size  # each shard has a KV head
+    seen = context - (tokens - 1) / 2  # causal: a token sees those before it
+    attention, mlp = 2 * c.n_embd * (width + kv_width), (3 if c.mlp == "swiglu" else 2) * c.n_embd * c.n_hidden
+    cache, products = 2 * batch_size * context * kv_width, 4 * batch_size * tokens * seen * width
+    parts = (attention, cache, products), (mlp, 0, 0)
+    return [
+        (itemsize * (weights + cache) / tp_size, (2 * batch_size * tokens * weights + products) / tp_size)
+        for weights, cache, products in parts
+    ]
+
+
+def bytes_read(config: GPTConfig, tp_size: int, batch_size: int, context: int, itemsize: int = 4) -> float:
     """Bytes that a rank reads to decode one token of each sequence: blocks and cache in parts, the head whole."""
-    block = 12 * shape.n_embd**2 / tp_size
-    cache = 2 * batch_size * context * shape.n_embd / tp_size
-    return shape.itemsize * (shape.n_layer * (block + cache) + shape.vocab_size * shape.n_embd)
+    block = sum(n_bytes for n_bytes, _ in sublayers(config, tp_size, batch_size, 1, context, itemsize))
+    return config.n_layer * block + itemsize * config.vocab_size * config.n_embd
 
 
-def flops(shape: Shape, tp_size: int, batch_size: int, tokens: int, context: int) -> float:
+def flops(config: GPTConfig, tp_size: int, batch_size: int, tokens: int, context: int) -> float:
     """Floating point operations of a rank; logits only of the last position. `context` includes the new tokens."""
-    block = 24 * shape.n_embd**2 * tokens  # 2 * 12 C^2 a token
-    attention = 4 * shape.n_embd * tokens * (context - (tokens - 1) / 2)  # causal: a token sees those before it
-    return batch_size * (shape.n_layer * (block + attention) / tp_size + 2 * shape.vocab_size * shape.n_embd)
+    block = sum(n_flops for _, n_flops in sublayers(config, tp_size, batch_size, tokens, context))
+    return config.n_layer * block + 2 * batch_size * config.vocab_size * config.n_embd
 
 
 def forward_seconds(
-    shape: Shape,
+    config: GPTConfig,
     accelerator: Accelerator,
     link: Link | None,
     tp_size: int,
-    syncs: int,
     batch_size: int,
     tokens: int,
     context: int,
+    itemsize: int = 4,
+    added_delay: float = 0.0,
 ) -> float:
-    """The model at the top of this file. tokens = context is a prefill (TTFT), tokens = 1 a decoded token (TPOT)."""
-    compute = flops(shape, tp_size, batch_size, tokens, context) / accelerator.peak
-    memory = bytes_read(shape, tp_size, batch_size, context) / accelerator.bandwidth
-    payload = 4 * batch_size * tokens * shape.n_embd
-    communication = syncs * link.all_reduce(payload, tp_size) if link is not None else 0.0
-    return shape.n_layer * accelerator.overhead + max(memory, compute) + communication
+    """The model at the top of this file. tokens = context is a prefill (TTFT), tokens = 1 a decoded token (TPOT).
+
+    link: None where all-reduces send nothing. added_delay: seconds that an all-reduce takes at least.
+    """
+    compute = flops(config, tp_size, batch_size, tokens, context) / accelerator.peak
+    memory = bytes_read(config, tp_size, batch_size, context, itemsize) / accelerator.bandwidth
+    seconds = config.n_layer * accelerator.overhead + max(memory, compute)
+    if link is None or tp_size == 1:
+        return seconds
+    all_reduce = max(added_delay, link.all_reduce(4 * batch_size * tokens * config.n_embd, tp_size))
+    syncs = count_syncs(config.sync_pattern)
+    if not config.overlap:
+        return seconds + syncs * all_reduce
+    attention, mlp = (
+        accelerator.overhead / 2 + max(n_bytes / accelerator.bandwidth, n_flops / accelerator.peak)
+        for n_bytes, n_flops in sublayers(config, tp_size, batch_size, tokens, context, itemsize)
+    )
+    # one after an attention is hidden by the MLP, one after an MLP by the next attention, and the last by nothing
+    after_attention = sum(character in "2a" for character in config.sync_pattern)
+    after_mlp = syncs - after_attention - 1
+    hidden = after_attention * max(0.0, all_reduce - mlp) + after_mlp * max(0.0, all_reduce - attention)
+    return seconds + hidden + all_reduce
 
 
 def fit(x: Sequence[float], seconds: Sequence[float]) -> tuple[float, float, list[float]]:

@@ -1,5 +1,6 @@
 """bench.py on a tiny model, its rival cut by PyTorch, the cost model, and the recorded measurement."""
 
+import itertools
 import json
 import math
 import statistics
@@ -15,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import bench
-from reduced_sync import latency
-from reduced_sync.accelerators import ACCELERATORS
-from reduced_sync.decode_timing import tensor_parallel_gpt2
-from reduced_sync_model import GPT, GPTConfig, KVCache, count_syncs
+from reduced_sync import candidates, decode_timing, latency, parallel
+from reduced_sync.accelerators import ACCELERATORS, Accelerator
+from reduced_sync.decode_timing import AllReduceMeter, Decoding, tensor_parallel_gpt2
+from reduced_sync_model import GPT, MLP, CausalSelfAttention, GPTConfig, KVCache, count_syncs
 
 pytestmark = pytest.mark.timeout(200)
 BENCH = ROOT / "bench.py"
@@ -32,46 +33,118 @@ def finite(tree):
     return not isinstance(tree, float) or math.isfinite(tree)
 
 
+CANDIDATES = ("baseline", "spd+parallel", "grouped:2+desync", "baseline+ladder", "spd+delayed", "1x48")
+SYNCS = {"baseline": (4, 0), "spd+parallel": (2, 0), "grouped:2+desync": (1, 0)}  # of two layers: all, hidden
+SYNCS |= {"baseline+ladder": (4, 3), "spd+delayed": (2, 1), "1x48": (2, 0)}
+
+
 def test_decode(tmp_path):
-    patterns, lengths = ["baseline", "spd", "grouped:2"], ["--batch_sizes", "1", "2", "--prompts", "5", "9"]
+    lengths = [
+        "--batch_sizes",
+        "2",
+        "--prompts",
+        "5",
+        "9",
+        "--new_tokens=2",
+        "--rounds=1",
+        "--added_delay_us",
+        "0",
+        "2000",
+    ]
     files = [f"--json={tmp_path}/decode.json", f"--png={tmp_path}/decode.png"]
     begin = time.monotonic()
-    out = succeeded(run_script([BENCH, "decode", *patterns, *TINY, *lengths, "--new_tokens=4", *files], timeout=180))
+    out = succeeded(run_script([BENCH, "decode", *CANDIDATES, *TINY, *lengths, *files], timeout=180))
     seconds = time.monotonic() - begin
     table = json.loads((tmp_path / "decode.json").read_text())
     assert table["settings"]["command"] == "decode" and finite(table)
-    cases = {(case["tp_size"], case["batch_size"], case["prompt"]): case for case in table["results"]}
-    assert set(cases) == {(tp_size, B, T) for tp_size in (1, 2) for B in (1, 2) for T in (5, 9)}
-    for (tp_size, B, T), case in cases.items():
-        in_the_middle = latency.bytes_read(latency.Shape(2, 32, 64), tp_size, B, T + 2)
-        assert case["bound_s"] * case["stream"] == pytest.approx(in_the_middle)
-        seconds -= case["rival_ttft_s"] + 4 * case["rival_tpot_s"]
-        assert [row["syncs"] for row in case["patterns"]] == [4, 2, 1]
-        link = case["link"] and latency.Link(**case["link"])
-        first, *_, last = case["patterns"]
-        for figure, tokens in (("ttft", T), ("tpot", 1)):  # the cost model: they differ by three all-reduces
-            sent = 3 * link.all_reduce(4 * B * tokens * 32, tp_size) if link else 0
-            assert first[f"model_{figure}_s"] - last[f"model_{figure}_s"] == pytest.approx(sent)
-        for row in case["patterns"]:
-            seconds -= row["ttft_s"] + 4 * row["tpot_s"]
-            assert row["ttft_s"] > 0 and row["tpot_s"] > 0
+    cases = {(case["tp_size"], case["prompt"], case["added_delay_s"]): case for case in table["results"]}
+    assert set(cases) == {(tp_size, T, delay) for tp_size, delay in ((1, 0), (2, 0), (2, 0.002)) for T in (5, 9)}
+    for (tp_size, T, delay), case in cases.items():
+        seconds -= case["rival_ttft_s"] + 2 * case["rival_tpot_s"]
+        if tp_size > 1:
+            assert case["rival_all_reduces"] == 4 and case["rival_tpot_s"] > 4 * delay
+        rows = {row["variant"]: row for row in case["patterns"]}
+        assert {name: (row["syncs"], row["hidden"]) for name, row in rows.items()} == SYNCS
+        for row in rows.values():
+            seconds -= row["ttft_s"] + 2 * row["tpot_s"]
             assert row["all_reduces"] == (row["syncs"] if tp_size > 1 else 0)
+            config = GPTConfig(block_size=32, vocab_size=64, **row["model"])
+            in_the_middle = latency.bytes_read(config, tp_size, 2, T + 1)
+            assert row["bound_s"] * case["stream"] == pytest.approx(in_the_middle)
             if tp_size > 1:
-                assert (row["bytes"], row["prefill_bytes"]) == (4 * B * 32, 4 * B * T * 32)
-                assert 0 < row["in_all_reduces_s"] < row["tpot_s"] and row["silent_tpot_s"] < row["tpot_s"]
-                assert row["line_s"] == pytest.approx(case["compute_s"] + row["syncs"] * case["all_reduce_s"])
-                fitted = case["fit_compute_s"] + row["syncs"] * case["fit_all_reduce_s"]
-                assert row["tpot_s"] == pytest.approx(fitted + row["residual_s"])
+                assert (row["bytes"], row["prefill_bytes"]) == (8 * config.n_embd, 8 * T * config.n_embd)
+                assert 0 < row["in_all_reduces_s"] < row["tpot_s"]
+                # one after the other: a sublayer of so tiny a model hides little
+                assert row["tpot_s"] > row["syncs"] * delay
+                assert row["exposed_s"] == row["tpot_s"] - row["silent_tpot_s"]
     assert seconds > 0  # the process took longer than one round of all that it has timed
-    assert out.count("tp_size 2, batch 2, prompt 9") == 1 and out.count("grouped:2") == 8
+    assert (
+        out.count("tp_size 2, batch 2, prompt 9") == 3 and out.count("every all-reduce at least 2000 us (added)") == 2
+    )
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("modern", [False, True])
+def test_every_candidate_decodes(fake_group, modern):
+    """With the all-reduces that it claims. Those of one size and n_shard are one model in memory."""
+    names = (*CANDIDATES, "01", "1x48+ladder", "spd@4")
+    args = bench.Decode(candidates=names, n_layer=2, n_embd=32, n_head=4, vocab_size=64, block_size=32, device="cpu")
+    args.modern, args.n_kv_head = modern, 2
+    args.prompts, args.new_tokens, args.added_delay_us = (5,), 2, (0, 1000)
+    layout = parallel.Layout(torch.device("cpu"), torch.float32, tp_size=2, tp_group=fake_group)
+    measured = Decoding(candidates.Candidate("ours", dict(n_shard=2), tp_size=2), layout, args)
+    found, constants = measured()
+    assert finite(list(constants.values()))
+    weights = {}
+    for name, config in candidates.configs_of(args).items():
+        syncs = count_syncs(config.sync_pattern)
+        for sent, us in ((True, 0), (True, 1000), (False, 0)):
+            ttft, steps, calls = found[name, sent, 1, 5, us]
+            assert len(steps) == 2 and len(calls) == 3 * syncs
+            assert min(steps) > syncs * us / 1e6 and ttft > syncs * us / 1e6
+        assert config.mlp == ("swiglu" if modern else "gelu")
+        embeddings = {measured.models[name, sent].transformer.wte.weight.data_ptr() for sent in (True, False)}
+        weights.setdefault((config.n_layer, config.n_shard), set()).update(embeddings)
+    assert len(weights) == 3 and all(len(embeddings) == 1 for embeddings in weights.values())
+
+
+def test_all_reduces_are_inside_the_compiled_graph(fake_group):
+    for overlap in ("", "delayed"):
+        model = GPT(GPTConfig(16, 64, 2, 2, 32, n_shard=2, overlap=overlap), fake_group).eval()
+        graphs = []
+
+        def keep(graph, inputs, graphs=graphs):
+            graphs.append(graph)
+            return graph.forward
+
+        with torch.inference_mode():
+            torch.compile(model, backend=keep, fullgraph=True)(torch.zeros(1, 5, dtype=torch.long))
+        assert sum("all_reduce" in str(node.target) for node in graphs[0].graph.nodes) == 4
+
+
+def study_controls():
+    """The controls of config/study_124m.py."""
+    names = {}
+    exec((ROOT / "config" / "study_124m.py").read_text(), names)
+    return names["_controls"]
+
+
+def test_a_candidate_is_spelled_as_it_is_trained():
+    keys = candidates.keys_of("grouped:3+desync@4", n_layer=12)
+    assert keys == dict(n_shard=4, sync_pattern="001" * 4, merge="desync")
+    assert candidates.keys_of("spd+parallel", 12, n_shard=2) == dict(
+        n_shard=2, sync_pattern="1" * 12, parallel_block=True
+    )
+    for name, sizes in study_controls().items():
+        control = candidates.keys_of(name, 12, n_shard=2)
+        assert control == dict(n_shard=2, sync_pattern="2" * sizes["n_layer"], **sizes)
+
+
 def test_train(tmp_path):
-    argv = ["train", "gpt2", "spd@2", *TINY, "--mode=eager", f"--json={tmp_path}/train.json"]
+    argv = ["train", "gpt2", "spd+parallel@2", *TINY, "--mode=eager", f"--json={tmp_path}/train.json"]
     out = succeeded(run_script([BENCH, *argv], timeout=120))
     results = json.loads((tmp_path / "train.json").read_text())["results"]
-    assert [row["candidate"] for row in results] == ["gpt2", "spd@2"] and finite(results)
+    assert [row["candidate"] for row in results] == ["gpt2", "spd+parallel@2"] and finite(results)
     for row in results:
         assert len(row["rounds_s"]) == 2
         assert row["tokens_per_s"] == pytest.approx(4 * 32 / statistics.median(row["rounds_s"]))
@@ -83,13 +156,52 @@ def test_train(tmp_path):
 
 def test_the_figures_of_a_case():
     """Medians over rounds and tokens, of the slower rank; the prefill's all-reduces are not a token's."""
-    case = ("spd", True, 1, 5)
+    case = ("spd", True, 1, 5, 0)
     calls = [(640, 9.0), (640, 9.0), (128, 0.01), (128, 0.03), (128, 0.02), (128, 0.04)]  # two in a forward pass
     times = [[(1.0, [0.1, 0.2]), (3.0, [0.3, 0.1])], [(2.0, [0.2, 0.2]), (1.0, [0.3, 0.5])]]  # [round][rank]
     rounds = [[({case: (ttft, steps, calls)}, None) for ttft, steps in ranks] for ranks in times]
     found = bench.summarize(rounds, case, n_forwards=3)
     assert found.pop("in_all_reduces_s") == pytest.approx(0.05)
     assert found == {"ttft_s": 2.0, "tpot_s": 0.3, "all_reduces": 2, "bytes": 128, "prefill_bytes": 640}
+
+
+def test_exposed_syncs_of_slower_links(monkeypatch, capsys):
+    """Of a machine whose all-reduces take 0.5 ms and its sublayers 2 ms: slopes, exposed parts, compiled or not."""
+    args = bench.Decode(candidates=("baseline", "baseline+ladder"), n_layer=2, n_embd=32, n_head=2, vocab_size=64)
+    args.tp_sizes, args.compile, args.prompts = (2,), True, (5,)
+    args.new_tokens, args.device, args.added_delay_us = 2, "cpu", (3000, 0, 1000)
+    constants = {"stream": 7e9, ("bandwidth", 1): 7e9, ("peak", 1, 5): 1e12, ("overhead", 1): 4e-3}
+    constants |= {("all_reduce", 1, 1): 0.5e-3, ("all_reduce", 1, 5): 0.6e-3}
+
+    def measure(setup, job, args):
+        for candidate in setup:
+            silent, cases = 0.005 if candidate.compile else 0.008, {}
+            for name, sent, us in itertools.product(
+                ("baseline", "baseline+ladder", candidate.name), (True, False), (0, 1000, 3000)
+            ):
+                all_reduce = max(0.5e-3, us / 1e6)
+                exposed = 4 * all_reduce if name == "baseline" else all_reduce + 3 * max(0, all_reduce - 0.002)
+                cases[name, sent, 1, 5, us] = (0.1, [silent + sent * exposed] * 2, [(128, all_reduce)] * 12)
+            yield [[(cases, constants)] * 2]
+
+    monkeypatch.setattr(bench, "measure", measure)
+    none, one, three = bench.decode(args)
+    assert [case["added_delay_s"] for case in (none, one, three)] == [0, 0.001, 0.003]
+    for case, dense, ladder in ((none, 0.002, 0.0005), (one, 0.004, 0.001), (three, 0.012, 0.006)):
+        rows = case["patterns"]
+        for key in ("exposed_s", "model_exposed_s"):
+            assert [row[key] for row in rows] == pytest.approx([dense, ladder], rel=0.01)
+    for key in ("", "model_"):
+        slopes = [[row[f"{key}exposed_syncs"] for row in case["patterns"]] for case in (one, three)]
+        assert slopes[0] == pytest.approx([2, 0.5], rel=0.01) and slopes[1] == pytest.approx([4, 2.5], rel=0.01)
+        hidden = [case["patterns"][1][f"hidden_{key}exposed_s"] for case in (none, one, three)]
+        assert hidden == pytest.approx([0, 0, 0.001], rel=0.01, abs=1e-6)
+    assert (none["compiled_tpot_s"], none["compiled_silent_tpot_s"]) == pytest.approx((0.007, 0.005))
+    assert "compiled_tpot_s" not in one
+    out = capsys.readouterr().out
+    assert "ours, baseline compiled, all-reduces send nothing: TTFT 100.00, TPOT 5.00, bound/TPOT 0." in out
+    lines = [line.split() for line in out.splitlines()[-2:]]
+    assert lines[0][:3] == ["baseline", "4", "2.00"] and lines[1][:3] == ["baseline+ladder", "1+3", "0.50"]
 
 
 def test_the_link_that_was_measured_takes_the_times_that_were_measured():
@@ -124,6 +236,10 @@ def test_predict(tmp_path, capsys):
         (["decode", "1111"], ["sync_pattern='1111' has 4 characters; it needs n_layer=12"]),
         (["decode", "grouped:5"], ["layers_per_group=5 does not divide n_layer=12"]),
         (["decode", "--tp_sizes", "1", "--png=x.png"], ["--png", "tp_size 2 or more"]),
+        (["decode", "baseline+lader"], ["'baseline+lader': a candidate is", "a rival is one of parallel, desync"]),
+        (["decode", "grouped:12+ladder"], ["overlap='ladder': a single sync"]),
+        (["decode", "3x100"], ["'3x100': no head size that is a multiple of 8 gives 2 shards"]),
+        (["predict", "spd@2"], ["spd@2: predict has a rank a shard, here n_shard=8"]),
         (["train", "spd"], ["'spd': a candidate is gpt2 or VARIANT@N_SHARD"]),
         (["train", "--dtype=float8"], ["dtype='float8'"]),
         (["predict", "--json=/nowhere/x.json"], ["No such file or directory"]),
@@ -134,49 +250,145 @@ def test_mistakes_are_one_line(argv, words):
     one_line_error(process, *words)
 
 
-def assert_against_dense(rank):
+class Clock:
+    """time.perf_counter in whole seconds: a look at it takes one."""
+
+    now = 0
+
+    def perf_counter(self):
+        self.now += 1
+        return self.now
+
+
+@pytest.mark.parametrize(("delay", "blocking", "hidden"), [(0, 101, 32), (50, 102, 33), (1000, 1001, 930)])
+def test_a_delay_counts_from_the_start_and_is_waited_for_at_the_use(monkeypatch, delay, blocking, hidden):
+    """Real all-reduces of 100 s. The hidden one starts in 1 s, and a sublayer of 70 s runs before 30 s of waiting."""
+    clock = Clock()
+    monkeypatch.setattr(decode_timing, "time", clock)
+    x, operators = torch.zeros(3), decode_timing.OPERATORS
+
+    def takes(seconds):
+        def fake(tensor, *_):
+            clock.now += seconds
+            return tensor
+
+        return fake
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", takes(100))
+    monkeypatch.setattr(operators, "all_reduce", takes(0))
+    monkeypatch.setattr(operators, "wait_tensor", takes(30))
+    meter = AllReduceMeter(torch.device("cpu"))
+    meter.added_delay = delay
+    with meter:
+        torch.distributed.all_reduce(x)
+        total = operators.all_reduce(x, "sum", "group")
+        clock.now += 70
+        assert operators.wait_tensor(total) is x
+    assert meter.take() == [(12, blocking), (12, hidden)]
+
+
+def assert_rival(rank):
     torch.manual_seed(0)
     shape = dict(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)
     dense = GPT2LMHeadModel(GPT2Config(**shape)).eval()
     idx = torch.randint(64, (2, 9))
     with torch.no_grad():
         expected = dense(idx).logits
-        parallel = tensor_parallel_gpt2(dense, 2, "cpu")
-        assert parallel.transformer.h[0].mlp.c_fc.weight.to_local().shape == (64, 32)
-        torch.testing.assert_close(parallel(idx).logits, expected, rtol=1e-4, atol=1e-5)
-        generated = parallel.generate(idx, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+        cut = tensor_parallel_gpt2(dense, 2, "cpu")
+        assert cut.transformer.h[0].mlp.c_fc.weight.to_local().shape == (64, 32)
+        torch.testing.assert_close(cut(idx).logits, expected, rtol=1e-4, atol=1e-5)
+        generated = cut.generate(idx, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert generated.shape == (2, 14)
+
+
+def assert_slopes(rank):
+    """A layer whose sublayers take 0.1 s: both syncs of standard TP cost the delay, of an overlapped pair the last."""
+
+    def sublayer(self, h, *_):
+        time.sleep(0.1)
+        return h
+
+    MLP.forward = CausalSelfAttention.forward = sublayer
+    meter, idx = AllReduceMeter(torch.device("cpu")), torch.zeros(1, 1, dtype=torch.long)
+    for overlap, slope in (("", 2), ("ladder", 1), ("delayed", 1)):
+        model = GPT(GPTConfig(8, 64, n_layer=1, n_head=2, n_embd=32, n_shard=2, overlap=overlap), dist.group.WORLD)
+        seconds = {0.0: [], 0.08: []}
+        for delay, taken in [*seconds.items()] * 3:
+            meter.added_delay = delay
+            dist.barrier()
+            begin = time.perf_counter()
+            with torch.inference_mode(), meter:
+                model(idx)
+            taken.append(time.perf_counter() - begin)
+        least, most = (min(taken) for taken in seconds.values())
+        assert (most - least) / 0.08 == pytest.approx(slope, abs=0.45)
+
+
+def assert_in_two(rank):
+    assert_rival(rank)
+    assert_slopes(rank)
     dist.barrier()
 
 
-def test_the_rival_is_gpt2_in_two():
-    run_ranks(2, assert_against_dense)
+def test_two_ranks():
+    """PyTorch's tensor parallelism computes what GPT-2 does, and an added delay costs as often as a sync blocks."""
+    run_ranks(2, assert_in_two)
 
 
 # --- the cost model
 
 
-def test_bytes_are_those_of_the_model():
-    shape, B, context = latency.Shape(4, 32, 64), 3, 10
-    model = GPT(GPTConfig(block_size=context, vocab_size=64, n_layer=4, n_head=4, n_embd=32, bias=False, n_shard=4))
+BLOCKS = [{}, dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=2)]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=["GPT-2", "modern"])
+def test_bytes_are_those_of_the_model(block):
+    B, context = 3, 10
+    config = GPTConfig(context, 64, n_layer=4, n_head=4, n_embd=32, bias=False, n_shard=4, **block)
+    model = GPT(config)
     for tp_size in (1, 2, 4):
         matrices = [p for n, p in model.named_parameters() if "c_" in n]
         cache = KVCache(model, B).layers
         parts = sum(p.nbytes for p in matrices) + sum(t.nbytes for pair in cache for t in pair)
         expected = parts / tp_size + model.lm_head.weight.nbytes
-        assert latency.bytes_read(shape, tp_size, B, context) == expected
+        assert latency.bytes_read(config, tp_size, B, context) == expected
 
 
+@pytest.mark.parametrize("block", BLOCKS, ids=["GPT-2", "modern"])
 @pytest.mark.parametrize("T", [1, 12])
-def test_flops_are_those_of_the_model(T):
+def test_flops_are_those_of_the_model(T, block):
     """As PyTorch's counter has them; it does not know a causal attention, so that part is reckoned apart."""
     B, L, C = 2, 4, 32
-    model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=L, n_head=4, n_embd=C, bias=False, n_shard=2))
+    config = GPTConfig(16, 64, n_layer=L, n_head=4, n_embd=C, bias=False, n_shard=2, **block)
+    model = GPT(config)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(B, T, dtype=torch.long))
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     attention = B * L * sum(4 * C * seen for seen in range(1, T + 1))
-    assert latency.flops(latency.Shape(L, C, 64), 1, B, T, T) == counted + attention
+    assert latency.flops(config, 1, B, T, T) == counted + attention
+
+
+def test_a_hidden_sync_takes_what_its_sublayer_leaves():
+    """On a machine where only bytes count: an attention takes as long as 4 C^2 weights, an MLP as 8 C^2."""
+    C = 32
+    accelerator = Accelerator(bandwidth=4.0, peak=1e30, overhead=0.0)
+    shape = dict(vocab_size=1, n_layer=3, n_head=2, n_embd=C, n_shard=1)
+
+    def exposed(all_reduce, added_delay=0.0, **keys):
+        model = partial(latency.forward_seconds, GPTConfig(**shape, **keys), accelerator, tp_size=2, batch_size=1)
+        forward = partial(model, tokens=1, context=0, added_delay=added_delay)
+        return forward(link=latency.Link(all_reduce, 0.0, 1e30)) - forward(link=None)
+
+    attention, mlp = 2 * C**2, 4 * C**2  # a half of it, on one rank of two
+    for overlap in ("ladder", "delayed"):
+        assert exposed(attention, overlap=overlap) == attention  # 1 blocks
+        between = attention + 100
+        assert exposed(between, overlap=overlap) == between + 2 * 100  # 2 hide behind an attention, 3 behind an MLP
+        beyond = mlp + 100
+        assert exposed(beyond, overlap=overlap) == beyond + 2 * (beyond - attention) + 3 * 100
+        assert exposed(1, beyond, overlap=overlap) == exposed(beyond, overlap=overlap)
+        assert exposed(between, sync_pattern="a11", overlap=overlap) == between + 100
+    assert exposed(between) == 6 * between and exposed(between, sync_pattern="111", parallel_block=True) == 3 * between
 
 
 def test_fit_finds_the_line():
@@ -195,9 +407,10 @@ def test_links():
 @pytest.mark.parametrize(("tp_size", "published"), [(2, 1.08), (4, 1.16), (8, 1.43)])
 def test_published_no_communication_bounds(tp_size, published):
     """Ladder residual (arXiv 2501.06589): a 70B model on H100 with NVLink, batch 1, against no communication at all."""
-    shape = latency.Shape(n_layer=80, n_embd=8192, vocab_size=32000, itemsize=2)
-    tpot = partial(latency.forward_seconds, shape, ACCELERATORS["H100"], latency.LINKS["nvlink"], tp_size)
-    assert tpot(160, 1, 1, 1024) / tpot(0, 1, 1, 1024) == pytest.approx(published, rel=0.03)
+    config = GPTConfig(n_layer=80, n_embd=8192, n_head=64, vocab_size=32000, n_shard=tp_size)
+    tpot = partial(latency.forward_seconds, config, ACCELERATORS["H100"], tp_size=tp_size, itemsize=2)
+    with_link, without = (tpot(link, batch_size=1, tokens=1, context=1024) for link in (latency.LINKS["nvlink"], None))
+    assert with_link / without == pytest.approx(published, rel=0.03)
 
 
 # --- the recorded measurement
