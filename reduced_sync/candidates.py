@@ -50,9 +50,9 @@ class Candidate:
 def keys_of(text: str, n_layer: int, n_shard: int | None = None) -> dict:
     """The keys of GPTConfig that VARIANT[+RIVAL][@N_SHARD] names. Raises ValueError.
 
-    VARIANT is baseline, spd, grouped:LAYERS, a pattern, or a dense control LAYERSxWIDTH: a baseline of that size, with
-    heads of a multiple of 8 near 64 (the larger of two equally near) whose number is divisible by n_shard. RIVAL is
-    parallel, desync, ladder or delayed. `n_shard` counts where the text does not say it.
+    VARIANT is baseline, spd, grouped:LAYERS, a pattern, or a dense control LAYERSxWIDTH: a baseline of that size. Its
+    head size is even, makes heads divisible by n_shard, is a multiple of 8 where one does, and of those the nearest to
+    64, the larger of two. RIVAL is parallel, desync, ladder or delayed. `n_shard` counts where the text has none.
     """
     found = SPELLING.fullmatch(text)
     n_shard = int(found["n_shard"] or n_shard or 0) if found else 0
@@ -64,10 +64,10 @@ def keys_of(text: str, n_layer: int, n_shard: int | None = None) -> dict:
     if not control:
         return keys | dict(sync_pattern=rsm.parse_pattern(found["variant"], n_layer))
     n_layer, n_embd = map(int, control.groups())
-    sizes = [size for size in range(8, n_embd + 1, 8) if n_embd % size == 0 and n_embd // size % n_shard == 0]
+    sizes = [size for size in range(2, n_embd + 1, 2) if n_embd % size == 0 and n_embd // size % n_shard == 0]
     if not sizes:
-        raise ValueError(f"{text!r}: no head size that is a multiple of 8 gives {n_shard} shards heads of that width")
-    n_head = n_embd // min(sizes, key=lambda size: (abs(size - 64), -size))
+        raise ValueError(f"{text!r}: no even head size makes heads divisible by n_shard={n_shard}")
+    n_head = n_embd // min(sizes, key=lambda size: (size % 8 > 0, abs(size - 64), -size))
     return keys | dict(n_layer=n_layer, n_embd=n_embd, n_head=n_head, sync_pattern=rsm.baseline(n_layer))
 
 

@@ -63,8 +63,11 @@ def decoding_table(folder):
 
 def decoding_case(case):
     """The patterns of one tp_size, batch size and prompt: milliseconds, and how much faster than the first."""
-    head = f"**tp_size {case['tp_size']}, batch {case['batch_size']}, prompt {case['prompt']}.**"
+    delay = 1e6 * case.get("added_delay_s", 0)
+    added = f", every all-reduce at least {delay:.0f} us (added)" if delay else ""
+    head = f"**tp_size {case['tp_size']}, batch {case['batch_size']}, prompt {case['prompt']}{added}.**"
     others = {case["rival"]: "rival", "Ours, baseline, compiled": "compiled"}
+    others["The same without communication"] = "compiled_silent"
     for name, key in others.items():
         if f"{key}_tpot_s" in case:
             head += f" {name}: TTFT {1000 * case[f'{key}_ttft_s']:.0f} ms, TPOT {1000 * case[f'{key}_tpot_s']:.1f} ms."
@@ -74,7 +77,9 @@ def decoding_case(case):
     lines = [head, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in case["patterns"]:
         tpot = row["tpot_s"]
-        cells = [row["variant"], row["syncs"], f"{1000 * row['ttft_s']:.0f}", f"{1000 * tpot:.1f}"]
+        hidden = row.get("hidden")
+        count = f"{row['syncs'] - hidden} and {hidden} hidden" if hidden else row["syncs"]
+        cells = [row["variant"], count, f"{1000 * row['ttft_s']:.0f}", f"{1000 * tpot:.1f}"]
         cells.append(f"{case['patterns'][0]['tpot_s'] / tpot:.2f}x")
         if case["tp_size"] > 1:
             cells += [f"{1000 * row[key]:.1f}" for key in ("in_all_reduces_s", "silent_tpot_s")]

@@ -101,7 +101,7 @@ def test_the_overlay_keeps_the_parameters(files):
     built = models[1].config
     args = bench.Train(n_layer=built.n_layer, n_embd=built.n_embd, n_head=built.n_head, modern=True)
     args.n_kv_head, args.block_size, args.vocab_size = built.n_kv_head, built.block_size, built.vocab_size
-    assert candidates.config_of(candidates.parse_candidate("baseline@2", built.n_layer), args) == built
+    assert candidates.config_of(candidates.keys_of("baseline@2", built.n_layer), args) == built
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
