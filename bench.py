@@ -20,9 +20,9 @@ line is off with both constants measured, as no-syncs and in-syncs; `model`, how
 what a hidden sync still costs, TPOT less no-syncs and the blocking syncs, and the model's figure of it.
 
 With --added_delay_us every all-reduce takes at least so long from its start on, waited for where its result is used:
-real ranks and real all-reduces on a slower link. Each delay has its tables, and behind them stands by how many times
-what was added TPOT grew from one delay to the next: the exposed syncs, measured and as the cost model has them. All
-that block, where both delays are longer than an all-reduce takes; hidden ones, too, where longer than a sublayer.
+real ranks and real all-reduces on a slower link. Each delay has its tables. A last one has the slopes of TPOT from each
+delay to the next, measured and by the cost model: the number of exposed syncs. A delay shorter than a real all-reduce
+adds nothing; one longer than that exposes all blocking syncs, and one longer than a sublayer the hidden ones, too.
 """
 
 import argparse
@@ -281,16 +281,14 @@ def figures_of(
             row["exposed_s"] = row["tpot_s"] - row["silent_tpot_s"]
             row["model_exposed_s"] = row["model_tpot_s"] - model(None, tp_size, B, 1, middle)
         if tp_size > 1 and row["hidden"]:
-            blocking = (row["syncs"] - row["hidden"]) * max(
-                link.all_reduce(4 * B * config.n_embd, tp_size), delay / 1e6
-            )
+            blocking = max(link.all_reduce(4 * B * config.n_embd, tp_size), delay / 1e6)  # the last one
             for key in ("exposed_s", "model_exposed_s"):
                 row[f"hidden_{key}"] = (row[key] - blocking) / row["hidden"]
         rows.append(row)
     size = (first.n_layer, first.n_embd)
     alike = [row for row in rows if not row["hidden"] and (row["model"]["n_layer"], row["model"]["n_embd"]) == size]
-    if tp_size > 1 and alike:
-        counts, tpots = [row["syncs"] for row in alike], [row["tpot_s"] for row in alike]
+    counts, tpots = [row["syncs"] for row in alike], [row["tpot_s"] for row in alike]
+    if tp_size > 1 and len(set(counts)) > 1:
         case["fit_compute_s"], case["fit_all_reduce_s"], residuals = latency.fit(counts, tpots)
         case["compute_s"] = statistics.median(row["silent_tpot_s"] for row in alike)
         case["all_reduce_s"] = sum(row["in_all_reduces_s"] for row in alike) / sum(counts)
