@@ -107,20 +107,14 @@ def test_all_reduces_are_inside_the_compiled_graph(fake_group):
         assert sum("all_reduce" in str(node.target) for node in graphs[0].graph.nodes) == 2
 
 
-def study_controls():
-    """The controls of config/study_124m.py."""
-    names = {}
-    exec((ROOT / "config" / "study_124m.py").read_text(), names)
-    return names["_controls"]
-
-
 def test_a_candidate_is_spelled_as_it_is_trained():
     keys = candidates.keys_of("grouped:3+desync@4", n_layer=12)
     assert keys == dict(n_shard=4, sync_pattern="001" * 4, merge="desync")
-    assert candidates.keys_of("spd+parallel", 12, n_shard=2) == dict(
-        n_shard=2, sync_pattern="1" * 12, parallel_block=True
-    )
-    for name, sizes in study_controls().items():
+    keys = candidates.keys_of("spd+parallel", n_layer=12, n_shard=2)
+    assert keys == dict(n_shard=2, sync_pattern="1" * 12, parallel_block=True)
+    study = {}
+    exec((ROOT / "config" / "study_124m.py").read_text(), study)
+    for name, sizes in study["_controls"].items():
         control = candidates.keys_of(name, 12, n_shard=2)
         assert control == dict(n_shard=2, sync_pattern="2" * sizes["n_layer"], **sizes)
     assert candidates.keys_of("6x1008", 12, n_shard=8)["n_head"] == 24  # no multiple of 8 fits: 42
@@ -226,6 +220,7 @@ def test_predict(tmp_path, capsys):
         (["decode", "grouped:12+ladder"], ["overlap='ladder': a single sync"]),
         (["decode", "3x102", "--n_shard=4"], ["'3x102': no even head size makes heads divisible by n_shard=4"]),
         (["predict", "spd@2"], ["spd@2: predict has a rank a shard, here n_shard=8"]),
+        (["decode", "--tp_sizes", "1", "--added_delay_us", "50"], ["--added_delay_us", "tp_size 2 or more"]),
         (["train", "spd"], ["'spd': a candidate is gpt2 or VARIANT@N_SHARD"]),
         (["train", "--dtype=float8"], ["dtype='float8'"]),
         (["predict", "--json=/nowhere/x.json"], ["No such file or directory"]),
