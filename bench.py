@@ -40,7 +40,7 @@ import torch
 
 import reduced_sync_model as rsm
 from reduced_sync import latency, parallel
-from reduced_sync.accelerators import ACCELERATORS, Accelerator
+from reduced_sync.accelerators import NAMED, Accelerator
 from reduced_sync.candidates import (
     Candidate,
     build,
@@ -55,6 +55,7 @@ from reduced_sync.commands import check_figure, one_line_errors, set_up
 from reduced_sync.config import option, parse
 from reduced_sync.decode_timing import Decoding
 from reduced_sync.figures import draw_decoding
+from reduced_sync.links import LINKS, Link
 
 
 def peak_memory(device: torch.device, reset: bool = False) -> int:
@@ -182,7 +183,7 @@ def summarize(rounds: list, case: tuple, n_forwards: int) -> dict:
     }
 
 
-def constants_of(rounds: list, B: int, T: int, args: "Decode") -> tuple[float, Accelerator, latency.Link | None]:
+def constants_of(rounds: list, B: int, T: int, args: "Decode") -> tuple[float, Accelerator, Link | None]:
     """(bytes/s that a rank streams, Accelerator, Link or None): medians of what all ranks measured."""
     found = [constants for one in rounds for _, constants in one]
     middle = {key: statistics.median(one[key] for one in found) for key in found[0]}
@@ -191,7 +192,7 @@ def constants_of(rounds: list, B: int, T: int, args: "Decode") -> tuple[float, A
     if n > 1:
         sizes = [4 * B * t * args.n_embd for t in (1, T)]
         base, per_byte, _ = latency.fit(sizes, [middle["all_reduce", B, t] for t in (1, T)])
-        link = latency.Link(base, 0.0, 2 * (n - 1) / n / per_byte, "measured")
+        link = Link(base, 0.0, 2 * (n - 1) / n / per_byte, "measured")
     return middle["stream"], accelerator, link
 
 
@@ -368,12 +369,12 @@ def predict(args: "Predict") -> list[dict]:
     width = max(14, *(len(name) + 1 for name in configs))
     print(f"{'link':16}{'variant':{width}}{'syncs':>6}{'TTFT ms':>10}{'TPOT ms':>10}{'faster':>8}{'bound':>8}")
     table = []
-    for name in args.links or latency.LINKS:
+    for name in args.links or LINKS:
         first = None
         for variant, config in configs.items():
             row = {"predicted": True, "link": name, "variant": variant} | describe(config)
             model = partial(latency.forward_seconds, config, accelerator, itemsize=args.itemsize)
-            sizes, link = (args.n_shard, args.batch_size), latency.LINKS[name]
+            sizes, link = (args.n_shard, args.batch_size), LINKS[name]
             ttft = model(link, *sizes, args.prompt, args.prompt)
             tpot, bound = (model(one, *sizes, 1, args.prompt) for one in (link, None))
             first = first or tpot
@@ -381,8 +382,8 @@ def predict(args: "Predict") -> list[dict]:
             print(f"{line}{first / tpot:7.2f}x{first / bound:7.2f}x")
             table.append(row | {"ttft_s": ttft, "tpot_s": tpot, "no_communication_tpot_s": bound})
     print("faster: than the first variant on this link; bound: the same without any communication. Sources:")
-    for name in args.links or latency.LINKS:
-        print(f"  {name}: {latency.LINKS[name].source}")
+    for name in args.links or LINKS:
+        print(f"  {name}: {LINKS[name].source}")
     print(f"  {args.accelerator}: {accelerator.source}")
     return table
 
@@ -390,7 +391,6 @@ def predict(args: "Predict") -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 # options
 
-NAMED = {name.lower(): accelerator for name, accelerator in ACCELERATORS.items()}
 EVERY = ("baseline", "spd", "110111011101", "grouped:2", "grouped:3", "grouped:4", "grouped:6", "grouped:12")
 
 
@@ -465,7 +465,7 @@ class Predict(Options):
     n_embd: int = option(2048, "width of the residual stream", least=1)
     n_head: int = option(32, "attention heads", least=1)
     n_shard: int = option(8, "shards, and ranks", least=1)
-    links: tuple[str, ...] = option((), "links between ranks; default: all", allowed=tuple(latency.LINKS))
+    links: tuple[str, ...] = option((), "links between ranks; default: all", allowed=tuple(LINKS))
     accelerator: str = option("h100", "what a rank computes on", allowed=tuple(NAMED))
     batch_size: int = option(1, "sequences decoded at once", least=1)
     prompt: int = option(512, "tokens of the prompt", least=1)

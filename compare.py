@@ -2,15 +2,26 @@
 
 $ python compare.py out-*
 $ python compare.py out-* --tolerance=1 --png=figure.png --csv=table.csv
+$ python compare.py out-* --latency=decode.json                                       # what is fastest? as measured
+$ python compare.py out-* --link=nvlink --accelerator=h100 --tp_size=8 --batch=1      # or PREDICTED
 
 Runs that differ in their seed alone are one line: the mean of their losses, and its standard deviation. A gap is to the
 baseline, standard TP of the same size (parameters within 2 %) and, where there is one, of the same float type and
-n_shard; among several learning rates the one with the lowest loss; a shallower dense model is no baseline but a
-control. +- is half of the gap's 95 % confidence interval, by Student's t and the standard deviation pooled over all
-lines with several seeds, so that it also says something where there is one.
+n_shard; among several learning rates, or n_shard of which none is its own, the one with the lowest loss; a shallower
+dense model is no baseline but a control. +- is half of the gap's 95 % confidence interval, by Student's t and the
+standard deviation pooled over all lines with several seeds, so that it also says something where there is one.
 
 Whatever runs of one size differ in, besides the architecture, is named in a warning; runs on other data, or evaluated
 on other windows of it, have no gap. Below 10 tokens a parameter a verdict is no answer, and says so.
+
+--latency takes each run's time per token from what `bench.py decode --json=decode.json` measured of the same model:
+n_layer, n_embd, n_head, sync_pattern, block and n_shard, which of a dense model makes no difference. --link predicts it
+by latency.py, in bfloat16 and behind a full context. Either adds columns, a panel and a verdict. A run,
+variant, rival or control, is on the frontier unless it is dominated: another one is as good or better in loss and time.
+
+--equal_time adds the loss that each run had when it had trained for as long as the baseline did in all: updates times
+their median time, so without compilation and evaluations, interpolated between evaluations. A slower run is caught in
+the middle of its schedule, a faster one has finished. Times from a machine that was busy with other things are wrong.
 
 Works while the runs go on: an unfinished run is marked, its gap taken at the last step that the baseline has too.
 """
@@ -19,9 +30,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from reduced_sync.accelerators import NAMED
 from reduced_sync.commands import check_figure, one_line_errors, set_up
 from reduced_sync.comparison import report
 from reduced_sync.config import option, parse
+from reduced_sync.frontier import add_measured, add_predicted
+from reduced_sync.links import LINKS
 from reduced_sync.runs import load_runs
 
 
@@ -33,6 +47,12 @@ class Options:
     tolerance: float = option(2.0, "percent above the baseline that count as equal", least=0)
     png: str = option("comparison.png", "where the figure goes: .png, .pdf or .svg", is_path=True)
     csv: str | None = option(None, "where the table goes as CSV, if anywhere", is_path=True)
+    latency: str | None = option(None, "what bench.py decode wrote with --json: times per token", is_path=True)
+    link: str | None = option(None, "predict the times per token with this link between ranks", allowed=tuple(LINKS))
+    accelerator: str = option("h100", "with link: what a rank computes on", allowed=tuple(NAMED))
+    tp_size: int | None = option(None, "with latency or link: ranks; with latency by default the most in it", least=1)
+    batch: int | None = option(None, "with latency or link: sequences; by default the fewest in it, or 1", least=1)
+    equal_time: bool = option(False, "the losses when each run has trained for as long as the baseline")
 
 
 def main(argv: list[str]) -> None:
@@ -40,10 +60,21 @@ def main(argv: list[str]) -> None:
     with one_line_errors():
         options = parse(Options, argv, "paths", __doc__)
         check_figure(options.png)
+        if options.latency and options.link:
+            raise ValueError("times are either measured, --latency, or predicted, --link")
+        if (options.tp_size or options.batch) and not (options.latency or options.link):
+            raise ValueError("--tp_size and --batch go with --latency or --link")
+        if options.link and not options.tp_size:
+            raise ValueError("--link goes with --tp_size, the number of ranks")
         paths = options.paths or sorted(Path().glob("out*/log.txt"))
         if not paths:
             raise ValueError("no out*/log.txt here; name the runs' folders")
-        report(load_runs(paths), options.tolerance, options.png, options.csv)
+        arms = load_runs(paths)
+        if options.latency:
+            add_measured(arms, options.latency, options.tp_size, options.batch)
+        if options.link:
+            add_predicted(arms, options.link, options.accelerator, options.tp_size, options.batch or 1)
+        report(arms, options.tolerance, options.png, options.csv, options.equal_time)
 
 
 if __name__ == "__main__":

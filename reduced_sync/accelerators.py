@@ -1,8 +1,6 @@
-"""What GPUs can do, from NVIDIA's data sheets (dense bfloat16), and which share of it a training run attains."""
+"""What GPUs can do, from NVIDIA's data sheets (dense bfloat16)."""
 
 from dataclasses import dataclass
-
-from reduced_sync_model import GPT
 
 
 @dataclass
@@ -26,17 +24,4 @@ ACCELERATORS = {
     "B200": Accelerator(8.0e12, 2250e12, LAYER, SHEET),
     "A100": Accelerator(2.0e12, 312e12, LAYER, SHEET),
 }
-
-
-def model_flops_utilisation(model: GPT, sequences: float, seconds: float, device_name: str) -> float | None:
-    """MFU: the share of its device's bfloat16 peak that one rank attains, or None where the peak is not known.
-
-    sequences: those of block_size that this rank's TP group trains on in so many seconds. Flops as in PaLM (arXiv
-    2204.02311, appendix B).
-    """
-    peak = next((a.peak for name, a in ACCELERATORS.items() if name in device_name), None)
-    if peak is None:
-        return None
-    c = model.config
-    flops_per_token = 6 * model.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
-    return flops_per_token * c.block_size * sequences / model.tp_size / seconds / peak
+NAMED = {name.lower(): accelerator for name, accelerator in ACCELERATORS.items()}  # as options name them

@@ -1,27 +1,37 @@
 """The figures that compare.py and bench.py draw."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from reduced_sync.drop_log import DropLog
+from reduced_sync.frontier import on_frontier, settings_of
 from reduced_sync.runs import Arm, by_scale, comparable, differ, reference_of, too_short
+
+SIDES = ((1, 1), (1, 0), (-1, 0), (-1, -1), (1, -1), (-1, 1), (0, 1), (0, -1))  # of a point, where its label may be
 
 
 def draw_comparison(arms: list[Arm], path: str | Path, tolerance: float) -> None:
-    """A figure, a row a size, two panels each: validation loss over steps, and the last one over syncs. Raises OSError.
+    """A figure, a row a size: validation loss over steps, the last one over syncs, and over each setting's times.
 
     Of an architecture at several learning rates only the best is drawn. What is within `tolerance` percent of the
-    baseline is shaded.
+    baseline is shaded. Raises OSError.
     """
     from matplotlib.figure import Figure
 
-    groups = [_at_their_best(group) for group in by_scale(arms)]
-    figure = Figure(figsize=(12, 4.8 * len(groups)), layout="constrained")
-    for group, (curves, points) in zip(groups, figure.subplots(len(groups), 2, squeeze=False), strict=True):
+    groups, settings = [_at_their_best(group) for group in by_scale(arms)], settings_of(arms)
+    n_panels = 2 + len(settings)
+    figure = Figure(figsize=(6 * n_panels, 4.8 * len(groups)), layout="constrained")
+    labels = []
+    for group, panels in zip(groups, figure.subplots(len(groups), n_panels, squeeze=False), strict=True):
         look = Look(group, reference_of(group, arms))
-        _draw_curves(curves, look)
-        _draw_points(points, look, tolerance)
+        _draw_curves(panels[0], look)
+        labels.append((panels[1], _draw_points(panels[1], look, tolerance)))
+        labels += [(p, _draw_times(p, look, s, tolerance)) for p, s in zip(panels[2:], settings, strict=True)]
+    figure.draw_without_rendering()  # now the panels have their final sizes
+    for axes, points in labels:
+        _label_points(axes, points)
     figure.savefig(path, dpi=130)
 
 
@@ -78,27 +88,43 @@ class Look:
         count = "" if arm.is_selective else f", {arm.syncs} syncs"  # its name says it
         return f"{arm.title}{size}{count}{shard}{rate}{dtype}{other}"
 
+    def name(self, arm: Arm) -> str:
+        """A short label at a point whose colour and shape tell the rest."""
+        dtype = "" if self.reference is None or arm.dtype == self.reference.dtype else f" {arm.dtype}"
+        variant, _, extra = arm.variant.partition(" ")
+        name = f"{arm.n_layer}x{arm.n_embd}" if self.is_control(arm) else arm.pattern if arm.is_selective else variant
+        return f"{name} {extra}".strip() + dtype
+
+    def kind(self, arm: Arm) -> str:
+        """What its colour says."""
+        return "control" if self.is_control(arm) else "baseline" if arm.all_synced else f"{arm.syncs} syncs"
+
     def is_comparable(self, arm: Arm) -> bool:
         """Whether its losses are those of the same tokens as the baseline's."""
         return self.reference is None or comparable(arm, self.reference)
 
 
 def _draw_curves(axes, look):
-    """Validation loss over steps, a line an arm."""
+    """Validation loss over steps, a line an arm. Of many the legend names the colours and dashes alone."""
     group = look.group
     for arm in group:
-        keys = {"color": look.colour(arm), "label": look.label(arm), "linewidth": 1.6}
+        keys = {"color": look.colour(arm), "label": look.label(arm) if len(group) <= 12 else None, "linewidth": 1.6}
         axes.plot(list(arm.losses), list(arm.losses.values()), look.style(arm.n_shard), **keys)
+    if len(group) > 12:
+        for kind, colour in {look.kind(arm): look.colour(arm) for arm in group}.items():
+            axes.plot([], [], color=colour, label=kind)
+        for n in look.shards:
+            axes.plot([], [], look.style(n), color="0.4", label=f"n_shard {n}")
     final = [arm.losses[arm.step] for arm in group if arm.losses and math.isfinite(arm.losses[arm.step])]
     if final and min(final) > 0:  # with the start of the curves what matters would be small
         axes.set_ylim(min(final) * 0.97, min(final) * 1.35)
     axes.set(xlabel="step", ylabel="validation loss (nats per token)", title="Loss curves")
-    axes.legend(fontsize=8 if len(group) < 16 else 5, ncols=1 + len(group) // 24)
+    axes.legend(fontsize=8, loc="upper right")
     axes.grid(alpha=0.3)
 
 
 def _draw_points(axes, look, tolerance):
-    """The last validation loss over syncs, a point an arm."""
+    """The last validation loss over syncs, a point an arm. Returns them, with the labels that some need."""
     from matplotlib.ticker import NullFormatter
 
     shown = [arm for arm in look.group if arm.losses and look.is_comparable(arm)]
@@ -110,22 +136,8 @@ def _draw_points(axes, look, tolerance):
         losses = [arm.losses[arm.step] for arm in line]
         axes.plot([arm.syncs for arm in line], losses, look.style(n), color="0.6", linewidth=1, zorder=1)
     for arm in shown:
-        loss, edge = arm.losses[arm.step], look.colour(arm)
-        face = edge if arm.finished else "none"
-        axes.errorbar(arm.syncs, loss, arm.deviation or 0, color=edge, capsize=3, zorder=2)
-        axes.scatter(arm.syncs, loss, marker=look.marker(arm.n_shard), s=55, facecolor=face, edgecolor=edge, zorder=3)
-        if arm not in family:
-            name = f"{arm.pattern if arm.is_selective else ''} {arm.variant.partition(' ')[2]}".strip()
-            left = arm.is_selective or arm.syncs == ticks[-1]
-            place = {"xytext": (-6, 3), "ha": "right"} if left else {"xytext": (6, 3)}
-            text = name or f"{arm.n_layer}x{arm.n_embd}"
-            axes.annotate(text, (arm.syncs, loss), textcoords="offset points", fontsize=7, **place)
-    for n in sorted({arm.n_shard for arm in shown}):
-        axes.scatter([], [], marker=look.marker(n), color="0.4", label=f"n_shard {n}")
-    if look.reference is not None and look.reference.losses:
-        loss = look.reference.losses[look.reference.step]
-        end = loss * (1 + tolerance / 100)
-        axes.axhspan(loss, end, color="tab:green", alpha=0.12, label=f"within {tolerance:g}%")
+        _draw_point(axes, look, arm, arm.syncs, look.colour(arm))
+    _draw_key(axes, look, shown, tolerance)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -133,9 +145,70 @@ def _draw_points(axes, look, tolerance):
     title = "Loss against syncs" + ("" if all(arm.finished for arm in look.group) else " (hollow: unfinished)")
     short = too_short([arm for arm in look.group if not look.is_control(arm)] or look.group)
     axes.set_title(f"{title}\n{short}" if short else title)
+    # of the family the place says it
+    return [(arm.syncs, arm.losses[arm.step], "" if arm in family else look.name(arm), "black") for arm in shown]
+
+
+def _draw_times(axes, look, setting, tolerance):
+    """The last validation loss over the time per token, a point an arm, the frontier drawn. Returns their labels."""
+    shown = [arm for arm in look.group if arm.losses and look.is_comparable(arm) and setting in arm.tpots]
+    best = sorted((arm for arm in shown if on_frontier(arm, shown, setting)), key=lambda arm: arm.tpots[setting])
+    times, losses = [1000 * arm.tpots[setting] for arm in best], [arm.losses[arm.step] for arm in best]
+    axes.step(times, losses, where="post", color="tab:blue", linewidth=1, zorder=1, label="frontier")
+    labels = []
+    for arm in sorted(shown, key=lambda arm: arm in best):  # the frontier's above the others
+        time, is_best = 1000 * arm.tpots[setting], arm in best
+        _draw_point(axes, look, arm, time, look.colour(arm) if is_best else "0.7")
+        labels.append((time, arm.losses[arm.step], look.name(arm), "black" if is_best else "0.5"))
+    _draw_key(axes, look, shown, tolerance)
+    axes.set(xlabel="time per token (ms)", ylabel="validation loss (nats per token)")
+    axes.set_title(f"Loss against time (grey: dominated)\n{setting}")
+    return sorted(labels, key=lambda label: (label[3] != "black", label[1]))  # the frontier's choose places first
+
+
+def _draw_point(axes, look, arm, x, colour):
+    """The arm's last loss at x, with its standard deviation over seeds; hollow where it has not finished."""
+    loss, face = arm.losses[arm.step], colour if arm.finished else "none"
+    axes.errorbar(x, loss, arm.deviation or 0, color=colour, capsize=3, zorder=2)
+    axes.scatter(x, loss, marker=look.marker(arm.n_shard), s=55, facecolor=face, edgecolor=colour, zorder=3)
+
+
+def _draw_key(axes, look, shown, tolerance):
+    """The shaded tolerance, and the legend of the points' shapes."""
+    for n in sorted({arm.n_shard for arm in shown}):
+        axes.scatter([], [], marker=look.marker(n), color="0.4", label=f"n_shard {n}")
+    if look.reference is not None and look.reference.losses:
+        loss = look.reference.losses[look.reference.step]
+        end = loss * (1 + tolerance / 100)
+        axes.axhspan(loss, end, color="tab:green", alpha=0.12, label=f"within {tolerance:g}%")
     if axes.get_legend_handles_labels()[1]:  # some have evaluated
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.12))  # below, off the points
     axes.grid(alpha=0.3)
+
+
+def _label_points(axes, points):
+    """Write the text of each of `points`, (x, y, text, colour), beside it: where it covers no point and no other text.
+
+    Places are tried ever further away, in points of 1/72 inch; a thin line leads from a text to its point.
+    """
+    unit = axes.figure.dpi / 72
+    left, bottom, right, top = (end / unit for end in axes.bbox.extents)
+    places = [axes.transData.transform((x, y)) / unit for x, y, _, _ in points]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
+    for (x, y, text, colour), (px, py) in zip(points, places, strict=True):
+        if not text:
+            continue
+        width, height = sum(4.5 if character.isdigit() else 3.9 for character in text), 8  # in 7 points
+        for distance, (side, above) in itertools.product(range(5, 90, 5), SIDES):
+            dx, dy = side * (distance + width / 2), above * (0.7 * distance + height / 2)
+            box = (px + dx - width / 2, py + dy - height / 2, px + dx + width / 2, py + dy + height / 2)
+            inside = left < box[0] and bottom < box[1] and box[2] < right and box[3] < top
+            if inside and not any(a < box[2] and box[0] < c and b < box[3] and box[1] < d for a, b, c, d in taken):
+                break
+        taken.append(box)
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 3}
+        keys = {"fontsize": 7, "color": colour, "ha": "center", "va": "center", "arrowprops": line}
+        axes.annotate(text, (x, y), (dx, dy), textcoords="offset points", **keys).set_in_layout(False)
 
 
 def draw_decoding(table: list[dict], path: str | Path) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import reduced_sync_model as rsm
 from reduced_sync import parallel
-from reduced_sync.accelerators import model_flops_utilisation
+from reduced_sync.accelerators import ACCELERATORS
 from reduced_sync.commands import one_line
 from reduced_sync.experiment import Config, learning_rate
 from reduced_sync.run_log import RunLog, drop_lines_after, iter_line, step_line
@@ -96,6 +96,20 @@ class WandB:
         except Exception as error:
             print(f"wandb failed, going on without it: {one_line(error)}", file=sys.stderr)
             self.run = None
+
+
+def model_flops_utilisation(model: rsm.GPT, sequences: float, seconds: float, device_name: str) -> float | None:
+    """MFU: the share of its device's bfloat16 peak that one rank attains, or None where the peak is not known.
+
+    sequences: those of block_size that this rank's TP group trains on in so many seconds. Flops as in PaLM (arXiv
+    2204.02311, appendix B).
+    """
+    peak = next((a.peak for name, a in ACCELERATORS.items() if name in device_name), None)
+    if peak is None:
+        return None
+    c = model.config
+    flops_per_token = 6 * model.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+    return flops_per_token * c.block_size * sequences / model.tp_size / seconds / peak
 
 
 class Recorder:

@@ -5,7 +5,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from reduced_sync.run_log import changes, read_log, settings
@@ -14,6 +14,7 @@ LEAST_TOKENS = 10  # a parameter; shorter runs cannot tell variants apart: EXPER
 HEADER = "sync_pattern syncs parameters dtype config".split()  # lines that a header must have, and keys of its config
 CONFIG = """architecture n_shard n_layer n_head n_embd dataset seed learning_rate min_lr max_iters
 gradient_accumulation_steps batch_size block_size eval_iters""".split()
+BLOCK = {"parallel_block": False, "merge": "sum", "overlap": "", "mlp": "gelu"}  # what a log means that lacks them
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Arm:
     n_layer: int
     n_head: int
     n_embd: int
+    block: dict  # the keys of BLOCK
     n_params: int
     max_iters: int
     tokens: int  # of the whole run
@@ -38,7 +40,9 @@ class Arm:
     data: tuple  # name, sha256 of train, sha256 of val; None for one that is not known
     changed: str  # settings that changed where the run was resumed
     seeds: dict
+    update_seconds: dict  # {seed: the median time of an update}, of the seeds whose logs have times
     scale: int = 0  # its size's place among those of all runs: 1 for the smallest
+    tpots: dict = field(default_factory=dict)  # {setting: seconds per token}, from frontier.py
 
     @property
     def model(self) -> tuple:
@@ -119,6 +123,7 @@ def load_runs(paths: Iterable[str | Path]) -> list[Arm]:
             if same_experiment(other, arm) and not set(other.seeds) & set(arm.seeds):
                 other.names += arm.names
                 other.seeds |= arm.seeds
+                other.update_seconds |= arm.update_seconds
                 other.settings = arm.settings | other.settings  # what one of them knows
                 if None in other.data:
                     other.data = arm.data
@@ -170,6 +175,7 @@ def _arm_of(log, name):
         raise ValueError(f"sync_pattern {pattern!r} with n_layer={config['n_layer']}")
     if (n_params := int(header["parameters"].split("(")[1].rstrip(")"))) < 1:
         raise ValueError(f"parameters {n_params}")
+    times = [ms for _, _, ms, _, _ in log.iterations[1:] if ms > 0]  # the first one compiles
     hashes = [header.get(f"{split} data", "").removeprefix("sha256 ") for split in ("train", "val")]
     return Arm(
         names=[name],
@@ -181,6 +187,7 @@ def _arm_of(log, name):
         n_layer=int(config["n_layer"]),
         n_head=int(config["n_head"]),
         n_embd=int(config["n_embd"]),
+        block={key: config.get(key, default) for key, default in BLOCK.items()},
         n_params=n_params,
         max_iters=int(config["max_iters"]),
         tokens=int(own["tokens a step"]) * int(config["max_iters"]),
@@ -190,6 +197,7 @@ def _arm_of(log, name):
         data=(config["dataset"], *(digest if digest not in ("", "unknown") else None for digest in hashes)),
         changed=", ".join(filter(None, itertools.starmap(changes, itertools.pairwise(configs)))),
         seeds={seed: {step: loss for step, _, loss in log.evaluations}},
+        update_seconds={seed: statistics.median(times) / 1000} if times else {},
     )
 
 
@@ -222,15 +230,16 @@ def _variant(config, syncs):
 def baseline_of(arm: Arm, arms: list[Arm]) -> Arm | None:
     """The baseline to compare `arm` with, or None if there is none or more than one that it could be.
 
-    Evaluated on the same tokens; of the same size, dtype and n_shard where there is one.
+    Evaluated on the same tokens; of the same size, dtype and n_shard where there is one; among several learning rates,
+    or several n_shard that are not the arm's own, the one with the lowest loss.
     """
     synced = [other for other in arms if other.all_synced]
     deepest = {scale: max(a.n_layer for a in synced if a.scale == scale) for scale in {a.scale for a in synced}}
     baselines = [other for other in synced if other.n_layer == deepest[other.scale] and comparable(other, arm)]
     for name in ("scale", "dtype", "n_shard"):
         baselines = [other for other in baselines if getattr(other, name) == getattr(arm, name)] or baselines
-    rates = {other.learning_rate for other in baselines}
-    if len(rates) == len(baselines) > 1:
+    choices = {(other.learning_rate, other.n_shard) for other in baselines}
+    if len(choices) == len(baselines) > 1:
         baselines = [min(baselines, key=lambda other: (not other.finished, other.losses.get(other.step, math.inf)))]
     return baselines[0] if len(baselines) == 1 else None
 
@@ -258,6 +267,25 @@ def gap(arm: Arm, arms: list[Arm]) -> Gap | None:
 
         margin = t.ppf(0.975, freedom) * deviation * math.sqrt(1 / len(arm.counted) + 1 / len(reference.counted))
     return Gap(percent, step, arm.finished and reference.finished, margin)
+
+
+def loss_at_equal_time(arm: Arm, arms: list[Arm]) -> float | None:
+    """The arm's loss when it has trained for as long as its baseline did; None where the logs do not tell.
+
+    Training time is updates times their median time: without compilation, evaluations and saving. Between evaluations
+    the loss is interpolated; of an arm that has finished by then it is the last one.
+    """
+    reference = baseline_of(arm, arms)
+    if reference is None or not reference.finished or not reference.update_seconds or not arm.update_seconds:
+        return None
+    times = [statistics.fmean(a.update_seconds.values()) for a in (reference, arm)]
+    step, losses = reference.max_iters * (times[0] / times[1]), list(arm.losses.items())
+    if step >= arm.step:
+        return arm.losses[arm.step] if arm.finished else None
+    for (start, loss), (end, after) in itertools.pairwise(losses):
+        if start <= step <= end:
+            return loss + (after - loss) * (step - start) / (end - start)
+    return None
 
 
 def by_scale(arms: list[Arm]) -> list[list[Arm]]:

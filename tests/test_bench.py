@@ -19,6 +19,7 @@ import bench
 from reduced_sync import candidates, decode_timing, latency, parallel
 from reduced_sync.accelerators import ACCELERATORS, Accelerator
 from reduced_sync.decode_timing import AllReduceMeter, Decoding, tensor_parallel_gpt2
+from reduced_sync.links import LINKS, Link
 from reduced_sync_model import GPT, MLP, CausalSelfAttention, GPTConfig, KVCache, count_syncs
 
 pytestmark = pytest.mark.timeout(200)
@@ -359,7 +360,7 @@ def test_a_hidden_sync_takes_what_its_sublayer_leaves():
     def exposed(all_reduce, added_delay=0.0, **keys):
         model = partial(latency.forward_seconds, GPTConfig(**shape, **keys), accelerator, tp_size=2, batch_size=1)
         forward = partial(model, tokens=1, context=0, added_delay=added_delay)
-        return forward(link=latency.Link(all_reduce, 0.0, 1e30)) - forward(link=None)
+        return forward(link=Link(all_reduce, 0.0, 1e30)) - forward(link=None)
 
     attention, mlp = 2 * C**2, 4 * C**2  # a half of it, on one rank of two
     for overlap in ("ladder", "delayed"):
@@ -379,10 +380,10 @@ def test_fit_finds_the_line():
 
 
 def test_links():
-    link = latency.Link(base=1e-6, step=2e-6, bandwidth=1e9)
+    link = Link(base=1e-6, step=2e-6, bandwidth=1e9)
     assert link.all_reduce(1000, 1) == 0
     assert link.all_reduce(1000, 2) == pytest.approx(1e-6 + 2 * (2e-6 + 0.5e-6))
-    for one in latency.LINKS.values():
+    for one in LINKS.values():
         assert one.source and 0 < one.all_reduce(3072, 2) < one.all_reduce(3072, 8) < one.all_reduce(2**20, 8)
 
 
@@ -391,7 +392,7 @@ def test_published_no_communication_bounds(tp_size, published):
     """Ladder residual (arXiv 2501.06589): a 70B model on H100 with NVLink, batch 1, against no communication at all."""
     config = GPTConfig(n_layer=80, n_embd=8192, n_head=64, vocab_size=32000, n_shard=tp_size)
     tpot = partial(latency.forward_seconds, config, ACCELERATORS["H100"], tp_size=tp_size, itemsize=2)
-    with_link, without = (tpot(link, batch_size=1, tokens=1, context=1024) for link in (latency.LINKS["nvlink"], None))
+    with_link, without = (tpot(link, batch_size=1, tokens=1, context=1024) for link in (LINKS["nvlink"], None))
     assert with_link / without == pytest.approx(published, rel=0.03)
 
 

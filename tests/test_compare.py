@@ -1,6 +1,8 @@
 """compare.py on logs that the training code's own writer made, and on the recorded ones."""
 
 import csv
+import itertools
+import json
 import struct
 import subprocess
 import sys
@@ -11,20 +13,38 @@ from launch import ROOT, status
 from scipy import stats
 
 import compare
-from reduced_sync.comparison import table, verdict, warnings
+from reduced_sync.accelerators import NAMED
+from reduced_sync.comparison import fastest, table, verdict, warnings
 from reduced_sync.figures import draw_comparison
-from reduced_sync.run_log import RunLog, step_line
-from reduced_sync.runs import baseline_of, gap, load_runs, noise
+from reduced_sync.frontier import add_measured, add_predicted, on_frontier
+from reduced_sync.latency import forward_seconds
+from reduced_sync.links import LINKS
+from reduced_sync.run_log import RunLog, iter_line, step_line
+from reduced_sync.runs import baseline_of, gap, load_runs, loss_at_equal_time, noise
+from reduced_sync_model import GPTConfig
 
 # of training; drop_syncs.py's have another form
 RECORDED = sorted(log for log in (ROOT / "results").glob("*/*/log.txt") if "\nstep 0: " in log.read_text())
 ARCHITECTURES = {"2": "baseline", "1": "spd"}
 
 
-def make(folder, name, pattern, losses, n_params=609344, hidden=0, dtype="float32", data=None, resumed=None, **changes):
+def make(
+    folder,
+    name,
+    pattern,
+    losses,
+    n_params=609344,
+    hidden=0,
+    dtype="float32",
+    data=None,
+    resumed=None,
+    seconds=None,
+    **changes,
+):
     """A run's folder with the evaluations `losses` at steps 0, 10, 20 ..., of 20 steps of half a million tokens.
 
-    `data` is the sha256 of its data, `resumed` the keys that are other ones from step 10 on.
+    `data` is the sha256 of its data, `resumed` the keys that are other ones from step 10 on, `seconds` the times of
+    the updates that have a line.
     """
     architecture = ARCHITECTURES.get(pattern[0], "grouped") if len(set(pattern)) == 1 else "grouped"
     config = {"architecture": architecture, "n_shard": 2, "max_iters": 20, "dataset": "text"}
@@ -43,6 +63,8 @@ def make(folder, name, pattern, losses, n_params=609344, hidden=0, dtype="float3
         if i == 1 and resumed is not None:
             log.header({"resumed at step 10": "today", **header, "config": config | resumed})
         log.line(step_line(10 * i, loss, loss))
+    for i, time in enumerate(seconds or []):
+        log.line(iter_line(i, 4.0, time, 1024, 1.0))
     log.close()
 
 
@@ -162,6 +184,9 @@ def test_each_n_shard_has_its_own_baseline(runs):
     gaps = {run.names[0]: gap(run, loaded).percent for run in loaded}
     assert gaps["out-spd"] == pytest.approx(0.5) and gaps["out-spd4"] == pytest.approx(100 * (2.01 / 1.9 - 1))
     assert len(verdict(loaded, 2).splitlines()) == 2
+    make(runs, "out-control", "2" * 8, [4.0, 3.0, 1.95], n_params=615000, n_embd=80, n_shard=1)
+    loaded = load(runs)
+    assert gap(loaded[0], loaded).percent == pytest.approx(100 * (1.95 / 1.9 - 1))  # it has none: to the best one
 
 
 def test_each_float_type_has_its_own_baseline(runs):
@@ -323,6 +348,188 @@ def test_lines_of_a_figure(runs, monkeypatch):
     assert "8 (Selective-8 000001111112, -5.00%" in verdict(load(runs), -2)
 
 
+# --- loss against time
+
+
+def row(seconds, pattern, **changes):
+    """A row of what bench.py decode writes: the time per token of a model as `make` makes them."""
+    model = {"n_layer": len(pattern), "n_embd": 64, "n_head": 4, "n_shard": 2, "sync_pattern": pattern}
+    model |= {"parallel_block": False, "merge": "sum", "overlap": "", "mlp": "gelu"}
+    return {"tpot_s": seconds, "model": model | changes}
+
+
+def write_latency(folder, *rows, tp_size=2, batch_size=1, **others):
+    """A file of bench.py decode's with one case more."""
+    path = folder / "decode.json"
+    cases = json.loads(path.read_text())["results"] if path.exists() else []
+    cases.append({"tp_size": tp_size, "batch_size": batch_size, "prompt": 128, **others, "patterns": rows})
+    path.write_text(json.dumps({"results": cases}))
+    return path
+
+
+@pytest.fixture
+def timed(runs):
+    """Runs, a control and a rival, all with times. The control beats SPD, the rival and SPD both beat Grouped-6."""
+    make(runs, "out-control", "2" * 8, [4.0, 3.0, 2.005], n_params=615000, n_embd=80, n_shard=1)
+    make(runs, "out-ladder", "2" * 12, [4.0, 3.0, 2.03], hidden=23, overlap="ladder")
+    rows = [row(0.010, "2" * 12), row(0.008, "1" * 12), row(0.009, "01" * 6), row(0.005, "000100010001")]
+    write_latency(runs, *rows, row(0.007, "2" * 8, n_embd=80), row(0.006, "2" * 12, overlap="ladder"))
+    return runs
+
+
+def test_the_frontier_and_the_fastest_within_the_tolerance(timed):
+    arms = load(timed)
+    add_measured(arms, timed / "decode.json", None, None)
+    (setting,) = arms[0].tpots
+    assert setting == "tp_size 2, batch 1, prompt 128" and warnings(arms) == []
+    found = {arm.names[0]: (arm.tpots[setting], on_frontier(arm, arms, setting)) for arm in arms}
+    best = {"out-base": (0.010, True), "out-control": (0.007, True), "out-ladder": (0.006, True)}
+    assert found == best | {"out-spd": (0.008, False), "out-g6": (0.009, False), "out-g3": (0.005, True)}
+    lines = [line.split() for line in table(arms).splitlines()]
+    assert lines[0][-2:] == ["ms/token", "frontier"]
+    assert {line[0]: line[-2:] for line in lines[1:-1]} == {
+        name: [f"{1000 * seconds:.3f}", "yes" if best else "dominated"] for name, (seconds, best) in found.items()
+    }
+    start = f"{setting}: the fastest within"
+    rest = "of the baseline: 7.000 ms/token, 1.43x as fast as the baseline (control 8x80, +0.25%, out-control)"
+    assert fastest(arms, 0.6) == f"{start} 0.6% {rest}"
+    rest = "of the baseline: 6.000 ms/token, 1.67x as fast as the baseline (Baseline ladder, n_shard 2, +1.50%, "
+    assert fastest(arms, 2) == f"{start} 2% {rest}out-ladder)"
+    rest = "of the baseline: 10.000 ms/token, the baseline itself (Baseline, n_shard 2, +0.00%, out-base)"
+    assert fastest(arms, 0.1) == f"{start} 0.1% {rest}"
+    assert fastest(arms, -1) == f"{setting}: no run with a time per token is within -1% of the baseline"
+
+
+def test_equal_arms_are_both_on_the_frontier_and_unfinished_ones_on_none(runs):
+    make(runs, "out-twin", "1" * 12, [4.0, 3.1, 2.01], parallel_block=True)
+    make(runs, "out-new", "000000000001", [4.0, 1.0])
+    path = write_latency(runs, *(row(0.01, p) for p in ("1" * 12, "01" * 6)), row(0.01, "1" * 12, parallel_block=True))
+    write_latency(runs, row(0.001, "000000000001"))  # the same case again: another launch
+    arms = load(runs)
+    add_measured(arms, path, None, None)
+    found = {arm.names[0]: on_frontier(arm, arms, "tp_size 2, batch 1, prompt 128") for arm in arms}
+    expected = {"out-spd": True, "out-twin": True, "out-g6": False, "out-new": None, "out-base": None, "out-g3": None}
+    assert found == expected
+    assert "10.000 ms/token, its baseline has no time (SPD, n_shard 2, +0.50%, out-spd)" in fastest(arms, 2)
+    assert warnings(arms) == ["warning: no time per token of out-base, out-g3"]
+
+
+def test_a_row_is_that_of_the_same_model_alone(runs):
+    """Another n_shard, width or block is another model; for a dense one n_shard makes no difference."""
+    others = [dict(n_shard=4), dict(n_embd=128), dict(n_head=8), dict(parallel_block=True), dict(merge="desync")]
+    others += [dict(overlap="delayed"), dict(mlp="swiglu")]
+    rows = [row(1.0, "1" * 12, **other) for other in others]
+    path = write_latency(runs, *rows)
+    with pytest.raises(ValueError, match="none of the runs' models was measured at tp_size 2, batch 1"):
+        add_measured(load(runs), path, None, None)
+    write_latency(runs, *rows, row(0.5, "1" * 12), row(0.7, "2" * 12, n_shard=4))
+    arms = load(runs)
+    add_measured(arms, path, None, None)
+    assert [list(arm.tpots.values()) for arm in arms] == [[0.7], [0.5], [], []]
+
+
+def test_which_of_several_cases(runs):
+    """The largest tp_size and the smallest batch unless they are given; a column for each prompt and added delay."""
+    sizes = [(1, 1, 0.1), (4, 8, 0.2), (4, 2, 0.3), (2, 1, 0.4)]
+    for tp_size, batch_size, seconds in sizes:
+        path = write_latency(runs, row(seconds, "1" * 12), tp_size=tp_size, batch_size=batch_size)
+    for choice, expected in {(None, None): 0.3, (4, 8): 0.2, (None, 1): 0.4, (1, None): 0.1}.items():
+        arms = load(runs)
+        add_measured(arms, path, *choice)
+        assert list(arms[1].tpots.values()) == [expected]
+    write_latency(runs, row(0.9, "1" * 12), tp_size=4, batch_size=2, added_delay_s=3e-5)
+    arms = load(runs)
+    add_measured(arms, path, None, None)
+    common = "tp_size 4, batch 2, prompt 128"
+    assert arms[1].tpots == {common: 0.3, f"{common}, 30 us added": 0.9}
+    assert "ms/token  frontier  ms/token, 30 us added  frontier, 30 us added" in table(arms)
+    assert [line.partition(": ")[0] for line in fastest(arms, 2).splitlines()] == [common, f"{common}, 30 us added"]
+    with pytest.raises(ValueError, match="there are tp_size 1 with 1, 2 with 1, 4 with 2, 4 with 8"):
+        add_measured(load(runs), path, 2, 2)
+
+
+def test_predictions_are_the_cost_models_and_labelled(timed, capsys, monkeypatch):
+    """Of the arm's own shape, with its hidden syncs; in table, panel and verdict."""
+    from matplotlib.axes import Axes
+
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda axes, title, *_, **__: titles.append(title))
+    make(timed, "out-spd4", "1" * 12, [4.0, 3.1, 2.01], n_shard=4)
+    make(timed, "out-ladder4", "2" * 12, [4.0, 3.1, 2.01], n_shard=4, hidden=23, overlap="ladder")
+    head = round(609344 / 64 - 12 * 12 * 64)
+    arms = load(timed)
+    add_predicted(arms, "nvlink", "h100", 4, 3)
+    times = {arm.names[0]: one for arm in arms for one in arm.tpots.values()}
+    assert times.keys() == {"out-spd4", "out-ladder4", "out-base", "out-control"}  # those that 4 ranks can hold
+    for name, pattern, overlap in (("out-spd4", "1", ""), ("out-ladder4", "2", "ladder"), ("out-base", "2", "")):
+        model = GPTConfig(8, head, 12, 4, 64, n_shard=4, sync_pattern=12 * pattern, overlap=overlap)
+        assert times[name] == forward_seconds(model, NAMED["h100"], LINKS["nvlink"], 4, 3, 1, 8, itemsize=2)
+    argv = [*map(str, timed.glob("out*")), "--link=nvlink", "--tp_size=4", f"--png={timed}/figure.png"]
+    assert status(compare.main, argv) == 0
+    out = capsys.readouterr().out
+    assert "ms/token, PREDICTED  frontier, PREDICTED" in out.splitlines()[0]
+    assert "\nms/token, PREDICTED: link nvlink, h100, tp_size 4, batch 1\n" in out
+    assert "\nPREDICTED, link nvlink, h100, tp_size 4, batch 1: the fastest within 2% of the baseline: " in out
+    assert titles[-1].endswith("\nPREDICTED, link nvlink, h100, tp_size 4, batch 1")
+    assert "warning: no time per token of out-ladder, out-spd, out-g6, out-g3\n" in out
+    with pytest.raises(ValueError, match="tp_size=8 divides the n_shard of none of the runs"):
+        add_predicted(load(timed), "nvlink", "h100", 8, 1)
+
+
+def test_the_loss_at_equal_training_time(runs, capsys):
+    """By the median update, so without compilation and other outliers; over seeds the mean."""
+    make(runs, "out-timed-base", "22", [4.0, 3.0, 2.0], n_params=10**6, seconds=[9, 0.1, 0.1, 7, 0.1])
+    for name, pattern, seconds in (
+        ("slow", "12", 0.2),
+        ("middle", "21", 0.16),
+        ("fast", "11", 0.05),
+        ("none", "02", None),
+    ):
+        times = seconds and [9, seconds, seconds, 50, seconds]
+        make(runs, f"out-timed-{name}", pattern, [4.0, 3.2, 2.4], n_params=10**6, seconds=times)
+    make(runs, "out-timed-slow-2", "12", [4.0, 3.2, 2.4], n_params=10**6, seconds=[9, 0.6, 0.6, 0.6], seed=2)
+    make(runs, "out-timed-new", "01", [4.0, 3.2], n_params=10**6, seconds=[9, 0.1])
+    arms = load(runs)
+    found = {arm.names[0]: loss_at_equal_time(arm, arms) for arm in arms}
+    assert found["out-timed-base"] == 2.0 and found["out-timed-fast"] == 2.4
+    assert found["out-timed-slow"] == pytest.approx(3.6)  # 20 * 0.1 / 0.4 = 5 steps
+    assert found["out-timed-middle"] == pytest.approx(3.2 - 0.25 * 0.8)  # 12.5 steps
+    assert [found[f"out-{name}"] for name in ("timed-none", "timed-new", "base", "spd")] == [None] * 4
+    argv = [*map(str, runs.glob("out*")), "--equal_time", f"--png={runs}/figure.png", f"--csv={runs}/table.csv"]
+    assert status(compare.main, argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[-5:] == "+- at equal time step".split()
+    assert next(line.split()[-2:] for line in lines if line.startswith("out-timed-middle")) == ["3.0000", "20"]
+    with open(runs / "table.csv", newline="") as file:
+        losses = {row["run"]: row["val_loss_at_equal_time"] for row in csv.DictReader(file)}
+    assert float(losses["out-timed-middle"]) == pytest.approx(3.0) and losses["out-base"] == ""
+
+
+def test_labels_of_thirty_arms_cover_neither_one_another_nor_a_point(tmp_path, monkeypatch):
+    """And the legend of the curves names colours and dashes in the place of thirty lines."""
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    rows = []
+    for i, (pattern, n_shard) in enumerate(itertools.product(map("{:04b}".format, range(1, 16)), (2, 4))):
+        make(tmp_path, f"out-{i}", pattern, [4.0, 3.0, 2 + 0.01 * (i % 7)], n_shard=n_shard, architecture="selective")
+        rows.append(row(0.01 + 0.001 * (i % 5) if i else 0.003, pattern, n_shard=n_shard))  # not far from one another
+    arms = load(tmp_path)
+    add_measured(arms, write_latency(tmp_path, *rows), None, None)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    draw_comparison(arms, tmp_path / "figure.png", 2)
+    figures[0].draw_without_rendering()
+    curves, _, times = figures[0].axes
+    assert len(curves.get_legend().get_texts()) == 4 + 2  # 1 to 4 syncs, two n_shard
+    assert len(times.texts) == 30
+    boxes = [Text.get_window_extent(text) for text in times.texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    points = times.transData.transform([(1000 * arm.tpots[s], arm.losses[20]) for arm in arms for s in arm.tpots])
+    assert not any(box.contains(*point) for box in boxes for point in points)
+    assert all(times.bbox.x0 < box.x0 and box.x1 < times.bbox.x1 for box in boxes)
+
+
 # --- the command
 
 
@@ -398,12 +605,23 @@ def test_what_is_no_run_is_skipped_with_a_note(runs, monkeypatch, capsys):
         (["out-base", "--tolerance=nan"], "--tolerance=nan: tolerance must be float, not str"),
         (["out-base", "--tolerance=1e999"], "tolerance=inf must be at least 0, and below 2^63"),
         (["out-base", "--tolerance=-1"], "tolerance=-1.0 must be at least 0, and below 2^63"),
+        (["out-base", "--latency=no.json"], "no.json: No such file or directory"),
+        (
+            ["out-base", "--latency=text"],
+            "text: not what bench.py decode writes: Expecting value: line 1 column 1 (char 0)",
+        ),
+        (["out-base", "--latency=old.json"], "old.json: not what bench.py decode writes: 'model' is missing"),
+        (["out-base", "--latency=a", "--link=nvlink"], "times are either measured, --latency, or predicted, --link"),
+        (["out-base", "--batch=2"], "--tp_size and --batch go with --latency or --link"),
+        (["out-base", "--link=nvlink"], "--link goes with --tp_size, the number of ranks"),
     ],
     ids=str,
 )
 def test_mistakes_end_with_one_line(tmp_path, monkeypatch, capsys, arguments, line):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("not a log\n")
+    old = {"tp_size": 2, "batch_size": 1, "prompt": 128, "patterns": [{"variant": "baseline", "tpot_s": 0.1}]}
+    (tmp_path / "old.json").write_text(json.dumps({"results": [old]}))
     if arguments[:1] == ["out-base"]:
         make(tmp_path, "out-base", "2" * 12, [4.0])
     assert status(compare.main, arguments) == 1

@@ -14,7 +14,7 @@ from variants import PATTERNS, SMALL, VARIANTS, batch, rough
 
 import reduced_sync_model as rsm
 from reduced_sync import weights
-from reduced_sync.accelerators import model_flops_utilisation
+from reduced_sync.recording import model_flops_utilisation
 from reduced_sync_model import GPT, GPTConfig, baseline, grouped, selective, spd
 
 
