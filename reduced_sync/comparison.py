@@ -32,7 +32,7 @@ def table(arms: list[Arm], equal_time: bool = False) -> str:
     columns = {  # heading: (aligned to the left, shown, cell of an arm and its gap)
         "run": (True, True, lambda a, g: a.names[0] + (f" and {len(a.names) - 1} more" if len(a.names) > 1 else "")),
         "variant": (True, True, lambda a, g: a.variant),
-        "size": (False, differ(arms, "n_layer", "n_embd"), lambda a, g: f"{a.n_layer}x{a.n_embd}"),
+        "size": (False, differ(arms, "size"), lambda a, g: a.size),
         "n_shard": (False, True, lambda a, g: str(a.n_shard)),
         "pattern": (True, True, lambda a, g: a.pattern),
         "syncs": (False, True, lambda a, g: str(a.syncs)),
@@ -121,7 +121,7 @@ def verdict(arms: list[Arm], tolerance: float) -> str:
         reference = reference_of(group, arms)
         if reference is not None and all(arm.all_synced and arm.n_layer < reference.n_layer for arm in group):
             continue  # controls only
-        size = f"{reference.n_layer}x{reference.n_embd}, " if reference is not None and len(by_scale(arms)) > 1 else ""
+        size = f"{reference.size}, " if reference is not None and len(by_scale(arms)) > 1 else ""
         lines.append(f"{size}n_shard {n_shard}: {_group_verdict(group, reference, arms, tolerance)}")
     return "\n".join(lines)
 
@@ -157,7 +157,7 @@ def fastest(arms: list[Arm], tolerance: float) -> str:
     for setting in settings_of(arms):
         for group in groups:
             reference = reference_of(group, arms)
-            size = f"{reference.n_layer}x{reference.n_embd}, " if reference is not None and len(groups) > 1 else ""
+            size = f"{reference.size}, " if reference is not None and len(groups) > 1 else ""
             lines.append(f"{size}{setting}: {_fastest_of(group, setting, arms, tolerance)}")
     return "\n".join(lines)
 
@@ -179,7 +179,7 @@ def _fastest_of(group, setting, arms, tolerance):
     if best is not reference and setting in reference.tpots:
         ratio = f"{reference.tpots[setting] / time:.2f}x as fast as the baseline"
     is_control = best.all_synced and best.n_layer < reference.n_layer
-    name = f"control {best.n_layer}x{best.n_embd}" if is_control else f"{best.title}, n_shard {best.n_shard}"
+    name = f"control {best.size}" if is_control else f"{best.title}, n_shard {best.n_shard}"
     detail = f"{name}, {difference.percent:+.2f}%, {best.names[0]}"
     return f"{start}the fastest within {tolerance:g}% of the baseline: {1000 * time:.3f} ms/token, {ratio} ({detail})"
 

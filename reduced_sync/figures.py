@@ -80,7 +80,7 @@ class Look:
 
     def label(self, arm: Arm) -> str:
         """The variant, and what of the rest differs in the group."""
-        size = f" {arm.n_layer}x{arm.n_embd}" if differ(self.group, "n_layer", "n_embd") else ""
+        size = f" {arm.size}" if differ(self.group, "size") else ""
         rate = f", lr {arm.learning_rate:g}" if differ(self.group, "learning_rate") else ""
         shard = f", n_shard {arm.n_shard}" if len(self.shards) > 1 else ""
         dtype = f", {arm.dtype}" if differ(self.group, "dtype") else ""
@@ -92,7 +92,7 @@ class Look:
         """A short label at a point whose colour and shape tell the rest."""
         dtype = "" if self.reference is None or arm.dtype == self.reference.dtype else f" {arm.dtype}"
         variant, _, extra = arm.variant.partition(" ")
-        name = f"{arm.n_layer}x{arm.n_embd}" if self.is_control(arm) else arm.pattern if arm.is_selective else variant
+        name = arm.size if self.is_control(arm) else arm.pattern if arm.is_selective else variant
         return f"{name} {extra}".strip() + dtype
 
     def kind(self, arm: Arm) -> str:
@@ -118,7 +118,11 @@ def _draw_curves(axes, look):
     final = [arm.losses[arm.step] for arm in group if arm.losses and math.isfinite(arm.losses[arm.step])]
     if final and min(final) > 0:  # with the start of the curves what matters would be small
         axes.set_ylim(min(final) * 0.97, min(final) * 1.35)
-    axes.set(xlabel="step", ylabel="validation loss (nats per token)", title="Loss curves")
+    axes.set(
+        xlabel="step",
+        ylabel="validation loss (nats per token)",
+        title=f"Loss curves{f', {look.reference.size}' if look.reference else ''}",
+    )
     axes.legend(fontsize=8, loc="upper right")
     axes.grid(alpha=0.3)
 

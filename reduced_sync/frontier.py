@@ -47,7 +47,11 @@ def add_measured(arms: list[Arm], path: str | Path, tp_size: int | None, batch_s
 def _is_of(model, arm):
     """Whether a row's `model`, the keys that make it up, is the arm's."""
     own = {"n_layer": arm.n_layer, "n_embd": arm.n_embd, "n_head": arm.n_head, "sync_pattern": arm.pattern}
-    own |= arm.block if arm.all_synced else arm.block | {"n_shard": arm.n_shard}
+    own |= arm.block | {"n_kv_head": arm.block["n_kv_head"] or arm.n_head}
+    if arm.block["n_hidden"] == 0:  # the rule's, which a row has worked out
+        del own["n_hidden"]
+    if not arm.all_synced:
+        own["n_shard"] = arm.n_shard
     return all(model[key] == value for key, value in own.items())
 
 

@@ -29,7 +29,7 @@ ITER = re.compile(
 )
 # keys of a config that say which model it is, and keys that do not change what it learns
 ARCHITECTURE = """architecture layers_per_group sync_pattern parallel_block merge overlap n_shard n_layer n_head
-n_embd""".split()
+n_embd norm position mlp n_hidden n_kv_head""".split()
 INDIFFERENT = """out_dir eval_interval log_interval eval_only always_save_checkpoint checkpoint_interval
 checkpoint_minutes init_from wandb_log wandb_project wandb_run_name tp_size backend device compile timeout_s
 max_bad_steps""".split()

@@ -14,7 +14,8 @@ LEAST_TOKENS = 10  # a parameter; shorter runs cannot tell variants apart: EXPER
 HEADER = "sync_pattern syncs parameters dtype config".split()  # lines that a header must have, and keys of its config
 CONFIG = """architecture n_shard n_layer n_head n_embd dataset seed learning_rate min_lr max_iters
 gradient_accumulation_steps batch_size block_size eval_iters""".split()
-BLOCK = {"parallel_block": False, "merge": "sum", "overlap": "", "mlp": "gelu"}  # what a log means that lacks them
+BLOCK = {"parallel_block": False, "merge": "sum", "overlap": "", "norm": "layernorm", "position": "learned"}
+BLOCK |= {"mlp": "gelu", "n_hidden": 0, "n_kv_head": 0}  # what a log means that lacks them
 
 
 @dataclass
@@ -41,13 +42,26 @@ class Arm:
     changed: str  # settings that changed where the run was resumed
     seeds: dict
     update_seconds: dict  # {seed: the median time of an update}, of the seeds whose logs have times
-    scale: int = 0  # its size's place among those of all runs: 1 for the smallest
+    scale: int = (
+        0  # the place of its size among those of all runs, 1 for the smallest, each family of blocks for itself
+    )
     tpots: dict = field(default_factory=dict)  # {setting: seconds per token}, from frontier.py
 
     @property
     def model(self) -> tuple:
         """What tells its architecture from another one's."""
-        return self.variant, self.pattern, self.n_shard, self.n_layer, self.n_head, self.n_embd
+        return self.variant, self.pattern, self.n_shard, self.n_layer, self.n_head, self.n_embd, *self.block.values()
+
+    @property
+    def size(self) -> str:
+        """Layers x width, and the family of blocks unless it is GPT-2's."""
+        return f"{self.n_layer}x{self.n_embd} {self.family}".rstrip()
+
+    @property
+    def family(self) -> str:
+        """Empty for GPT-2's block, `modern` for Llama's, or what a mixture has of that."""
+        other = [self.block[key] for key in ("norm", "position", "mlp") if self.block[key] != BLOCK[key]]
+        return "modern" if len(other) == 3 else " ".join(other)
 
     @property
     def title(self) -> str:
@@ -134,10 +148,12 @@ def load_runs(paths: Iterable[str | Path]) -> list[Arm]:
         raise ValueError(skipped[0] + (f" (and {len(skipped) - 1} more that are no runs)" if skipped[1:] else ""))
     for line in skipped:
         print(f"skipped: {line}", file=sys.stderr)
-    smallest = scale = 0
-    for arm in sorted(arms, key=lambda arm: arm.n_params):
-        if arm.n_params > 1.04 * smallest:  # shards' norms and controls: within 2 % of the middle
-            smallest, scale = arm.n_params, scale + 1
+    family, smallest, scale = None, 0, 0
+    for arm in sorted(arms, key=lambda arm: (arm.family, arm.n_params)):
+        if (
+            arm.family != family or arm.n_params > 1.04 * smallest
+        ):  # shards' norms and controls: within 2 % of the middle
+            family, smallest, scale = arm.family, arm.n_params, scale + 1
         arm.scale = scale
     return sorted(arms, key=lambda arm: (arm.scale, arm.n_shard, -arm.syncs, arm.names))
 

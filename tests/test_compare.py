@@ -348,13 +348,33 @@ def test_lines_of_a_figure(runs, monkeypatch):
     assert "8 (Selective-8 000001111112, -5.00%" in verdict(load(runs), -2)
 
 
+def test_each_family_of_blocks_is_compared_with_its_own_baseline(tmp_path):
+    modern = dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=2)
+    make(tmp_path, "out-base", "22", [4.0, 3.0, 2.0])
+    make(tmp_path, "out-spd", "11", [4.0, 3.0, 2.02])
+    make(tmp_path, "out-modern-base", "22", [4.0, 3.0, 1.9], **modern)
+    make(tmp_path, "out-modern-spd", "11", [4.0, 3.0, 1.957], **modern)
+    arms = load(tmp_path)
+    assert {arm.names[0]: round(gap(arm, arms).percent, 6) for arm in arms} == {
+        "out-base": 0,
+        "out-spd": 1,
+        "out-modern-base": 0,
+        "out-modern-spd": 3,
+    }
+    assert warnings(arms) == []
+    lines = verdict(arms, 2).splitlines()
+    assert lines[0].startswith("2x64, n_shard 2: the fewest syncs within 2% of the baseline: 2 (SPD, +1.00%")
+    assert lines[1] == "2x64 modern, n_shard 2: no variant is within 2% of the baseline"
+
+
 # --- loss against time
 
 
 def row(seconds, pattern, **changes):
     """A row of what bench.py decode writes: the time per token of a model as `make` makes them."""
     model = {"n_layer": len(pattern), "n_embd": 64, "n_head": 4, "n_shard": 2, "sync_pattern": pattern}
-    model |= {"parallel_block": False, "merge": "sum", "overlap": "", "mlp": "gelu"}
+    model |= {"parallel_block": False, "merge": "sum", "overlap": "", "norm": "layernorm", "position": "learned"}
+    model |= {"mlp": "gelu", "n_hidden": 256, "n_kv_head": 4}
     return {"tpot_s": seconds, "model": model | changes}
 
 
@@ -417,7 +437,7 @@ def test_equal_arms_are_both_on_the_frontier_and_unfinished_ones_on_none(runs):
 def test_a_row_is_that_of_the_same_model_alone(runs):
     """Another n_shard, width or block is another model; for a dense one n_shard makes no difference."""
     others = [dict(n_shard=4), dict(n_embd=128), dict(n_head=8), dict(parallel_block=True), dict(merge="desync")]
-    others += [dict(overlap="delayed"), dict(mlp="swiglu")]
+    others += [dict(overlap="delayed"), dict(mlp="swiglu"), dict(n_kv_head=2), dict(norm="rmsnorm")]
     rows = [row(1.0, "1" * 12, **other) for other in others]
     path = write_latency(runs, *rows)
     with pytest.raises(ValueError, match="none of the runs' models was measured at tp_size 2, batch 1"):
