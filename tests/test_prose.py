@@ -1,7 +1,11 @@
-"""The prose script: what stays of a text, that no passage is in both parts, and how it fails. Its archives are made."""
+"""The prose scripts: what stays of a text, that no passage is in both parts, what the questions are, and how they fail.
+
+Their archives and texts are made.
+"""
 
 import hashlib
 import io
+import json
 import tarfile
 
 import pytest
@@ -182,3 +186,58 @@ def test_ctrl_c_leaves_whole_texts(run, script, tmp_path, monkeypatch):
     ]
     assert run(tmp_path / "out")[0] == 0
     assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == run.texts
+
+
+# --- questions
+
+
+def make_texts(folder):
+    """Paragraphs of one to four sentences, every fifth one also in the calibration text; {evaluation text: its own}."""
+    folder.mkdir()
+    own = {}
+    for name in ("manual", "workshop"):
+        paragraphs = [
+            [
+                f"The {name} says in its part {i} that{' so' * (i % 7)} it has the sentence {j}."
+                for j in range(1 + i % 4)
+            ]
+            for i in range(40)
+        ]
+        lines = [" ".join(sentences) for sentences in paragraphs]
+        (folder / f"{name}.evaluation.txt").write_text("\n\n".join(lines) + "\n")
+        (folder / f"{name}.calibration.txt").write_text("\n\n".join(["A title", *lines[::5]]) + "\n")
+        own[name] = [sentences for i, sentences in enumerate(paragraphs) if i % 5]
+    return own
+
+
+def test_questions_have_one_right_answer_and_nothing_of_the_calibration(tmp_path, monkeypatch):
+    script, own = load_script(ROOT / "data" / "prose" / "cloze.py"), make_texts(tmp_path / "texts")
+    monkeypatch.setattr("sys.argv", ["cloze.py", f"--folder={tmp_path / 'texts'}"])
+    written = []
+    for _ in range(2):
+        script.main()
+        written.append((tmp_path / "texts" / "cloze.jsonl").read_text())
+    assert written[0] == written[1]
+    found = [json.loads(line) for line in written[0].splitlines()]
+    next_of = {" ".join(p[max(0, i - 2) : i]): p[i] for name in own for p in own[name] for i in range(1, len(p))}
+    assert len(found) == 48 and len({question["answer"] for question in found}) == 4
+    for question in found:
+        choices, right = question["choices"], next_of[question["context"]]
+        assert choices[question["answer"]] == right and len(set(choices)) == 4
+        (paragraphs,) = [own[name] for name in own if name in right]
+        (mine,) = [paragraph for paragraph in paragraphs if right in paragraph]
+        others = {sentence for paragraph in paragraphs if paragraph is not mine for sentence in paragraph}
+        assert set(choices) - {right} < others
+        assert max(map(len, choices)) - min(map(len, choices)) < 4
+
+
+def test_questions_without_texts(tmp_path, monkeypatch):
+    script = load_script(ROOT / "data" / "prose" / "cloze.py")
+    monkeypatch.setattr("sys.argv", ["cloze.py", f"--folder={tmp_path}"])
+    with pytest.raises(ValueError, match=r"manual.evaluation.txt: No such file .*: data/prose/prepare.py writes it"):
+        script.main()
+    make_texts(tmp_path / "texts")
+    (tmp_path / "texts" / "cloze.jsonl").mkdir()
+    monkeypatch.setattr("sys.argv", ["cloze.py", f"--folder={tmp_path / 'texts'}"])
+    with pytest.raises(ValueError, match=r"cannot write .*cloze.jsonl"):
+        script.main()
