@@ -77,10 +77,12 @@ test-serving: .venv-serving/ready
 	.venv-serving/bin/python -m pytest serving/tests
 
 # on a CPU: 1 GiB of KV cache, threads wherever there is a core
-serve: .venv-serving/ready
-	@test -n "$(MODEL)" || { echo "error: name a folder that export.py has made: make serve MODEL=FOLDER" >&2; exit 1; }
+serve:
+	@test -f "$(MODEL)/config.json" || { echo "error: MODEL=$(MODEL) has no config.json: name a folder that export.py has" \
+		"made: make serve MODEL=FOLDER" >&2; exit 1; }
+	@$(MAKE) --no-print-directory .venv-serving/ready
 	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
-		.venv-serving/bin/python -m vllm.entrypoints.openai.api_server --model $(MODEL) $(ARGS)
+		.venv-serving/bin/python -m vllm.entrypoints.openai.api_server --model "$(MODEL)" $(ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -136,3 +136,15 @@ def test_a_terminal_that_has_closed():
 def test_a_full_disk_behind_the_output_is_an_error():
     with open("/dev/full", "wb") as full, pytest.raises(OSError, match="No space left"):
         Output(full.fileno(), goes_on=True).write(b"x")
+
+
+@pytest.mark.parametrize("model", ["", "MODEL=none", "MODEL=out"])
+def test_serve_asks_for_a_model_before_it_installs(tmp_path, model):
+    """Without a model, with one that is not there, with an out_dir."""
+    (tmp_path / "out").mkdir()
+    make = ["make", "-C", tmp_path, "-f", ROOT / "Makefile", "serve", *model.split()]
+    process = subprocess.run(make, capture_output=True, text=True, timeout=30)
+    assert process.returncode == 2 and [path.name for path in tmp_path.iterdir()] == ["out"]
+    line = process.stderr.splitlines()[0]
+    assert line.startswith(f"error: {model or 'MODEL='} has no config.json: ")
+    assert line.endswith(": make serve MODEL=FOLDER")
