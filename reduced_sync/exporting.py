@@ -126,7 +126,8 @@ def hugging_face_tokenizer(meta: dict, config: GPTConfig):
         options |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
     else:
         chars = meta["chars"]
-        backend = Tokenizer(models.WordLevel(vocab={char: i for i, char in enumerate(chars)}, unk_token="[UNK]"))
+        # without merges each character is a token; one that is none is dropped: a server cannot end with an error
+        backend = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(chars)}, merges=[]))
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         backend.decoder = decoders.Fuse()
         pads = [pad for pad in PADS if not set(pad) <= set(chars)]  # no text looks like it
