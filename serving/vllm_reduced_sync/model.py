@@ -9,6 +9,7 @@ of queries and K of keys and values of a shard. A tensor with a leading S is per
 shapes of the exported file, of which a rank takes its S of the n_shard.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -203,8 +204,11 @@ class GPT(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         self.config = config = vllm_config.model_config.hf_config
-        n_local = config.n_shard // get_tensor_model_parallel_world_size()
-        layers = dict(wte=VocabParallelEmbedding(config.vocab_size, config.n_embd, prefix=f"{prefix}.transformer.wte"))
+        tp_size = get_tensor_model_parallel_world_size()
+        n_local = config.n_shard // tp_size
+        vocabulary = dict(num_embeddings=config.vocab_size, embedding_dim=config.n_embd)
+        vocabulary |= dict(padding_size=math.lcm(64, tp_size))  # 64 is vLLM's own, and nothing that 3 ranks divide
+        layers = dict(wte=VocabParallelEmbedding(**vocabulary, prefix=f"{prefix}.transformer.wte"))
         if config.position == "learned":
             layers |= dict(wpe=nn.Embedding(config.block_size, config.n_embd))
         else:
@@ -221,7 +225,7 @@ class GPT(nn.Module):
         else:
             layers |= dict(ln_f=nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias))
         self.transformer = nn.ModuleDict(layers)
-        self.lm_head = ParallelLMHead(config.vocab_size, config.n_embd, prefix=f"{prefix}.lm_head")
+        self.lm_head = ParallelLMHead(**vocabulary, prefix=f"{prefix}.lm_head")
         if config.tie_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.transformer.wte)
 
