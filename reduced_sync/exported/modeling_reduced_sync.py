@@ -81,6 +81,11 @@ class ReducedSyncForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls):
         return False  # forward() makes its own
 
+    @classmethod
+    def is_backend_compatible(cls):
+        """vLLM asks before it would serve by this class, as it does where its plugin is missing. Raises ValueError."""
+        raise ValueError("vLLM serves this model by the plugin in serving/ of the project that made it: install that")
+
     def get_input_embeddings(self):
         return self.model.transformer.wte
 

@@ -2,6 +2,8 @@
 
 from transformers import PretrainedConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 
 class ReducedSyncConfig(PretrainedConfig):
@@ -39,3 +41,6 @@ class Checks(VerifyAndUpdateConfig):
             )
         if vllm_config.model_config.quantization:
             raise ValueError(f"quantization={vllm_config.model_config.quantization!r}: this model has none")
+        sizes = CPUAttentionBackend.get_supported_head_sizes()
+        if current_platform.is_cpu() and config.head_size not in sizes:  # vLLM would start, and end at a request
+            raise ValueError(f"head_size={config.head_size} cannot be served on a CPU; vLLM has {sizes}")
