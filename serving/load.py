@@ -47,7 +47,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server, default: %(default)s")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="default: %(default)s")
-    parser.add_argument("--tokens", type=int, default=64, help="of an answer, default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=32, help="of an answer, default: %(default)s")
     parser.add_argument("--seconds", type=float, default=30, help="for each number of clients, default: %(default)s")
     args = parser.parse_args()
     try:

@@ -1,14 +1,21 @@
-"""Exported folders in vLLM: greedy ids and their probabilities as transformers has them, mistakes, server."""
+"""Exported folders in vLLM: greedy ids as sample.py and transformers have them, probabilities, mistakes, server.
+
+With DROPPED=FOLDER, of a dropped SmolLM2 that export.py has made, it is served as well.
+"""
 
 import contextlib
+import functools
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +25,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
-from launch import TRAIN, run_script, succeeded  # noqa: E402
+from launch import run_script, succeeded  # noqa: E402
 
 import export  # noqa: E402
+import sample  # noqa: E402
+import train_reduced_sync  # noqa: E402
+from reduced_sync_model import count_syncs  # noqa: E402
 
 torch.set_num_threads(1)
 GENERATE = Path(__file__).with_name("generate.py")
@@ -35,13 +45,18 @@ MODELS = {
     "spd": dict(GPT2, n_shard=2, architecture="spd"),
     "grouped": dict(GPT2, n_shard=4, architecture="grouped", layers_per_group=2),
     "grouped-llama": dict(LLAMA, n_shard=4, architecture="grouped", layers_per_group=2),  # copies of KV heads
-    "selective-llama": dict(LLAMA, n_shard=2, architecture="selective", sync_pattern="a021", tie_embeddings=False),
+    "selective-llama": dict(
+        LLAMA, n_shard=2, n_kv_head=1, architecture="selective", sync_pattern="a021", tie_embeddings=False
+    ),
     "parallel": dict(GPT2, n_shard=2, architecture="selective", sync_pattern="1011", parallel_block=True),
     "desync-llama": dict(LLAMA, n_shard=2, architecture="selective", sync_pattern="0a01", merge="desync"),
+    # as a dropped SmolLM2
+    "spd-llama": dict(LLAMA, n_shard=3, n_embd=96, n_head=3, n_kv_head=3, n_hidden=264, architecture="spd"),
 }
 SYNCS = {"baseline": 8, "baseline-llama": 8, "spd": 4, "grouped": 2, "grouped-llama": 2, "selective-llama": 4}
-SYNCS |= {"parallel": 3, "desync-llama": 2}
+SYNCS |= {"parallel": 3, "desync-llama": 2, "spd-llama": 4}
 WITH_CODE = [name for name in MODELS if not name.startswith("baseline")]
+SERVED = [(name, n) for n in (1, 2, 3) for name in MODELS if MODELS[name]["n_shard"] % n == 0]
 NEW_TOKENS = 16
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two ranks do not need two NUMA nodes
@@ -53,19 +68,21 @@ ENVIRONMENT = {
 }
 
 
-def environment(folder, **more):
-    """ENVIRONMENT, with vLLM's caches in `folder`."""
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """ENVIRONMENT, with vLLM's caches in one folder: what it finds out of a model class, 10 s long, is among them."""
+    folder = tmp_path_factory.mktemp("caches")
     names = ("VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "TORCHINDUCTOR_CACHE_DIR", "HF_HOME")
-    return ENVIRONMENT | {name: str(folder / name) for name in names} | more
+    return ENVIRONMENT | {name: str(folder / name) for name in names}
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """Every one of MODELS, trained and exported: name -> folder."""
+    """Every one of MODELS, trained and exported: name -> folder, beside which is its out_dir, out-NAME."""
     home, found = tmp_path_factory.mktemp("models"), {}
     for name, keys in MODELS.items():
         found[name], out = home / name, home / f"out-{name}"
-        succeeded(run_script([TRAIN, *(f"--{key}={value}" for key, value in (TINY | keys | {"out_dir": out}).items())]))
+        train_reduced_sync.main([f"--{key}={value}" for key, value in (TINY | keys | {"out_dir": out}).items()])
         export.main([str(out), f"--to={found[name]}"])
     return found
 
@@ -79,13 +96,22 @@ def prompts():
     return [data[first : first + length] for first, length in lengths.items()] + [data[:33] + data[500:505]]
 
 
+def sampled(source, prompt):
+    """The text that sample.py makes of a prompt, which it starts with, by its argument `source`."""
+    keys = [source, f"--start={prompt}", f"--max_new_tokens={NEW_TOKENS}", "--temperature=0", "--device=cpu"]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        sample.main(keys)
+    return said.getvalue().removesuffix("\n---------------\n")
+
+
 @pytest.fixture(scope="session")
 def expected(folders):
-    """name -> ids and logprobs of each of prompts() by transformers, one at a time."""
-    from transformers import AutoModelForCausalLM
+    """name -> ids and logprobs of each of prompts() by transformers, one at a time; the ids are sample.py's, too."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     found = {}
     for name, folder in folders.items():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
         # vLLM's own models do not know what generation_config.json suppresses
         rows, suppressed = [], model.generation_config.suppress_tokens if name in WITH_CODE else []
@@ -97,23 +123,41 @@ def expected(folders):
             logits[:, suppressed] = float("-inf")
             new = ids[len(prompt) :]
             rows.append((new.tolist(), logits.log_softmax(-1).gather(1, new[:, None])[:, 0]))
+            ours = sampled(f"--out_dir={folder.with_name(f'out-{name}')}", tokenizer.decode(prompt))
+            assert tokenizer(ours).input_ids == ids.tolist()  # a character is a token
         found[name] = rows
     return found
 
 
-def served(folders, names, tp_size, folder, env, **options):
-    """name -> what generate.py finds, of the folders of `names` in tp_size processes."""
+def served(models, ids, tp_size, folder, env, **options):
+    """What generate.py finds, an entry a model, of the folders `models` in tp_size processes."""
     request, result = folder / "request.json", folder / "result.json"
-    keys = dict(folders=[str(folders[name]) for name in names], prompts=prompts(), new_tokens=NEW_TOKENS)
-    request.write_text(json.dumps(keys | dict(options=options)))
-    succeeded(run_script([GENERATE, request, result], nproc=tp_size, env=env, timeout=280))
-    return dict(zip(names, json.loads(result.read_text()), strict=True))
+    keys = dict(folders=list(map(str, models)), prompts=ids, new_tokens=NEW_TOKENS, options=options)
+    request.write_text(json.dumps(keys))
+    for shared in Path("/dev/shm").glob("-tp:*-cpushm_*"):  # a killed run's: under torchrun all runs take one name
+        shared.unlink()
+    succeeded(run_script([GENERATE, request, result], nproc=tp_size, env=env, timeout=400))
+    return json.loads(result.read_text())
 
 
-@pytest.fixture(scope="session", params=[1, 2], ids="tp{}".format)
-def eager(request, folders, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("eager")
-    return request.param, served(folders, list(folders), request.param, folder, environment(folder))
+@pytest.fixture(scope="session")
+def eager(folders, environment, tmp_path_factory):
+    """A function of the tensor-parallel size: name -> what generate.py finds, of those of SERVED, in one go."""
+
+    @functools.cache
+    def found(tp_size):
+        names = [name for name, n in SERVED if n == tp_size]
+        folder, models = tmp_path_factory.mktemp("eager"), [folders[name] for name in names]
+        return dict(zip(names, served(models, prompts(), tp_size, folder, environment), strict=True))
+
+    return found
+
+
+def check_syncs(found, syncs, tp_size):
+    """generate.py has `found` the all-reduces of the pattern."""
+    assert found["forwards"] > 2
+    # one more of vLLM's own: the embedding is cut by its rows
+    assert found["all_reduces"] == found["forwards"] * (syncs + 1 if tp_size > 1 else 0)
 
 
 def check(name, found, expected, tp_size):
@@ -122,47 +166,65 @@ def check(name, found, expected, tp_size):
     for ids, logprobs, (their_ids, their_logprobs) in zip(found["ids"], found["logprobs"], expected[name], strict=True):
         assert ids == their_ids
         torch.testing.assert_close(torch.tensor(logprobs), their_logprobs, rtol=0, atol=2e-5)
-    assert found["forwards"] > 2
-    # one more of vLLM's own: the embedding is cut by its rows
-    assert found["all_reduces"] == found["forwards"] * (SYNCS[name] + 1 if tp_size > 1 else 0)
+    check_syncs(found, SYNCS[name], tp_size)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_greedy_ids_are_transformers_and_all_reduces_are_the_patterns(eager, expected, name):
-    tp_size, found = eager
-    check(name, found[name], expected, tp_size)
+@pytest.mark.parametrize("name, tp_size", SERVED)
+def test_greedy_ids_are_ours_and_transformers_and_all_reduces_are_the_patterns(eager, expected, name, tp_size):
+    check(name, eager(tp_size)[name], expected, tp_size)
 
 
-def test_the_baseline_is_vllms_own_model(eager):
-    _, found = eager
-    assert [found[name]["model"] for name in ("baseline", "baseline-llama")] == ["GPT2LMHeadModel", "LlamaForCausalLM"]
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_the_baseline_is_vllms_own_model(eager, tp_size):
+    models = [eager(tp_size)[name]["model"] for name in ("baseline", "baseline-llama")]
+    assert models == ["GPT2LMHeadModel", "LlamaForCausalLM"]
 
 
-def test_a_shard_a_rank(folders, expected, tmp_path):
-    """Four ranks, each with its copy of one of two KV heads."""
-    found = served(folders, ["grouped-llama"], 4, tmp_path, environment(tmp_path))
-    check("grouped-llama", found["grouped-llama"], expected, 4)
+def test_compiled(folders, expected, environment, tmp_path):
+    env = environment | dict(TORCHDYNAMO_DISABLE="0")
+    (found,) = served([folders["grouped-llama"]], prompts(), 2, tmp_path, env, enforce_eager=False)
+    check("grouped-llama", found, expected, 2)
 
 
-def test_compiled(folders, expected, tmp_path):
-    names = ["spd", "grouped-llama"]
-    env = environment(tmp_path, TORCHDYNAMO_DISABLE="0")
-    for name, found in served(folders, names, 2, tmp_path, env, enforce_eager=False).items():
-        check(name, found, expected, 2)
+@pytest.mark.skipif("DROPPED" not in os.environ, reason="DROPPED must name the exported folder of a dropped SmolLM2")
+@pytest.mark.parametrize("tp_size", [1, 3])
+def test_a_dropped_smollm2(environment, tmp_path, tp_size):
+    """Its greedy text is sample.py's, with the all-reduces of its pattern."""
+    from transformers import AutoTokenizer
+
+    folder = Path(os.environ["DROPPED"]).resolve()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    texts = ["The workshop on electronic texts was", "A view function, or view for short, is", "In the year"]
+    ids = [tokenizer(text).input_ids for text in texts]
+    (found,) = served([folder], ids, tp_size, tmp_path, environment, max_model_len=64)
+    new = [tokenizer.decode(prompt + more) for prompt, more in zip(ids, found["ids"], strict=True)]
+    assert new == [sampled(f"--init_from={folder}", text) for text in texts]
+    check_syncs(found, count_syncs(json.loads((folder / "config.json").read_text())["sync_pattern"]), tp_size)
 
 
 # --- mistakes: one clear line, before any worker starts
 
 
-REFUSED = [  # changes of config.json, options of vLLM, words
-    (dict(), dict(tensor_parallel_size=4), "tensor_parallel_size=4 does not divide n_shard=2; allowed: [1, 2]"),
-    (dict(overlap="ladder"), dict(), "overlap='ladder' cannot be served: vLLM's all-reduce waits"),
-    (dict(), dict(quantization="fp8"), "quantization='fp8'"),
+REFUSED = [  # whether vLLM has the plugin, changes of config.json, options of vLLM, words
+    (False, dict(), dict(), "contains custom code"),
+    (False, dict(), dict(trust_remote_code=True), "vLLM serves this model by the plugin in serving/"),
+    (True, dict(), dict(tensor_parallel_size=4), "tensor_parallel_size=4 does not divide n_shard=2; allowed: [1, 2]"),
+    (
+        True,
+        dict(overlap="ladder"),
+        dict(trust_remote_code=True),
+        "overlap='ladder' cannot be served: vLLM's all-reduce",
+    ),
+    (True, dict(), dict(quantization="fp8"), "quantization='fp8'"),
+    (True, dict(head_size=16), dict(), "head_size=16 cannot be served on a CPU; vLLM has [32, 64, "),
 ]
 REFUSE = """
 import json, sys
 from vllm import EngineArgs
-for options in json.loads(sys.argv[1]):
+from vllm_reduced_sync import register
+for has_plugin, options in json.loads(sys.argv[1]):
+    if has_plugin:
+        register()
     try:
         EngineArgs(**options).create_engine_config()
     except ValueError as error:
@@ -170,17 +232,17 @@ for options in json.loads(sys.argv[1]):
 """
 
 
-def test_what_cannot_be_served(folders, tmp_path):
-    options = []
-    for i, (change, more, _) in enumerate(REFUSED):
+def test_what_cannot_be_served(folders, environment, tmp_path):
+    asked = []
+    for i, (has_plugin, change, options, _) in enumerate(REFUSED):
         folder = tmp_path / str(i)
         shutil.copytree(folders["spd"], folder)
         keys = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(keys | change))
-        options.append(dict(more, model=str(folder), trust_remote_code=bool(i % 2)))
-    process = run_script(["-c", REFUSE, json.dumps(options)], env=environment(tmp_path))
+        asked.append((has_plugin, dict(options, model=str(folder))))
+    process = run_script(["-c", REFUSE, json.dumps(asked)], env=environment | dict(VLLM_PLUGINS=""))
     said = [json.loads(line) for line in succeeded(process).splitlines() if line.startswith('"')]
-    for (_, _, words), text in zip(REFUSED, said, strict=True):
+    for (*_, words), text in zip(REFUSED, said, strict=True):
         assert [line for line in text.splitlines() if words in line], text
 
 
@@ -211,22 +273,23 @@ def running(argv, env, log):
             process.wait()
 
 
-def test_the_server(folders, expected, tmp_path):
-    """As `make serve` starts it, on two workers of its own; text in, text out, several clients at once."""
+def test_the_server(folders, expected, environment, tmp_path, capsys):
+    """As `make serve` starts it, on two workers of its own; several clients at once, what README.md asks, mistakes."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folders["spd"])
+    tokenizer = AutoTokenizer.from_pretrained(folders["spd"], trust_remote_code=False)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folders["spd"], "--port", port]
     argv += ["--tensor-parallel-size", 2, "--dtype", "float32", "--kv-cache-memory-bytes", 64 << 20, "--enforce-eager"]
+    argv += ["--served-model-name", "spd"]
 
-    def completion(prompt):
-        body = dict(prompt=tokenizer.decode(prompt), max_tokens=NEW_TOKENS, temperature=0)
+    def completion(text, **more):
+        body = dict(prompt=text, max_tokens=NEW_TOKENS, temperature=0) | more
         return json.loads(ask(port, "/v1/completions", body))["choices"][0]["text"]
 
-    with running([*map(str, argv)], environment(tmp_path, OMP_NUM_THREADS="1"), tmp_path / "log") as server:
+    with running([*map(str, argv)], environment | dict(OMP_NUM_THREADS="1"), tmp_path / "log") as server:
         while True:
             assert server.poll() is None, (tmp_path / "log").read_text()[-3000:]
             try:
@@ -234,6 +297,17 @@ def test_the_server(folders, expected, tmp_path):
                 break
             except OSError:
                 time.sleep(0.5)
+        texts = [tokenizer.decode(prompt) for prompt in prompts()]
         with ThreadPoolExecutor(6) as clients:
-            texts = list(clients.map(completion, prompts()))
-    assert texts == [tokenizer.decode(ids) for ids, _ in expected["spd"]]
+            answers = list(clients.map(completion, texts))
+        assert answers == [tokenizer.decode(ids) for ids, _ in expected["spd"]]
+
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        curl = json.loads(re.search(r"localhost:8000/v1/completions .*\n +-d '(.*)'\n", readme)[1])
+        (code,) = re.findall(r"```python\n(from openai .*?)```", readme, re.DOTALL)
+        exec(code.replace("localhost:8000", f"127.0.0.1:{port}"), {})
+        assert capsys.readouterr().out == completion(curl["prompt"], **curl) + "\n"
+
+        assert completion("To € be 🙂") == completion("To  be ")  # characters that the model does not know
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            completion("🙂")
