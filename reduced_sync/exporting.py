@@ -10,6 +10,7 @@ import torch
 
 from reduced_sync import checkpoint as ckpt
 from reduced_sync import preparing
+from reduced_sync.drop_log import read_drop_log
 from reduced_sync.files import sync_folder
 from reduced_sync.run_log import read_log
 from reduced_sync.tokenizer import Tokens
@@ -161,15 +162,40 @@ def validation_loss(path: Path, saved: dict) -> str:
     return "not evaluated"
 
 
+def dropped_rows(path: Path, keys: dict, syncs: int) -> dict[str, str]:
+    """What the card says of a model whose syncs drop_syncs.py has dropped, in place of data, tokens and loss."""
+    distilled = keys["distil_epochs"] * keys["calibration_windows"] * keys["block_size"]
+    finetuned = keys["finetune_steps"] * keys["finetune_batch_size"] * keys["block_size"]
+    measured = read_drop_log(path.parent / "log.txt").perplexities if (path.parent / "log.txt").is_file() else []
+    texts = "not known"
+    if of_this := [perplexities for _, n, _, perplexities in measured if n == syncs]:
+        dense = measured[0][3]
+        texts = ", ".join(
+            f"{name} {value:.2f} ({100 * (value / dense[name] - 1):+.1f} %)" for name, value in of_this[-1].items()
+        )
+    return {
+        "data": f"calibrated on {keys['calibration'] or 'the data of the run'}",
+        "trained": f"{distilled:,} tokens block to block, {finetuned:,} tokens towards the model with all syncs",
+        "perplexity, and above that of all syncs": texts,
+    }
+
+
 def card(name, path, saved, config, meta, has_code, can_pad) -> str:
     """README.md of the folder."""
     with torch.device("meta"):
         n_params = GPT(config).get_num_params(non_embedding=False)
-    keys, data = saved["config"], meta.get("source", meta["tokenizer"])
-    most, syncs = 2 * config.n_layer, count_syncs(config.sync_pattern)
-    step, last = saved["step"], keys.get("max_iters", saved["step"])
-    a_step = [keys.get(key, 0) for key in ("gradient_accumulation_steps", "batch_size", "block_size")]
-    n_tokens = step * a_step[0] * a_step[1] * a_step[2]
+    keys, most, syncs = saved["config"], 2 * config.n_layer, count_syncs(config.sync_pattern)
+    if "calibration" in keys:
+        training = dropped_rows(path, keys, syncs)
+    else:
+        step, last = saved["step"], keys.get("max_iters", saved["step"])
+        a_step = [keys.get(key, 0) for key in ("gradient_accumulation_steps", "batch_size", "block_size")]
+        n_tokens = step * a_step[0] * a_step[1] * a_step[2]
+        training = {
+            "data": meta.get("source", meta["tokenizer"]),
+            "trained": f"{n_tokens:,} tokens, {step:,} steps" + (f" of {last:,}: unfinished" if step < last else ""),
+            "validation loss": validation_loss(path, saved),
+        }
     rows = {
         "sync pattern": f"`{config.sync_pattern}`",
         "drawn (A attention, M MLP, \\| all-reduce)": f"`{draw_pattern(config.sync_pattern)}`".replace("|", "\\|"),
@@ -184,10 +210,7 @@ def card(name, path, saved, config, meta, has_code, can_pad) -> str:
         f"values, {config.n_hidden} neurons, {config.block_size} positions, {config.vocab_size} ids",
         "parameters": f"{n_params:,}",
         "weights from": "scratch" if keys.get("init_from", "scratch") == "scratch" else f"`{keys['init_from']}`",
-        "data": data,
-        "trained": f"{n_tokens:,} tokens, {step:,} steps" + (f" of {last:,}: unfinished" if step < last else ""),
-        "validation loss": validation_loss(path, saved),
-    }
+    } | training
     trust = ", trust_remote_code=True" if has_code else ""
     prompts = '["the", "a"], return_tensors="pt", padding=True' if can_pad else '"the", return_tensors="pt"'
     serve = "vLLM, transformers and lm-eval load it as any GPT-2 or Llama: `vllm serve " + name + "`."

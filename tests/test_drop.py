@@ -11,10 +11,11 @@ import torch
 from conftest import english
 from launch import ROOT, one_line_error, run_script, status, succeeded
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from variants import rough
 
 import drop_syncs
+import export
 import sample
 import train_reduced_sync
 from reduced_sync import arranging, dropping, parallel, weights
@@ -82,6 +83,20 @@ def test_the_trained_model_is_greedy_as_transformers(llama, tmp_path):
     theirs = LlamaForCausalLM.from_pretrained(llama / "model")
     idx = theirs.generate(**tokenizer("The list", return_tensors="pt"), max_new_tokens=12, do_sample=False)
     assert one == two == tokenizer.decode(idx[0]) + "\n---------------\n"
+
+
+def test_the_result_is_exported_with_its_perplexities(whole, tmp_path):
+    assert status(export.main, [str(whole), f"--to={tmp_path / 'folder'}"]) in (None, 0)
+    saved = ckpt.load(whole / "ckpt.pt")
+    model = GPT(GPTConfig(**saved["model_args"])).eval()
+    ckpt.restore(saved, model)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", trust_remote_code=True)
+    idx = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits, model(idx, idx)[0], rtol=1e-4, atol=1e-5)
+    (*_, (_, syncs, most, perplexities)) = read_drop_log(whole / "log.txt").perplexities
+    card = (tmp_path / "folder/README.md").read_text()
+    assert f"| syncs of a forward pass | {syncs} of {most} |" in card and f"one {perplexities['one']:.2f} (" in card
 
 
 def test_every_stage_leaves_its_line(whole):
