@@ -85,7 +85,7 @@ def test_the_trained_model_is_greedy_as_transformers(llama, tmp_path):
     assert one == two == tokenizer.decode(idx[0]) + "\n---------------\n"
 
 
-def test_the_result_is_exported_with_its_perplexities(whole, tmp_path):
+def test_the_result_is_exported_with_its_perplexities(whole, tmp_path, modules):
     assert status(export.main, [str(whole), f"--to={tmp_path / 'folder'}"]) in (None, 0)
     saved = ckpt.load(whole / "ckpt.pt")
     model = GPT(GPTConfig(**saved["model_args"])).eval()

@@ -28,6 +28,8 @@ from reduced_sync.run_log import read_log
 from reduced_sync.tokenizer import Tokens
 from reduced_sync_model import GPT, GPTConfig
 
+pytestmark = pytest.mark.usefixtures("modules")
+
 pytestmark = pytest.mark.timeout(120)
 torch.set_num_threads(1)
 EXPORT, SAMPLE, TRAIN = ROOT / "export.py", ROOT / "sample.py", ROOT / "train_reduced_sync.py"
@@ -58,15 +60,6 @@ WITH_CODE = [
     dict(**LLAMA | dict(bias=True)),
     dict(**LLAMA, rope_inv_freq=(1.0, 0.25, 0.05, 0.01)),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def modules(tmp_path_factory):
-    """Where transformers copies the code of a folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", folder)
-        yield
 
 
 def save(out, meta=None, **shape):
