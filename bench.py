@@ -408,16 +408,10 @@ class Options:
 
 
 @dataclass
-class Shaped(Options):
-    """Keys of the commands that build models."""
-
-    block_size: int = option(256, "tokens of a sequence", least=1)
-
-
-@dataclass
-class Timed(Shaped):
+class Timed(Options):
     """Keys of the commands that measure."""
 
+    block_size: int = option(256, "tokens of a sequence", least=1)
     rounds: int = option(5, "rounds of each launch", least=1)
     launches: int = option(1, "times that the processes are started", least=1)
     device: str | None = option(None, "cuda or cpu; None: cuda where there is one")
@@ -425,7 +419,7 @@ class Timed(Shaped):
 
 
 @dataclass
-class Counted(Shaped):
+class Counted(Options):
     candidates: tuple[str, ...] = option(("baseline@1", "spd@2", "grouped:3@2", "grouped:3@4"), "VARIANT@N_SHARD")
     block_size: int = option(1024, "tokens of a sequence", least=1)
     batch_size: int = option(12, "sequences of a step", least=1)

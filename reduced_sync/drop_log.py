@@ -55,6 +55,11 @@ def read_drop_log(path: str | Path) -> DropLog:
     return log
 
 
+def beside_dense(perplexity: float, dense: float) -> str:
+    """`27.23 (+11.5 %)`: a perplexity, and how far it lies above that of all syncs."""
+    return f"{perplexity:.2f} ({100 * (perplexity / dense - 1):+.1f} %)"
+
+
 def table_of(logs: dict[str, DropLog]) -> str:
     """The perplexities of runs by name as a table in Markdown: after each stage, and in percent above all syncs.
 
@@ -67,7 +72,7 @@ def table_of(logs: dict[str, DropLog]) -> str:
             head = ["run", "after", "syncs", *dense]
             lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for stage, syncs, most, perplexities in log.perplexities[dense == above :]:
-            cells = [f"{value:.2f} ({100 * (value / dense[text] - 1):+.1f} %)" for text, value in perplexities.items()]
+            cells = [beside_dense(value, dense[text]) for text, value in perplexities.items()]
             lines.append(f"| {name} | {stage} | {syncs} of {most} | {' | '.join(cells)} |")
         above = dense
     return "\n".join(lines)

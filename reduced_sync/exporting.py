@@ -10,7 +10,7 @@ import torch
 
 from reduced_sync import checkpoint as ckpt
 from reduced_sync import preparing
-from reduced_sync.drop_log import read_drop_log
+from reduced_sync.drop_log import beside_dense, read_drop_log
 from reduced_sync.files import sync_folder
 from reduced_sync.run_log import read_log
 from reduced_sync.tokenizer import Tokens
@@ -170,9 +170,7 @@ def dropped_rows(path: Path, keys: dict, syncs: int) -> dict[str, str]:
     texts = "not known"
     if of_this := [perplexities for _, n, _, perplexities in measured if n == syncs]:
         dense = measured[0][3]
-        texts = ", ".join(
-            f"{name} {value:.2f} ({100 * (value / dense[name] - 1):+.1f} %)" for name, value in of_this[-1].items()
-        )
+        texts = ", ".join(f"{name} {beside_dense(value, dense[name])}" for name, value in of_this[-1].items())
     return {
         "data": f"calibrated on {keys['calibration'] or 'the data of the run'}",
         "trained": f"{distilled:,} tokens block to block, {finetuned:,} tokens towards the model with all syncs",

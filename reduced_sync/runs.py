@@ -42,9 +42,7 @@ class Arm:
     changed: str  # settings that changed where the run was resumed
     seeds: dict
     update_seconds: dict  # {seed: the median time of an update}, of the seeds whose logs have times
-    scale: int = (
-        0  # the place of its size among those of all runs, 1 for the smallest, each family of blocks for itself
-    )
+    scale: int = 0  # the place of its family and size among those of all runs: 1 for the first family's smallest
     tpots: dict = field(default_factory=dict)  # {setting: seconds per token}, from frontier.py
 
     @property
@@ -150,9 +148,8 @@ def load_runs(paths: Iterable[str | Path]) -> list[Arm]:
         print(f"skipped: {line}", file=sys.stderr)
     family, smallest, scale = None, 0, 0
     for arm in sorted(arms, key=lambda arm: (arm.family, arm.n_params)):
-        if (
-            arm.family != family or arm.n_params > 1.04 * smallest
-        ):  # shards' norms and controls: within 2 % of the middle
+        # shards' norms and controls: within 2 % of the middle
+        if arm.family != family or arm.n_params > 1.04 * smallest:
             family, smallest, scale = arm.family, arm.n_params, scale + 1
         arm.scale = scale
     return sorted(arms, key=lambda arm: (arm.scale, arm.n_shard, -arm.syncs, arm.names))
