@@ -20,6 +20,7 @@ import functools
 import math
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,7 +124,7 @@ class Source:
             self.dense = shards_to_dense(self.saved["model"], trained)
             self.fields = dataclasses.asdict(trained) | {"sync_pattern": ""}
 
-    def build(self, n_shard: int, tp_group=None) -> rsm.GPT:
+    def build(self, n_shard: int, tp_group: dist.ProcessGroup | None = None) -> rsm.GPT:
         """The model with all syncs, on the CPU. Raises ValueError where it cannot be cut so."""
         if self.saved is None:
             return from_pretrained(self.name, tp_group, n_shard=n_shard)
@@ -150,7 +151,7 @@ class Source:
         return Tokens(self.meta)
 
 
-def prepare(config: Config):
+def prepare(config: Config) -> tuple[tuple, Source, dict | None, dict, dict, dict]:
     """Refuse what can be refused before a process group exists. Raises ValueError or OSError.
 
     Returns (device choice, source, checkpoint or None, texts to calibrate on, windows of them by the key that says how
@@ -216,7 +217,7 @@ class Dropping:
             ckpt.restore(saved, self.model)
         self.saved_optimizer = saved["optimizer"] if saved else {}
 
-    def build_arranged(self):
+    def build_arranged(self) -> rsm.GPT:
         """The model with all syncs, arranged as far as progress says."""
         try:
             model = self.source.build(self.config.n_shard, self.layout.tp_group)
@@ -227,7 +228,7 @@ class Dropping:
             arranging.set_dense_block(model, i, dense)
         return model.to(self.layout.device).eval()
 
-    def header(self, resumed):
+    def header(self, resumed: bool) -> dict:
         """What describes the run, for its log."""
         began = "resumed" if resumed else "started"
         n = self.model.get_num_params(non_embedding=False)
@@ -242,18 +243,18 @@ class Dropping:
             "config": dataclasses.asdict(self.config),
         }
 
-    def say(self, line):
+    def say(self, line: str) -> None:
         """A line of the log and of the terminal, on rank 0."""
         if self.log:
             self.log.line(line)
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
-    def bar(self, items):
+    def bar(self, items: Iterable) -> tqdm:
         """The items with a progress bar on rank 0's terminal."""
         return tqdm(items, desc=self.progress.stage, disable=None if RANK == 0 else True, leave=False)
 
-    def evaluate(self, stage, pattern):
+    def evaluate(self, stage: str, pattern: str) -> None:
         """Say the perplexities of all evaluation texts under a pattern."""
         model, found = self.model.with_pattern(pattern), {}
         for name, windows in self.evaluation.items():
@@ -261,7 +262,7 @@ class Dropping:
             found[name] = math.exp(min(loss, 700.0))
         self.say(perplexity_line(stage, model.num_syncs, 2 * len(pattern), found))
 
-    def save(self, final=False):
+    def save(self, final: bool = False) -> None:
         """Write progress.pt, and at the end ckpt.pt, which sample.py reads. Raises SameOnAllRanks where that fails."""
         self.last_save = time.monotonic()
         trained = self.progress.stage in STAGES[3:]  # before, the weights are the source's
@@ -287,7 +288,7 @@ class Dropping:
                 error = f"saving to {out_dir} failed, what was saved before is whole: {failure}"
         parallel.raise_together(error)
 
-    def step_done(self, done):
+    def step_done(self, done: int) -> bool:
         """Remember that so much of the stage is done, and save where it is due. Whether the run is to stop."""
         self.progress.done = done
         due = RANK == 0 and time.monotonic() - self.last_save > self.config.checkpoint_minutes * 60
@@ -297,7 +298,7 @@ class Dropping:
             self.save()
         return bool(stopping)
 
-    def run(self):
+    def run(self) -> bool:
         """All stages from where the run stands. Returns whether it came to the end."""
         n_layer = self.model.config.n_layer
         if (self.progress.stage, self.progress.done) == (STAGES[0], 0):
@@ -325,10 +326,11 @@ class Dropping:
         return True
 
     @property
-    def pattern(self):
+    def pattern(self) -> str:
+        """Where the model syncs, once that is decided."""
         return self.progress.sync_pattern
 
-    def dropped(self, n):
+    def dropped(self, n: int) -> str:
         """The pattern with the n blocks dropped that are first in order."""
         first = set(self.progress.order[:n])
         return "".join("1" if i in first else "2" for i in range(self.model.config.n_layer))
@@ -336,7 +338,7 @@ class Dropping:
     # --- the stages: each returns the tokens it has used, 0 if it is left out, None if the run is to stop
 
     @torch.no_grad()
-    def arrange(self):
+    def arrange(self) -> int | None:
         """Order the heads and neurons of every layer, the dense function unchanged."""
         config, model, progress = self.config, self.model, self.progress
         if config.arrange == config.arrange_heads == "as_is" or config.n_shard == 1:
@@ -370,7 +372,7 @@ class Dropping:
                 batches = [dropping.run_blocks(model, x, rope, i, i + 1) for x in batches]
         return windows.numel()
 
-    def sensitivity(self):
+    def sensitivity(self) -> int:
         """The order in which blocks are dropped."""
         L = self.model.config.n_layer
         self.progress.order = list(range(L))[::-1]
@@ -383,7 +385,7 @@ class Dropping:
         self.progress.order = sorted(range(L), key=lambda i: (found[i], i))
         return windows.numel()
 
-    def drop(self):
+    def drop(self) -> int:
         """The pattern."""
         config, L = self.config, self.model.config.n_layer
         self.progress.sync_pattern = config.sync_pattern or self.dropped(L if config.drop == -1 else config.drop)
@@ -397,12 +399,12 @@ class Dropping:
         self.say(f"pattern: {self.pattern}, order {' '.join(map(str, self.progress.order))}")
         return self.windows.numel() if config.max_loss_percent else 0
 
-    def calibration_loss(self, n):
+    def calibration_loss(self, n: int) -> float:
         """Mean loss on the calibration windows with n blocks dropped."""
         model = self.model.with_pattern(self.dropped(n))
         return dropping.mean_loss(model, self.windows, self.config.batch_size, self.layout)
 
-    def distil(self):
+    def distil(self) -> int | None:
         """Block to block: each dropped block learns what it computed before, on the same windows."""
         config, model, done = self.config, self.model, self.progress.done
         if config.distil_epochs == 0 or "1" not in self.pattern:
@@ -428,7 +430,7 @@ class Dropping:
         return self.windows.numel() * config.distil_epochs
 
     @torch.no_grad()
-    def through(self, model, i, x, rope, character):
+    def through(self, model: rsm.GPT, i: int, x: torch.Tensor, rope: tuple | None, character: str) -> torch.Tensor:
         """All windows x (windows, T, C) through layer i, under this character of a pattern; on the CPU."""
         pattern, done = character * model.config.n_layer, []
         for part in x.split(self.config.batch_size):
@@ -436,7 +438,7 @@ class Dropping:
                 done.append(dropping.run_blocks(model, part.to(self.layout.device), rope, i, i + 1, pattern).cpu())
         return torch.cat(done)
 
-    def finetune(self):
+    def finetune(self) -> int | None:
         """The whole model towards the distributions of the one with all syncs, on other windows at each step."""
         config, model, layout = self.config, self.model, self.layout
         if config.finetune_steps == 0 or "1" not in self.pattern:
@@ -463,7 +465,7 @@ class Dropping:
         self.optimizer = None
         return config.finetune_steps * config.finetune_batch_size * config.block_size
 
-    def draw(self, n, generator):
+    def draw(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """n windows (n, T) from random places of the calibration texts, each text as likely."""
         arrays, T = list(self.calibration.values()), self.config.block_size
         found = []

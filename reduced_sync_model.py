@@ -23,12 +23,14 @@ per shard. `model = GPT(GPTConfig(n_shard=2, sync_pattern=spd(12)))` needs no la
 import copy
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch import Tensor
 from torch.nn import functional as F
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,7 +90,7 @@ def draw_pattern(pattern: str) -> str:
 # Collectives: the conjugate functions f and g of Megatron-LM (arXiv 1909.08053, section 3)
 
 
-def all_reduce(x, group):
+def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of `x` over the ranks of `group`, in a fresh tensor: x itself may be in use as the residual stream."""
     x = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, group=group)
@@ -116,12 +118,12 @@ class _SumOverRanks(torch.autograd.Function):
         return grad, None
 
 
-def copy_to_ranks(x, group):
+def copy_to_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """f: identity forward, all-reduce backward. For x where shards start to read it, never for the skip path."""
     return x if group is None else _CopyToRanks.apply(x, group)
 
 
-def sum_over_ranks(x, group):
+def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """g: all-reduce forward, identity backward."""
     return x if group is None else _SumOverRanks.apply(x, group)
 
@@ -136,7 +138,7 @@ class _Arrived(torch.autograd.Function):
         return grad, None
 
 
-def start_sum_over_ranks(x, group):
+def start_sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor | None]:
     """g in two halves: this one starts the all-reduce and returns what finish_sum_over_ranks takes.
 
     As operators, since dist.all_reduce(async_op=True) would end a compiled graph.
@@ -144,7 +146,7 @@ def start_sum_over_ranks(x, group):
     return x, None if group is None else torch.ops._c10d_functional.all_reduce(x.detach(), "sum", group.group_name)
 
 
-def finish_sum_over_ranks(x, total):
+def finish_sum_over_ranks(x: Tensor, total: Tensor | None) -> Tensor:
     """Wait for the sum of `x` over the ranks. Its backward is g's: identity."""
     return x if total is None else _Arrived.apply(x, torch.ops._c10d_functional.wait_tensor(total))
 
@@ -157,20 +159,20 @@ def finish_sum_over_ranks(x, total):
 class Norm(nn.Module):
     """A layer norm or RMS norm (arXiv 1910.07467) per shard. weight and bias (S, C); an RMS norm has no bias."""
 
-    def __init__(self, config, n_local):
+    def __init__(self, config: "GPTConfig", n_local: int):
         super().__init__()
         self.normalize, self.eps = F.rms_norm if config.norm == "rmsnorm" else F.layer_norm, config.norm_eps
         self.weight = nn.Parameter(torch.ones(n_local, config.n_embd))
         has_bias = config.bias and config.norm == "layernorm"
         self.bias = nn.Parameter(torch.zeros(n_local, config.n_embd)) if has_bias else None
 
-    def forward(self, h):
+    def forward(self, h: Tensor) -> Tensor:
         """h (B, T, C) or (S, B, T, C) -> (S, B, T, C)."""
         h = self.normalize(h, h.shape[-1:], eps=self.eps) * self.weight[:, None, None]
         return h if self.bias is None else h + self.bias[:, None, None]
 
 
-def multiply(x, weight, bias):
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (S, B, T, in) times weight (S, in, out), plus bias (S, out) or None -> (S, B, T, out)."""
     rows = x.flatten(1, 2)  # (S, B*T, in)
     y = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias[:, None], rows, weight)
@@ -180,12 +182,12 @@ def multiply(x, weight, bias):
 class ColumnParallel(nn.Module):
     """A linear layer cut by its output. weight (S, out, in), bias (S, out)."""
 
-    def __init__(self, n_local, n_in, n_out, bias):
+    def __init__(self, n_local: int, n_in: int, n_out: int, bias: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_local, n_out, n_in))
         self.bias = nn.Parameter(torch.zeros(n_local, n_out)) if bias else None
 
-    def forward(self, h):
+    def forward(self, h: Tensor) -> Tensor:
         """h (S, B, T, in) -> (S, B, T, out)."""
         return multiply(h, self.weight.mT, self.bias)
 
@@ -193,17 +195,17 @@ class ColumnParallel(nn.Module):
 class RowParallel(nn.Module):
     """A linear layer cut by its input: its output is the sum over shards. weight (S, in, out), bias (S, out)."""
 
-    def __init__(self, n_local, n_in, n_out, bias):
+    def __init__(self, n_local: int, n_in: int, n_out: int, bias: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_local, n_in, n_out))
         self.bias = nn.Parameter(torch.zeros(n_local, n_out)) if bias else None
 
-    def forward(self, y):
+    def forward(self, y: Tensor) -> Tensor:
         """y (S, B, T, in) -> (S, B, T, out), of which a sync makes the sum."""
         return multiply(y, self.weight, self.bias)
 
 
-def rotate(x, rope):
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """RoPE (arXiv 2104.09864): x (..., T, D), the halves of D as pairs, turned by `rope`, cos and sin (T, D/2)."""
     (a, b), (cos, sin) = x.chunk(2, dim=-1), rope
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
@@ -212,7 +214,7 @@ def rotate(x, rope):
 class CausalSelfAttention(nn.Module):
     """A shard has H heads of queries and K of keys and values, shared where K < H (GQA, arXiv 2305.13245)."""
 
-    def __init__(self, config, n_local):
+    def __init__(self, config: "GPTConfig", n_local: int):
         super().__init__()
         self.dropout, self.head_size = config.dropout, config.head_size
         self.n_head, self.n_kv_head = config.n_head // config.n_shard, max(1, config.n_kv_head // config.n_shard)
@@ -220,7 +222,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = ColumnParallel(n_local, config.n_embd, n_qkv, config.bias)
         self.c_proj = RowParallel(n_local, self.n_head * self.head_size, config.n_embd, config.bias)
 
-    def forward(self, h, rope=None, past=None, mask=None):
+    def forward(self, h: Tensor, rope=None, past=None, mask: Tensor | None = None) -> Tensor:
         """h (S, B, T, C) -> (S, B, T, C).
 
         rope: for rotate(). past: this layer's (keys, values, positions held) of a KVCache. mask (S*B, 1, T, positions):
@@ -246,7 +248,7 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """Of mlp="swiglu" (arXiv 2002.05202) the neurons have a gate each."""
 
-    def __init__(self, config, n_local):
+    def __init__(self, config: "GPTConfig", n_local: int):
         super().__init__()
         n_hidden = config.n_hidden // config.n_shard
         self.dropout = config.dropout
@@ -254,13 +256,13 @@ class MLP(nn.Module):
         self.c_gate = ColumnParallel(n_local, config.n_embd, n_hidden, config.bias) if config.mlp == "swiglu" else None
         self.c_proj = RowParallel(n_local, n_hidden, config.n_embd, config.bias)
 
-    def neurons(self, h):
+    def neurons(self, h: Tensor) -> Tensor:
         """h (S, B, T, C) -> (S, B, T, n_hidden/n_shard)."""
         if self.c_gate is None:
             return F.gelu(self.c_fc(h), approximate="tanh")  # tanh: GPT-2's own
         return F.silu(self.c_gate(h)) * self.c_fc(h)
 
-    def forward(self, h):
+    def forward(self, h: Tensor) -> Tensor:
         """h (S, B, T, C) -> (S, B, T, C)."""
         return F.dropout(self.c_proj(self.neurons(h)), self.dropout, self.training)
 
@@ -277,24 +279,24 @@ class Stream:
     is float32, but d and x + d are bfloat16, which halves the bytes that a GPU moves for them.
     """
 
-    def __init__(self, x, config, tp_group):
+    def __init__(self, x: Tensor, config: "GPTConfig", tp_group: dist.ProcessGroup | None):
         self.x, self.tp_group, self.overlap = x, tp_group, config.overlap
         self.desync, self.n_shard = config.merge == "desync", config.n_shard
         self.x_in = self.d = self.late = None
 
-    def read(self):
+    def read(self) -> Tensor:
         """x + d, what the shards see: (B, T, C) where all see the same, else (S, B, T, C) per shard."""
         if self.x_in is None:
             self.x_in = copy_to_ranks(self.x, self.tp_group)
         return self.x_in if self.d is None else self.x_in.to(self.d.dtype) + self.d
 
-    def keep(self, y):
+    def keep(self, y: Tensor) -> None:
         """No sync: y (S, B, T, C) stays with its shard."""
         self.arrive()
         y = y.to(self.x.dtype) if y.dtype == torch.float16 else y  # a stream can be beyond float16's range
         self.d = y if self.d is None else self.d + y
 
-    def sync(self, y):
+    def sync(self, y: Tensor) -> None:
         """A sync point: x plus the sum of all shards' deltas, of which y (S, B, T, C) is the last.
 
         With merge="desync" the deltas before y count by their mean (arXiv 2501.06589v1). With overlap x has the sum one
@@ -311,7 +313,7 @@ class Stream:
         else:
             self.x, self.x_in = self.x + sum_over_ranks(delta, self.tp_group), None
 
-    def arrive(self):
+    def arrive(self) -> None:
         """Where a sync is in flight, wait for it; its sum takes the place of the shards' own parts."""
         if self.late is not None:
             self.x, self.x_in = self.x + finish_sum_over_ranks(*self.late), None
@@ -321,7 +323,7 @@ class Stream:
 class Block(nn.Module):
     """One layer."""
 
-    def __init__(self, config, n_local):
+    def __init__(self, config: "GPTConfig", n_local: int):
         super().__init__()
         self.parallel = config.parallel_block
         self.ln_1 = Norm(config, n_local)
@@ -329,7 +331,7 @@ class Block(nn.Module):
         self.ln_2 = Norm(config, n_local)
         self.mlp = MLP(config, n_local)
 
-    def forward(self, stream, character, rope=None, past=None, mask=None):
+    def forward(self, stream: Stream, character: str, rope=None, past=None, mask: Tensor | None = None) -> None:
         """Add this layer to the Stream: `character` is its place in the sync pattern, `past` its part of a KVCache."""
         h = stream.read()
         y = self.attn(self.ln_1(h), rope, past, mask)
@@ -400,7 +402,7 @@ def is_sharded(name: str) -> bool:
     return role_of(name).cut != "replicated"
 
 
-def shard_tensor(name: str, dense: torch.Tensor, config: "GPTConfig") -> torch.Tensor:
+def shard_tensor(name: str, dense: Tensor, config: "GPTConfig") -> Tensor:
     """One dense tensor -> (n_shard, ...), or itself where it is replicated."""
     n_shard = config.n_shard
     match role_of(name).cut:
@@ -421,7 +423,7 @@ def shard_tensor(name: str, dense: torch.Tensor, config: "GPTConfig") -> torch.T
             return (dense / n_shard).expand(n_shard, -1)
 
 
-def initial_weights(config):
+def initial_weights(config: "GPTConfig") -> Iterator[tuple[str, Tensor]]:
     """Yield name and value of every random tensor of a dense model, sampled on the CPU in a fixed order."""
     C, D, hidden = config.n_embd, config.head_size, config.n_hidden
     small = 0.02 / math.sqrt(2 * config.n_layer)  # GPT-2: the 2*n_layer layers that write to the residual stream
@@ -516,7 +518,7 @@ class KVCache:
     (decode). Setting `length` to 0 empties it.
     """
 
-    def __init__(self, model, batch_size):
+    def __init__(self, model: "GPT", batch_size: int):
         c, wte = model.config, model.transformer.wte.weight
         n_local = c.n_shard // model.tp_size
         shape = (n_local * batch_size, max(1, c.n_kv_head // c.n_shard), c.block_size, c.head_size)  # (S*B, K, T, D)
@@ -531,7 +533,7 @@ class GPT(nn.Module):
     from torch's global generator and cut, so they do not depend on the layout.
     """
 
-    def __init__(self, config, tp_group=None):
+    def __init__(self, config: GPTConfig, tp_group: dist.ProcessGroup | None = None):
         super().__init__()
         self.config = config
         self.tp_size = tp_group.size() if tp_group is not None else 1
@@ -564,7 +566,9 @@ class GPT(nn.Module):
             for name, dense in initial_weights(config):
                 parameters[name].copy_(self.local_part(name, shard_tensor(name, dense, config)))
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Token ids (B, T) -> logits and, where targets (B, T) are given, the mean loss in nats (-1: no target).
 
         With a KVCache idx continues the tokens in it. Logits are (B, T, vocab_size) with targets, else (B, 1,
@@ -580,7 +584,7 @@ class GPT(nn.Module):
         loss = F.cross_entropy(exact.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
         return logits, loss
 
-    def hidden_states(self, idx, cache=None, padding=None):
+    def hidden_states(self, idx: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
         """Token ids (B, T) -> the synced stream behind the last layer (B, T, C), which ln_f and lm_head make logits of.
 
         padding (B,): so many of a row's first ids are no tokens. Nothing sees them, and positions are counted behind
@@ -606,7 +610,7 @@ class GPT(nn.Module):
             cache.length += T
         return stream.x
 
-    def embed(self, idx, held=0, padding=None):
+    def embed(self, idx: Tensor, held: int = 0, padding: Tensor | None = None) -> tuple[Tensor, tuple | None]:
         """Token ids (B, T) behind `held` others -> x (B, T, C), and what rotate() takes or None."""
         x, T = self.transformer.wte(idx), idx.size(1)
         if self.config.position == "rope":  # only differences of positions count: padding changes none
@@ -616,7 +620,7 @@ class GPT(nn.Module):
             place = (torch.arange(held, held + T, device=idx.device) - padding[:, None]).clamp(min=0)  # (B, T)
         return x + self.transformer.wpe.weight[place], None
 
-    def rope(self, first, T):
+    def rope(self, first: int, T: int) -> tuple[Tensor, Tensor]:
         """cos and sin, each (T, D/2), of inv_freq times position, of the T positions from `first` on."""
         c, weight = self.config, self.transformer.wte.weight
         exact = dict(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
@@ -643,16 +647,18 @@ class GPT(nn.Module):
         """Those of them behind which a sublayer runs: all but the last one, with overlap."""
         return self.num_syncs - 1 if self.config.overlap else 0
 
-    def get_num_params(self, non_embedding=True) -> int:
+    def get_num_params(self, non_embedding: bool = True) -> int:
         """Parameters of the whole model, all ranks together; like nanoGPT's count, without the position embedding."""
         n = sum(p.numel() * (self.tp_size if is_sharded(name) else 1) for name, p in self.named_parameters())
         return n - self.transformer.wpe.weight.numel() if non_embedding and self.config.position == "learned" else n
 
-    def local_part(self, name, full):
+    def local_part(self, name: str, full: Tensor) -> Tensor:
         """This rank's slice of the whole model's parameter (or optimizer state) called `name`."""
         return full[self.local_shards] if is_sharded(name) else full
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+    def configure_optimizers(
+        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
+    ) -> torch.optim.Optimizer:
         """AdamW, fused on CUDA and CPU; matrices and embeddings decay, biases and norm gains do not."""
         named = list(self.named_parameters())
         groups = [

@@ -50,7 +50,7 @@ class Config:
     backend: str | None = option(None, "nccl or gloo; None: nccl on CUDA")
 
 
-def check_config(config):
+def check_config(config: Config) -> None:
     """Raise ValueError for values that mean nothing."""
     if 0 < config.temperature < 0.001:
         raise ValueError(f"temperature={config.temperature} must be 0, for the likeliest token, or at least 0.001")
@@ -58,7 +58,7 @@ def check_config(config):
         raise ValueError(f"top_p={config.top_p} must be above 0 and at most 1")
 
 
-def load(config):
+def load(config: Config) -> tuple[dict | None, rsm.GPTConfig, dict]:
     """(checkpoint or None, GPTConfig, meta of the tokens) of what config names. Raises ValueError or OSError."""
     if config.init_from != "resume":
         _, fields = pretrained_fields(config.init_from)
@@ -73,7 +73,7 @@ def load(config):
     return saved, model_config, meta
 
 
-def build(config, saved, model_config, layout):
+def build(config: Config, saved: dict | None, model_config: rsm.GPTConfig, layout: parallel.Layout) -> rsm.GPT:
     """The model on its device, in its number type. A dense one has as many shards as there are processes."""
     if saved is not None:
         model = rsm.GPT(model_config, layout.tp_group)
@@ -87,7 +87,7 @@ def build(config, saved, model_config, layout):
     return for_decoding(model, config.compile)
 
 
-def read_prompt(start):
+def read_prompt(start: str) -> str:
     """The text that the key `start` asks for. Raises ValueError where there is none."""
     if not start.startswith("FILE:"):
         return start
@@ -99,7 +99,7 @@ def read_prompt(start):
     return preparing.decode_text(data, f"start={start!r}")
 
 
-def prompt_ids(config, tokens, block_size):
+def prompt_ids(config: Config, tokens: Tokens, block_size: int) -> list[int]:
     """The prompt's token ids, the same on every rank: rank 0 reads it. Raises ValueError on all where there is none."""
     found = [None]
     if RANK == 0:
@@ -119,7 +119,7 @@ def prompt_ids(config, tokens, block_size):
     return found[0]
 
 
-def sample(config, model, tokens, vocab_size, layout):
+def sample(config: Config, model: rsm.GPT, tokens: Tokens, vocab_size: int, layout: parallel.Layout) -> None:
     """Generate and, on rank 0, print."""
     prompt = prompt_ids(config, tokens, block_size := model.config.block_size)
     if RANK == 0 and len(prompt) + config.max_new_tokens > block_size:

@@ -15,6 +15,7 @@ import dataclasses
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,7 @@ RULE = "architecture sync_pattern parallel_block merge overlap".split()
 CHOICES = "block_size dropout n_shard sync_pattern parallel_block merge overlap".split()
 
 
-def prepare(config):
+def prepare(config: Config) -> tuple[tuple, Corpus, rsm.GPTConfig, dict | None]:
     """Refuse what can be refused before a process group exists: keys, device, data, the model's shape, a checkpoint.
 
     Returns (device choice, corpus, GPTConfig, checkpoint or None). Raises ValueError.
@@ -92,7 +93,7 @@ class Progress:
     bad_steps: int = 0  # and in a row
 
 
-def build_model(config, model_config, layout):
+def build_model(config: Config, model_config: rsm.GPTConfig, layout: parallel.Layout) -> rsm.GPT:
     """The model, on its device, with initial or pretrained weights. Raises SameOnAllRanks where those are not there."""
     if config.init_from in ("scratch", "resume"):
         return rsm.GPT(model_config, layout.tp_group).to(layout.device)
@@ -104,7 +105,7 @@ def build_model(config, model_config, layout):
 
 
 @torch.no_grad()
-def evaluate(model, loss_of, corpus, config, layout):
+def evaluate(model: rsm.GPT, loss_of: Callable, corpus: Corpus, config: Config, layout: parallel.Layout) -> list[float]:
     """Mean loss per token, in nats, of the fixed windows of train and val; loss_of(x, y) is the model's. All ranks."""
     model.eval()
     losses = []
@@ -121,7 +122,16 @@ def evaluate(model, loss_of, corpus, config, layout):
     return losses
 
 
-def update(model, loss_of, optimizer, scaler, corpus, config, layout, step):
+def update(
+    model: rsm.GPT,
+    loss_of: Callable,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    corpus: Corpus,
+    config: Config,
+    layout: parallel.Layout,
+    step: int,
+) -> tuple[float, float]:
     """Accumulate this replica's share of the step's global batch, and average and clip its gradients over all ranks.
 
     Returns the mean loss of this rank's micro-steps, and the norm of the gradient before clipping.
@@ -144,7 +154,7 @@ def update(model, loss_of, optimizer, scaler, corpus, config, layout, step):
     return total.item(), parallel.clip_gradients(model, config.grad_clip, rsm.is_sharded, layout.tp_group)
 
 
-def train(config, choice, corpus, model_config, saved):
+def train(config: Config, choice: tuple, corpus: Corpus, model_config: rsm.GPTConfig, saved: dict | None) -> None:
     """The loop, on every rank."""
     layout = parallel.start(*choice, config.tp_size, config.timeout_s)
     device_type, on_rank_0 = layout.device.type, RANK == 0

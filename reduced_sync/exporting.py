@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,7 +67,7 @@ def export(path: Path, target: Path) -> str:
     return f"{target}: {what}"
 
 
-def our_config(config) -> dict:
+def our_config(config: GPTConfig) -> dict:
     """config.json of a folder that carries its code."""
     auto_map = {"AutoConfig": "ReducedSyncConfig", "AutoModelForCausalLM": "ReducedSyncForCausalLM"}
     return {
@@ -88,7 +89,7 @@ def write_weights(state: dict, path: Path) -> None:
         raise OSError(error) from None
 
 
-def write_tokenizer(tokenizer, folder: Path) -> None:
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write the files of a tokenizer of transformers. Raises OSError."""
     try:
         tokenizer.save_pretrained(folder)
@@ -102,7 +103,7 @@ def write_tokenizer(tokenizer, folder: Path) -> None:
 # Tokens
 
 
-def hugging_face_tokenizer(meta: dict, config: GPTConfig):
+def hugging_face_tokenizer(meta: dict, config: GPTConfig) -> tuple[Any, set[int]]:
     """(tokenizer of transformers, ids that end a text) for `meta` of Tokens, of a model of GPTConfig `config`.
 
     It pads on the left, as generating needs it. Raises ValueError where a tokenizer is not there.
@@ -137,7 +138,7 @@ def hugging_face_tokenizer(meta: dict, config: GPTConfig):
     return PreTrainedTokenizerFast(tokenizer_object=backend, **options), tokens.ends
 
 
-def generation_config(meta, config, tokenizer, ends):
+def generation_config(meta: dict, config: GPTConfig, tokenizer: Any, ends: set[int]) -> Any:
     """What generate() needs to know: the ids that end a text, and those that no text has, never to be chosen."""
     from transformers import GenerationConfig
 
@@ -178,7 +179,7 @@ def dropped_rows(path: Path, keys: dict, syncs: int) -> dict[str, str]:
     }
 
 
-def card(name, path, saved, config, meta, has_code, can_pad) -> str:
+def card(name: str, path: Path, saved: dict, config: GPTConfig, meta: dict, has_code: bool, can_pad: bool) -> str:
     """README.md of the folder."""
     with torch.device("meta"):
         n_params = GPT(config).get_num_params(non_embedding=False)

@@ -1,6 +1,7 @@
 """Text to token ids and back, as meta.json describes them: GPT-2's, characters, or those of a pretrained model."""
 
 import codecs
+from collections.abc import Callable
 from typing import Any
 
 from reduced_sync import preparing
@@ -38,7 +39,7 @@ class Tokens:
             raise ValueError(f"the model does not know the character {unknown[0]!r}; it knows {''.join(self.ids)!r}")
         return [self.ids[char] for char in text]
 
-    def stream(self):
+    def stream(self) -> Callable[[int | None], str]:
         """A function from the next token id to the text that has become whole with it, and from None to the rest."""
         if self.kind in ("gpt2", "char"):
             decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a character
