@@ -1,11 +1,14 @@
 """Fixtures that several test files use: data sets of real English text, and a process group that sends nothing."""
 
+import os
 import pydoc_data.topics
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
+from filelock import FileLock
 from launch import ROOT
 
 # under nohup, or started with a &, tests would have these ignored, and their processes, too
@@ -28,15 +31,34 @@ def prepare_chars(folder, text):
 
 
 @pytest.fixture(scope="session")
-def small_dataset(tmp_path_factory):
-    """A prepared dataset of 60,000 characters."""
-    return prepare_chars(tmp_path_factory.mktemp("small_dataset"), english()[:60_000])
+def made_once(tmp_path_factory):
+    """A function from a name and make(folder) to the folder, which one of pytest's workers makes for all of them."""
+
+    def made(name, make):
+        shared = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            shared = shared.parent  # a worker's own is in that of the session
+        with FileLock(shared / f"{name}.lock", timeout=200):
+            if not (shared / name / "made").exists():
+                shutil.rmtree(shared / name, ignore_errors=True)
+                (shared / name).mkdir()
+                make(shared / name)
+                (shared / name / "made").touch()
+        return shared / name
+
+    return made
 
 
 @pytest.fixture(scope="session")
-def text_dataset(tmp_path_factory):
+def small_dataset(made_once):
+    """A prepared dataset of 60,000 characters."""
+    return made_once("small_dataset", lambda folder: prepare_chars(folder, english()[:60_000]))
+
+
+@pytest.fixture(scope="session")
+def text_dataset(made_once):
     """A prepared dataset of all the text."""
-    return prepare_chars(tmp_path_factory.mktemp("text_dataset"), english())
+    return made_once("text_dataset", lambda folder: prepare_chars(folder, english()))
 
 
 @pytest.fixture

@@ -80,9 +80,8 @@ def test_decoding_on_two_ranks():
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("n_shard", [1, 2])
-def test_compiled_decoding(n_shard):
-    model = build("01", n_shard, n_layer=2)
+def test_compiled_decoding():
+    model = build("01", 2, n_layer=2)
     assert_decoding(model, 2, decoding.for_decoding(model, compile=True))
 
 
