@@ -8,6 +8,7 @@ A table stands between two comments, of which the first says what it is and the 
 $ python -m results.tables
 """
 
+import itertools
 import json
 import re
 import statistics
@@ -63,9 +64,7 @@ def decoding_table(folder):
 
 def decoding_case(case):
     """The patterns of one tp_size, batch size and prompt: milliseconds, and how much faster than the first."""
-    delay = 1e6 * case.get("added_delay_s", 0)
-    added = f", every all-reduce at least {delay:.0f} us (added)" if delay else ""
-    head = f"**tp_size {case['tp_size']}, batch {case['batch_size']}, prompt {case['prompt']}{added}.**"
+    head = f"**tp_size {case['tp_size']}, batch {case['batch_size']}, prompt {case['prompt']}.**"
     others = {case["rival"]: "rival", "Ours, baseline, compiled": "compiled"}
     others["The same without communication"] = "compiled_silent"
     for name, key in others.items():
@@ -77,12 +76,31 @@ def decoding_case(case):
     lines = [head, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in case["patterns"]:
         tpot = row["tpot_s"]
-        hidden = row.get("hidden")
-        count = f"{row['syncs'] - hidden} and {hidden} hidden" if hidden else row["syncs"]
-        cells = [row["variant"], count, f"{1000 * row['ttft_s']:.0f}", f"{1000 * tpot:.1f}"]
+        cells = [row["variant"], counted(row), f"{1000 * row['ttft_s']:.0f}", f"{1000 * tpot:.1f}"]
         cells.append(f"{case['patterns'][0]['tpot_s'] / tpot:.2f}x")
         if case["tp_size"] > 1:
             cells += [f"{1000 * row[key]:.1f}" for key in ("in_all_reduces_s", "silent_tpot_s")]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def counted(row):
+    """The syncs of a row of bench.py decode, hidden ones apart."""
+    hidden = row.get("hidden")
+    return f"{row['syncs'] - hidden} and {hidden} hidden" if hidden else row["syncs"]
+
+
+def delays_table(folder):
+    """What bench.py decode measured with added delays: TPOT with each, and the exposed syncs between two of them."""
+    (path,) = folder.glob("*.json")
+    cases = json.loads(path.read_text())["results"]
+    delays = [f"{1000 * case['added_delay_s']:g}" for case in cases]
+    columns = ["variant", "syncs", *(f"{delay} ms" for delay in delays)]
+    columns += [f"exposed, {a} to {b} ms" for a, b in itertools.pairwise(delays)]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for rows in zip(*(case["patterns"] for case in cases), strict=True):
+        cells = [rows[0]["variant"], counted(rows[0]), *(f"{1000 * row['tpot_s']:.1f}" for row in rows)]
+        cells += [f"{row['exposed_syncs']:.1f} ({row['model_exposed_syncs']:.1f})" for row in rows[1:]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -92,7 +110,8 @@ def dropping_table(folder):
     return table_of({log.parent.name: read_drop_log(log) for log in sorted(folder.glob("*/log.txt"))})
 
 
-TABLES = {"runs": runs_table, "gaps": gaps_table, "decoding": decoding_table, "dropping": dropping_table}
+TABLES = {"runs": runs_table, "gaps": gaps_table, "decoding": decoding_table, "delays": delays_table}
+TABLES["dropping"] = dropping_table
 
 
 def renewed(text):

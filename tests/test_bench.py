@@ -429,6 +429,18 @@ def test_recorded_measurement(capsys):
     assert capsys.readouterr().out == "".join((RECORDED / f"{name}.txt").read_text() for name in ("one", "two"))
 
 
+def test_recorded_delays(capsys):
+    """On a link slow beyond a layer's compute every all-reduce is exposed, hidden or not."""
+    folder = ROOT / "results" / "decode-all" / "delays"
+    cases = json.loads((folder / "delays.json").read_text())["results"]
+    for row in cases[-1]["patterns"]:
+        assert row["exposed_syncs"] == pytest.approx(row["syncs"], abs=1.3), row["variant"]
+    for case in cases:
+        bench.print_case(case)
+    bench.print_exposed(cases)
+    assert capsys.readouterr().out == (folder / "delays.txt").read_text()
+
+
 def test_recorded_prediction(capsys):
     assert status(bench.main, ["predict"]) == 0
     assert capsys.readouterr().out == (ROOT / "results" / "predicted" / "h100.txt").read_text()
