@@ -8,6 +8,9 @@ bytes: this rank's weights and its part of the cache, read once. flops: two a we
 B * T * n_embd float32 numbers. alpha and beta of an all-reduce over n ranks are those of a ring, as in NCCL's own cost
 model: alpha = base + 2 (n - 1) * step, beta = 2 (n - 1) / n / bus bandwidth. Of a sync that `overlap` hides, what the
 sublayer that runs meanwhile leaves: max(0, all-reduce - sublayer). Seconds, bytes and flops throughout.
+
+Communication takes none of the processor's time. So it does not hold on a CPU, where gloo works on the core that should
+compute meanwhile: hidden syncs cost more than this says, TPOT is up to a third too low (results/decode-all).
 """
 
 from collections.abc import Sequence
