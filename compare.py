@@ -15,8 +15,8 @@ Whatever runs of one size differ in, besides the architecture, is named in a war
 on other windows of it, have no gap. Below 10 tokens a parameter a verdict is no answer, and says so.
 
 --latency takes each run's time per token from what `bench.py decode --json=decode.json` measured of the same model:
-n_layer, n_embd, n_head, sync_pattern, block and n_shard, which of a dense model makes no difference. --link predicts it
-by latency.py, in bfloat16 and behind a full context. Either adds columns, a panel and a verdict. A run,
+n_layer, n_embd, sync_pattern, block, and n_head and n_shard, which of a dense model make no difference. --link predicts
+it by latency.py, in bfloat16 and behind a full context. Either adds columns, a panel and a verdict. A run,
 variant, rival or control, is on the frontier unless it is dominated: another one is as good or better in loss and time.
 
 --equal_time adds the loss that each run had when it had trained for as long as the baseline did in all: updates times

@@ -1,7 +1,7 @@
 """Loss against time: the time per token of arms, measured or predicted, and which of them no other one beats.
 
 A setting, in which a token takes that time, is text: `tp_size 2, batch 1, prompt 128` or `PREDICTED, link nvlink, ...`.
-Standard TP computes the same however it is cut, so a dense arm is timed at any n_shard.
+Standard TP computes the same however it is cut, so a dense arm is timed at any n_shard and number of heads.
 """
 
 import json
@@ -46,13 +46,15 @@ def add_measured(arms: list[Arm], path: str | Path, tp_size: int | None, batch_s
 
 def _is_of(model, arm):
     """Whether a row's `model`, the keys that make it up, is the arm's."""
-    own = {"n_layer": arm.n_layer, "n_embd": arm.n_embd, "n_head": arm.n_head, "sync_pattern": arm.pattern}
-    own |= arm.block | {"n_kv_head": arm.block["n_kv_head"] or arm.n_head}
+    n_kv_head = arm.block["n_kv_head"] or arm.n_head
+    own = {"n_layer": arm.n_layer, "n_embd": arm.n_embd, "sync_pattern": arm.pattern} | arm.block
+    del own["n_kv_head"]
     if arm.block["n_hidden"] == 0:  # the rule's, which a row has worked out
         del own["n_hidden"]
     if not arm.all_synced:
-        own["n_shard"] = arm.n_shard
-    return all(model[key] == value for key, value in own.items())
+        own |= {"n_shard": arm.n_shard, "n_head": arm.n_head}
+    sharing = model["n_head"] * n_kv_head == model["n_kv_head"] * arm.n_head
+    return sharing and all(model[key] == value for key, value in own.items())
 
 
 def add_predicted(arms: list[Arm], link: str, accelerator: str, tp_size: int, batch_size: int) -> None:

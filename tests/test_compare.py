@@ -435,14 +435,15 @@ def test_equal_arms_are_both_on_the_frontier_and_unfinished_ones_on_none(runs):
 
 
 def test_a_row_is_that_of_the_same_model_alone(runs):
-    """Another n_shard, width or block is another model; for a dense one n_shard makes no difference."""
+    """Another n_shard, width or block is another model; for a dense one n_shard and heads make no difference."""
     others = [dict(n_shard=4), dict(n_embd=128), dict(n_head=8), dict(parallel_block=True), dict(merge="desync")]
     others += [dict(overlap="delayed"), dict(mlp="swiglu"), dict(n_kv_head=2), dict(norm="rmsnorm")]
     rows = [row(1.0, "1" * 12, **other) for other in others]
     path = write_latency(runs, *rows)
     with pytest.raises(ValueError, match="none of the runs' models was measured at tp_size 2, batch 1"):
         add_measured(load(runs), path, None, None)
-    write_latency(runs, *rows, row(0.5, "1" * 12), row(0.7, "2" * 12, n_shard=4))
+    dense = [row(0.6, "2" * 12, n_kv_head=2), row(0.7, "2" * 12, n_shard=4, n_head=8, n_kv_head=8)]
+    write_latency(runs, *rows, row(0.5, "1" * 12), *dense)
     arms = load(runs)
     add_measured(arms, path, None, None)
     assert [list(arm.tpots.values()) for arm in arms] == [[0.7], [0.5], [], []]
