@@ -42,11 +42,12 @@ spd-demo: .venv/ready
 	$(BIN)/python data/prose/prepare.py
 	$(BIN)/python drop_syncs.py config/spd_smollm2.py config/spd_in_minutes.py
 
+# three at a time on two cores: some tests wait for what hangs
 test: data
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 test-quick: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(QUICK)
+	$(BIN)/python -m pytest -n 3 --dist worksteal $(QUICK)
 
 # the evaluation harness on exported folders, in an environment of its own: it brings many packages along
 .venv-lm/ready: requirements.txt

@@ -434,7 +434,7 @@ def test_it_learns(text_dataset, tmp_path):
 
 # --- g. resuming
 
-LONG = dict(max_iters=300, eval_interval=60, checkpoint_interval=10)
+LONG = dict(max_iters=160, eval_interval=40, checkpoint_interval=10)
 
 
 def interrupt(argv, folder, number, after):
@@ -465,7 +465,7 @@ def resumed(small_dataset, made_once):
         code, out = interrupt(argv, root / "halves", signal.SIGTERM, after=25)
         assert code == 0 and re.search(r"stopped at step \d+ and saved; go on with --init_from=resume\n$", out)
         shutil.copytree(root / "halves", root / "stopped")
-        code, _ = interrupt([*argv, "--init_from=resume"], root / "halves", signal.SIGKILL, after=130)
+        code, _ = interrupt([*argv, "--init_from=resume"], root / "halves", signal.SIGKILL, after=90)
         assert code == -signal.SIGKILL
         succeeded(run_script([TRAIN, *argv, "--init_from=resume"], cwd=root / "halves"))
 
@@ -478,15 +478,15 @@ def load(folder):
 
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(resumed):
     """Invariant 6: bit-equal weights, optimizer and log lines after a SIGTERM and a SIGKILL."""
-    assert 25 < load(resumed / "stopped")["step"] < 300
+    assert 25 < load(resumed / "stopped")["step"] < 160
     text = (resumed / "halves" / "out" / "log.txt").read_text()
     assert text.count("# started") == 1 and text.count("# resumed at step") == 2
     lines = log_lines(resumed / "whole" / "out")
-    assert len(lines) == 300 + 6
+    assert len(lines) == 160 + 5
     assert log_lines(resumed / "halves" / "out") == lines
     a, b = load(resumed / "whole"), load(resumed / "halves")
     assert (a["step"], a["evaluated"], a["best_val_loss"]) == (b["step"], b["evaluated"], b["best_val_loss"])
-    assert a["step"] == 300 and a["model"].keys() == b["model"].keys()
+    assert a["step"] == 160 and a["model"].keys() == b["model"].keys()
     for name, tensor in a["model"].items():
         assert torch.equal(tensor, b["model"][name]), name
         for key, moment in a["optimizer"][name].items():
@@ -502,7 +502,7 @@ def test_resuming_at_another_tp_size(resumed, small_dataset, tmp_path):
     header = read_log(tmp_path / "out" / "log.txt").header
     assert header["layout"] == "dp 1 x tp 2, 1 shards a rank" and f"resumed at step {step}" in header
     lines, expected = log_lines(tmp_path / "out"), log_lines(resumed / "whole" / "out")
-    n = next((i for i, line in enumerate(expected) if line.startswith(f"iter {step + 30}:")), 300)
+    n = next((i for i, line in enumerate(expected) if line.startswith(f"iter {step + 30}:")), 160)
     assert len(lines) == len(expected)
     assert_same_to_the_last_digit(lines[:n], expected[:n])
     assert numbers(lines)[0][-1] == pytest.approx(numbers(expected)[0][-1], abs=0.05)
@@ -517,7 +517,7 @@ def test_a_finished_run_resumed_or_evaluated_is_unchanged(resumed, small_dataset
     before = contents(tmp_path / "out")
     argv = tiny(small_dataset, **LONG, init_from="resume")
     out = succeeded(run_script([TRAIN, *argv], cwd=tmp_path))
-    assert out == "out: finished already, at step 300 of 300: nothing to do\n"
+    assert out == "out: finished already, at step 160 of 160: nothing to do\n"
     out = succeeded(run_script([TRAIN, *argv, "--eval_only=True"], cwd=tmp_path))
     assert out == log_lines(tmp_path / "out")[-1] + "\n"
     assert contents(tmp_path / "out") == before
@@ -544,7 +544,7 @@ def test_resuming_another_model_names_the_fields(resumed, small_dataset, keys, w
 def test_resuming_with_another_dropout_or_schedule_is_allowed(resumed, small_dataset):
     keys = LONG | dict(init_from="resume", dropout=0.1, learning_rate=6e-4, max_iters=500)
     *_, saved = prepare(configure(Config, tiny(small_dataset, resumed / "whole" / "out", **keys)))
-    assert saved["step"] == 300
+    assert saved["step"] == 160
 
 
 def test_resuming_with_other_settings_says_which(resumed, small_dataset, tmp_path):
@@ -553,7 +553,7 @@ def test_resuming_with_other_settings_says_which(resumed, small_dataset, tmp_pat
     step = load(tmp_path)["step"]
     keys = LONG | dict(max_iters=step + 1, init_from="resume", learning_rate=1e-3, dropout=0.1, log_interval=2)
     out = succeeded(run_script([TRAIN, *tiny(small_dataset, **keys)], cwd=tmp_path))
-    changed = f"dropout 0.0 -> 0.1, learning_rate 0.005 -> 0.001, max_iters 300 -> {step + 1}"
+    changed = f"dropout 0.0 -> 0.1, learning_rate 0.005 -> 0.001, max_iters 160 -> {step + 1}"
     assert f"resumed at step {step} with other settings: {changed}\n" in out
     assert f"# changed since step {step}: {changed}\n" in (tmp_path / "out" / "log.txt").read_text()
     assert "changed" not in (resumed / "halves" / "out" / "log.txt").read_text()
@@ -564,7 +564,7 @@ def test_a_restart_by_torchrun_resumes(resumed, small_dataset, monkeypatch):
     monkeypatch.setattr(script, "RESTART_COUNT", 1)
     config = configure(Config, tiny(small_dataset, resumed / "whole" / "out", **LONG))
     *_, saved = prepare(config)
-    assert saved["step"] == 300 and config.init_from == "resume"
+    assert saved["step"] == 160 and config.init_from == "resume"
 
 
 def test_a_save_that_fails_ends_the_run_and_leaves_the_checkpoint_whole(resumed, small_dataset, tmp_path):
