@@ -51,7 +51,7 @@ from reduced_sync.candidates import (
     parse_candidate,
     synchronize,
 )
-from reduced_sync.commands import check_figure, one_line_errors, set_up
+from reduced_sync.commands import check_figure, check_target, one_line_errors, set_up
 from reduced_sync.config import option, parse
 from reduced_sync.decode_timing import Decoding
 from reduced_sync.figures import draw_decoding
@@ -483,6 +483,8 @@ def main(argv: list[str]) -> None:
     job, options, listed = COMMANDS[command]
     with one_line_errors():
         args = parse(options, argv[1:], listed, job.__doc__, f"{parser.prog} {command}")
+        for path in filter(None, (args.json, getattr(args, "png", None))):
+            check_target(path)
         results = job(args)
         if args.json:
             with open(args.json, "w", encoding="utf-8") as file:

@@ -26,6 +26,7 @@ the middle of its schedule, a faster one has finished. Times from a machine that
 Works while the runs go on: an unfinished run is marked, its gap taken at the last step that the baseline has too.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ class Options:
     csv: str | None = option(None, "where the table goes as CSV, if anywhere", is_path=True)
     latency: str | None = option(None, "what bench.py decode wrote with --json: times per token", is_path=True)
     link: str | None = option(None, "predict the times per token with this link between ranks", allowed=tuple(LINKS))
-    accelerator: str = option("h100", "with link: what a rank computes on", allowed=tuple(NAMED))
+    accelerator: str | None = option(None, "with link: what a rank computes on; h100", allowed=tuple(NAMED))
     tp_size: int | None = option(None, "with latency or link: ranks; with latency by default the most in it", least=1)
     batch: int | None = option(None, "with latency or link: sequences; by default the fewest in it, or 1", least=1)
     equal_time: bool = option(False, "the losses when each run has trained for as long as the baseline")
@@ -64,6 +65,10 @@ def main(argv: list[str]) -> None:
             raise ValueError("times are either measured, --latency, or predicted, --link")
         if (options.tp_size or options.batch) and not (options.latency or options.link):
             raise ValueError("--tp_size and --batch go with --latency or --link")
+        if options.accelerator and not options.link:
+            raise ValueError("--accelerator goes with --link")
+        if options.csv and os.path.realpath(options.csv) == os.path.realpath(options.png):
+            raise ValueError(f"--csv and --png are one file: {options.csv}")
         if options.link and not options.tp_size:
             raise ValueError("--link goes with --tp_size, the number of ranks")
         paths = options.paths or sorted(Path().glob("out*/log.txt"))
@@ -73,7 +78,7 @@ def main(argv: list[str]) -> None:
         if options.latency:
             add_measured(arms, options.latency, options.tp_size, options.batch)
         if options.link:
-            add_predicted(arms, options.link, options.accelerator, options.tp_size, options.batch or 1)
+            add_predicted(arms, options.link, options.accelerator or "h100", options.tp_size, options.batch or 1)
         report(arms, options.tolerance, options.png, options.csv, options.equal_time)
 
 

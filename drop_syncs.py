@@ -65,8 +65,14 @@ class Config:
     evaluation_tokens: int = option(20480, "tokens of each evaluation text; 0: all", least=0)
     batch_size: int = option(8, "windows computed at once where nothing is trained", least=1)
     # stages
-    arrange: str = option("affinity", "neurons on shards", allowed=("as_is", "random", "affinity"))
-    arrange_heads: str = option("affinity", "KV groups on shards", allowed=("as_is", "random", "affinity", "scatter"))
+    arrange: str = option(
+        "affinity", "neurons on shards: as_is, random or affinity", allowed=("as_is", "random", "affinity")
+    )
+    arrange_heads: str = option(
+        "affinity",
+        "KV groups on shards: as_is, random, affinity or scatter",
+        allowed=("as_is", "random", "affinity", "scatter"),
+    )
     arrange_windows: int = option(16, "windows to arrange by", least=1)
     sensitivity_windows: int = option(
         40, "windows to measure sensitivity on; 0: blocks are dropped last to first", least=0
@@ -75,7 +81,9 @@ class Config:
     sync_pattern: str = option("", "the pattern to drop to, of 2 and 1, in place of `drop`")
     max_loss_percent: float = option(0.0, "in place of `drop`: as many as raise the perplexity by no more", least=0)
     distil_epochs: int = option(4, "passes over the calibration windows for each dropped block; 0: none", least=0)
-    distil_inputs: str = option("teacher", "what a block is trained on: streams", allowed=("teacher", "student"))
+    distil_inputs: str = option(
+        "teacher", "whose streams a block is trained on: teacher or student", allowed=("teacher", "student")
+    )
     distil_batch_size: int = option(4, "windows of a step", least=1)
     distil_learning_rate: float = option(1e-4, "peak", least=0)
     finetune_steps: int = option(0, "steps of the whole model towards the dense one's distributions", least=0)
@@ -222,7 +230,7 @@ class Dropping:
         try:
             model = self.source.build(self.config.n_shard, self.layout.tp_group)
         except (OSError, ValueError) as error:
-            raise parallel.SameOnAllRanks(f"init_from={self.config.init_from!r}: {error}") from None
+            raise parallel.SameOnAllRanks(str(error)) from None
         for i, (groups, neurons) in enumerate(zip(self.progress.groups, self.progress.neurons, strict=True)):
             dense = arranging.permuted(arranging.dense_block(model, i), model.config, groups, neurons)
             arranging.set_dense_block(model, i, dense)

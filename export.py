@@ -32,6 +32,8 @@ def main(argv):
         options = parse(Options, argv, "out_dir", __doc__)
         if len(options.out_dir) != 1 or not options.to:
             raise ValueError("name one out_dir, and the folder to make: python export.py OUT_DIR --to=FOLDER")
+        if Path(options.out_dir[0]).is_file():
+            raise ValueError(f"{options.out_dir[0]} is a file: name the folder that it is in")
         path = Path(options.out_dir[0]) / ("ckpt_best.pt" if options.best else "ckpt.pt")
         print(export(path, Path(options.to)))
 

@@ -73,6 +73,8 @@ def parse_pattern(text: str, n_layer: int) -> str:
         return grouped(n_layer, int(layers))
     if text in ("baseline", "spd"):
         return baseline(n_layer) if text == "baseline" else spd(n_layer)
+    if not set(text) <= set("210a"):
+        raise ValueError(f"{text!r}: allowed are baseline, spd, grouped:LAYERS and a pattern of 2, 1, 0 and a")
     return selective(n_layer, text)
 
 

@@ -82,7 +82,7 @@ def build(config: Config, saved: dict | None, model_config: rsm.GPTConfig, layou
         try:
             model = from_pretrained(config.init_from, layout.tp_group, n_shard=model_config.n_shard)
         except (OSError, ValueError) as error:
-            raise parallel.SameOnAllRanks(f"init_from={config.init_from!r}: {error}") from None
+            raise parallel.SameOnAllRanks(str(error)) from None
     cast(model.eval().to(layout.device), layout.dtype)
     return for_decoding(model, config.compile)
 

@@ -101,7 +101,7 @@ def build_model(config: Config, model_config: rsm.GPTConfig, layout: parallel.La
     try:
         return from_pretrained(config.init_from, layout.tp_group, **choices).to(layout.device)
     except (OSError, ValueError) as error:
-        raise parallel.SameOnAllRanks(f"init_from={config.init_from!r}: {error}") from None
+        raise parallel.SameOnAllRanks(str(error)) from None
 
 
 @torch.no_grad()

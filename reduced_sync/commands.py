@@ -41,6 +41,14 @@ def check_figure(path: str) -> None:
         raise ValueError(f"a figure's name ends in .png, .pdf or .svg, not as {path!r} does")
 
 
+def check_target(path: str) -> None:
+    """Raise OSError unless a file can be written at `path`: before the work whose result it is to have."""
+    there = os.path.exists(path)
+    open(path, "ab").close()
+    if not there:
+        os.remove(path)
+
+
 def stop_signals() -> list[signal.Signals]:
     """The signals that ask for a stop: a kill, Ctrl-C, a scheduler's warning, and a closed terminal unless ignored.
 
@@ -53,7 +61,8 @@ def stop_signals() -> list[signal.Signals]:
 class StopSignal:
     """A stop signal asks for a stop after the step; a second one, a second or more later, ends at once.
 
-    torchrun passes a Ctrl-C on to workers that the terminal has already told: that echo is not a second one.
+    Rank 0 says on stderr that it was heard: a step may be long. torchrun passes a Ctrl-C on to workers that the
+    terminal has already told: that echo is not a second one.
     """
 
     def __init__(self):
@@ -64,6 +73,9 @@ class StopSignal:
     def handle(self, number, frame):
         if self.asked is None:
             self.asked = time.monotonic()
+            if os.environ.get("RANK", "0") == "0":
+                with contextlib.suppress(OSError):  # a terminal that is closed
+                    os.write(2, b"stopping after this step; a second time: at once\n")  # print() is not reentrant
         elif time.monotonic() - self.asked > 1:
             os._exit(128 + number)
 

@@ -144,9 +144,12 @@ def _group_verdict(group, reference, arms, tolerance):
     good = [(arm, difference) for arm, difference in gaps if difference.percent <= tolerance]  # nan is not <=
     if not good:
         return f"{start}no variant is within {tolerance:g}% of the baseline{note}"
-    best, difference = min(good, key=lambda pair: (pair[0].syncs - pair[0].hidden, pair[1].percent))
-    count = f"{best.syncs - best.hidden} and {best.hidden} hidden" if best.hidden else best.syncs
-    detail = f"{best.title}, {difference.percent:+.2f}%, {best.reduction:.1f}% fewer syncs"
+    best, difference = min(good, key=lambda pair: (pair[0].blocking, pair[1].percent))
+    count, fewer = best.syncs, f"{best.reduction:.1f}% fewer syncs"
+    if best.hidden:
+        count = f"{best.blocking} and {best.hidden} hidden"
+        fewer = f"{100 * (1 - best.blocking / (2 * len(best.pattern))):.1f}% fewer that block"
+    detail = f"{best.title}, {difference.percent:+.2f}%, {fewer}"
     return f"{start}the fewest syncs within {tolerance:g}% of the baseline: {count} ({detail}){note}"
 
 

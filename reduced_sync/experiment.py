@@ -49,9 +49,9 @@ class Config:
     bias: bool = option(False, "biases in linear layers and layer norms")
     # the layers of Llama's family beside GPT-2's; config/modern.py sets them all
     norm: str = option("layernorm", "layernorm or rmsnorm", allowed=("layernorm", "rmsnorm"))
-    position: str = option("learned", "learned embedding or rotary: rope", allowed=("learned", "rope"))
+    position: str = option("learned", "a learned embedding, or rope, which is rotary", allowed=("learned", "rope"))
     rope_theta: float = option(10000.0, "the base of rope's frequencies", least=1)
-    mlp: str = option("gelu", "gelu or gated: swiglu", allowed=("gelu", "swiglu"))
+    mlp: str = option("gelu", "gelu, or swiglu, which is gated", allowed=("gelu", "swiglu"))
     n_hidden: int = option(0, "neurons of an MLP; 0: as many as make the parameters those of GPT-2's block", least=0)
     n_kv_head: int = option(0, "heads of keys and values; 0: n_head", least=0)
     tie_embeddings: bool = option(True, "one matrix for the tokens of input and output")

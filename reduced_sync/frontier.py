@@ -37,7 +37,7 @@ def add_measured(arms: list[Arm], path: str | Path, tp_size: int | None, batch_s
                 if times:
                     arm.tpots[setting] = times[0]
     except KeyError as error:
-        raise ValueError(f"{path}: not what bench.py decode writes: {error} is missing") from None
+        raise ValueError(f"{path}: not what bench.py decode writes now: {error} is missing; measure again") from None
     except (TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not what bench.py decode writes: {error}") from None
     if not settings_of(arms):

@@ -77,6 +77,11 @@ class Arm:
         return 100 * (1 - self.syncs / (2 * len(self.pattern)))
 
     @property
+    def blocking(self) -> int:
+        """The syncs that nothing runs behind."""
+        return self.syncs - self.hidden
+
+    @property
     def counted(self) -> list[dict[int, float]]:
         """The losses of the finished seeds, or of all where none has finished."""
         return [losses for losses in self.seeds.values() if self.max_iters in losses] or list(self.seeds.values())
@@ -122,10 +127,12 @@ class Gap:
 def load_runs(paths: Iterable[str | Path]) -> list[Arm]:
     """The runs in `paths`, folders with a log.txt or logs, as Arms: by size, n_shard and most syncs first.
 
-    What is no run is skipped with a note on stderr. Raises ValueError with one clear line where nothing else is left.
+    What is no run is skipped with a note on stderr, and what is named twice is taken once. Raises ValueError with one
+    clear line where nothing else is left.
     """
     arms, skipped = [], []
-    for path in map(Path, paths):
+    logs = {(path / "log.txt" if path.is_dir() else path).resolve(): path for path in map(Path, paths)}
+    for path in logs.values():
         try:
             arm = read_run(path)
         except ValueError as error:

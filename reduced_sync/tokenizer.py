@@ -1,6 +1,7 @@
 """Text to token ids and back, as meta.json describes them: GPT-2's, characters, or those of a pretrained model."""
 
 import codecs
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,9 @@ def load_pretrained(name: str) -> tuple[Any, set[int], list[int]]:
     """
     from transformers import AutoTokenizer, GenerationConfig
 
+    # of the model's type, which it does not know, only the name is wanted
+    log = logging.getLogger("transformers.configuration_utils")
+    log.addFilter(lambda record: "to instantiate a model of type" not in record.getMessage())
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # its files are enough
         if getattr(tokenizer, "backend_tokenizer", None) is None:

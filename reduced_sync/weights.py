@@ -6,6 +6,7 @@ transformers' Llama has other names, and Q, K and V apart. `their_names` says wh
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -235,9 +236,11 @@ def pretrained_fields(name: str) -> tuple[str, dict]:
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"init_from={name!r}: the folder has no config.json")
     try:
-        if not Path(name).exists() and "/" not in str(name):
+        if not Path(name).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
             raise ValueError("there is no such folder, and a name on the hub is OWNER/MODEL")
         keys, _ = PretrainedConfig.get_config_dict(name)
+        if not isinstance(keys, dict):
+            raise ValueError("config.json holds no object")
         if keys.get("model_type") == OURS:
             names = {field.name for field in dataclasses.fields(GPTConfig)} - {"dropout"}
             fields = dataclasses.asdict(GPTConfig(**{key: keys[key] for key in names & keys.keys()}))
@@ -255,23 +258,27 @@ def pretrained_fields(name: str) -> tuple[str, dict]:
 
 
 def safetensors_files(name: str) -> dict[str, str]:
-    """{tensor: file that holds it} of a folder of save_pretrained or a hub name. Raises OSError, ValueError."""
-    from safetensors import safe_open
+    """{tensor: file that holds it} of a folder of save_pretrained or a hub name. Raises ValueError."""
+    from safetensors import SafetensorError, safe_open
     from transformers.utils import cached_file
 
-    missing = dict(_raise_exceptions_for_missing_entries=False)
-    index = cached_file(name, "model.safetensors.index.json", **missing)
-    if index is not None:
-        parts = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-    else:
-        parts = ["model.safetensors"]
-    found = {}
-    for part in parts:
-        path = cached_file(name, part, **missing)
-        if path is None:
-            raise ValueError(f"init_from={name!r} has no {part}: its weights must be safetensors")
-        with safe_open(path, "pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
+    missing, part, found = dict(_raise_exceptions_for_missing_entries=False), "model.safetensors.index.json", {}
+    try:
+        index = cached_file(name, part, **missing)
+        if index is None:
+            parts = ["model.safetensors"]
+        else:
+            parts = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        for part in parts:
+            path = cached_file(name, part, **missing)
+            if path is None:
+                raise OSError(f"there is no {part}: weights must be safetensors")
+            with safe_open(path, "pt") as file:
+                found |= dict.fromkeys(file.keys(), path)
+    except OSError as error:
+        raise ValueError(f"init_from={name!r}: {error}") from None
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"init_from={name!r}: {part} is damaged: {error}") from None
     return found
 
 

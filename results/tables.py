@@ -47,7 +47,7 @@ def gaps_table(folder):
         variant = "Control" if arm.all_synced and arm.n_layer < baseline.n_layer else arm.variant
         if arm.dtype != usual:
             variant += f", {arm.dtype}"
-        count = f"{arm.syncs - arm.hidden} and {arm.hidden} hidden" if arm.hidden else arm.syncs
+        count = f"{arm.blocking} and {arm.hidden} hidden" if arm.hidden else arm.syncs
         interval = "" if difference.margin is None else f" ±{difference.margin:.2f}"
         percent = "" if arm is baseline else f"{difference.percent:+.2f}{interval}"
         size, loss = f"{arm.n_layer} x {arm.n_embd}", f"{arm.losses[arm.step]:.4f}"

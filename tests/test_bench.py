@@ -224,7 +224,8 @@ def test_predict(tmp_path, capsys):
         (["decode", "--tp_sizes", "1", "--added_delay_us", "50"], ["--added_delay_us", "tp_size 2 or more"]),
         (["train", "spd"], ["'spd': a candidate is gpt2 or VARIANT@N_SHARD"]),
         (["train", "--dtype=float8"], ["dtype='float8'"]),
-        (["predict", "--json=/nowhere/x.json"], ["No such file or directory"]),
+        (["decode", "--json=/nowhere/x.json"], ["/nowhere/x.json: No such file or directory"]),
+        (["decode", "spdd"], ["'spdd': allowed are baseline, spd, grouped:LAYERS and a pattern"]),
     ],
 )
 def test_mistakes_are_one_line(argv, words, capsys):

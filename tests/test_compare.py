@@ -610,6 +610,8 @@ def test_what_is_no_run_is_skipped_with_a_note(runs, monkeypatch, capsys):
     assert any("out-empty/log.txt: No such file or directory" in note for note in notes)
     for i, word in enumerate(lacking.values()):
         assert any(f"out-x{i}/log.txt: its header" in note and word in note for note in notes), (word, err)
+    assert status(compare.main, ["out-study/a", "out-study/a/log.txt", "out-study/../out-study/a"]) == 0
+    assert capsys.readouterr().out.count("\na ") == 1  # one run, named thrice
     assert status(compare.main, ["out-study/a", "out-study/table.csv"]) == 0
     assert "skipped: out-study/table.csv:1: not a line of a log" in capsys.readouterr().err
     assert status(compare.main, ["out-started", "out-empty"]) == 1
@@ -631,7 +633,12 @@ def test_what_is_no_run_is_skipped_with_a_note(runs, monkeypatch, capsys):
             ["out-base", "--latency=text"],
             "text: not what bench.py decode writes: Expecting value: line 1 column 1 (char 0)",
         ),
-        (["out-base", "--latency=old.json"], "old.json: not what bench.py decode writes: 'model' is missing"),
+        (
+            ["out-base", "--latency=old.json"],
+            "old.json: not what bench.py decode writes now: 'model' is missing; measure again",
+        ),
+        (["out-base", "--accelerator=h200"], "--accelerator goes with --link"),
+        (["out-base", "--csv=x.png", "--png=./x.png"], "--csv and --png are one file: x.png"),
         (["out-base", "--latency=a", "--link=nvlink"], "times are either measured, --latency, or predicted, --link"),
         (["out-base", "--batch=2"], "--tp_size and --batch go with --latency or --link"),
         (["out-base", "--link=nvlink"], "--link goes with --tp_size, the number of ranks"),

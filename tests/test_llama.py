@@ -187,7 +187,10 @@ def test_folders_that_are_no_model_of_ours(tmp_path):
         "a tensor less": "have no model.layers.3.mlp.up_proj.weight",
         "another size": "mlp.c_fc.weight of .* does not fit",
         "no config": "has no config.json",
-        "no folder": "init_from takes a folder or hub name",
+        "no folder": "init_from takes a folder or hub name.* there is no such folder",
+        "a config that is a list": "config.json holds no object",
+        "cut weights": "model.safetensors is damaged: ",
+        "a list for an index": "model.safetensors.index.json is damaged: ",
     }.items():
         folder = tmp_path / change
         if change != "no folder":
@@ -198,13 +201,20 @@ def test_folders_that_are_no_model_of_ours(tmp_path):
             (folder / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
         elif change == "no config":
             (folder / "config.json").unlink()
+        elif change == "a config that is a list":
+            (folder / "config.json").write_text("[]")
         elif change == "no weights":
             path.unlink()
+        elif change == "cut weights":
+            path.write_bytes(path.read_bytes()[:-100])
+        elif change == "a list for an index":
+            (folder / "model.safetensors.index.json").write_text("[]")
         elif path.exists():
             state = load_file(path)
             weight = state.pop("model.layers.3.mlp.up_proj.weight")
             if change == "another size":
                 state["model.layers.3.mlp.up_proj.weight"] = weight[:-1].contiguous()
             save_file(state, path, {"format": "pt"})
-        with pytest.raises((ValueError, OSError), match=words):
+        with pytest.raises(ValueError, match=words) as error:
             weights.from_pretrained(folder)
+        assert str(error.value).count("init_from=") <= 1
