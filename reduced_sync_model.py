@@ -276,27 +276,29 @@ class MLP(nn.Module):
 class Stream:
     """The residual stream of a forward pass: what was synced, and what each shard has added to it since.
 
-    x (B, T, C) is the synced stream and x_in what the shards read of it, f(x); d (S, B, T, C) are their local deltas,
-    None where they are zero; late is the sum of a sync in flight, None where there is none. Under bfloat16 autocast x
-    is float32, but d and x + d are bfloat16, which halves the bytes that a GPU moves for them.
+    x (B, T, C) is the synced stream and x_in what the shards read of it, f(x); d (S, B, T, C) are their local deltas
+    and seen their streams x_in + d, both None where d is zero; late is the sum of a sync in flight, None where there is
+    none. d and seen grow by what is added to them, and under bfloat16 autocast they are bfloat16 while x is float32: a
+    GPU moves the fewest bytes so.
     """
 
     def __init__(self, x: Tensor, config: "GPTConfig", tp_group: dist.ProcessGroup | None):
         self.x, self.tp_group, self.overlap = x, tp_group, config.overlap
         self.desync, self.n_shard = config.merge == "desync", config.n_shard
-        self.x_in = self.d = self.late = None
+        self.x_in = self.d = self.seen = self.late = None
 
     def read(self) -> Tensor:
-        """x + d, what the shards see: (B, T, C) where all see the same, else (S, B, T, C) per shard."""
+        """What the shards see: (B, T, C) where all see the same, else (S, B, T, C) per shard."""
         if self.x_in is None:
             self.x_in = copy_to_ranks(self.x, self.tp_group)
-        return self.x_in if self.d is None else self.x_in.to(self.d.dtype) + self.d
+        return self.x_in if self.seen is None else self.seen
 
     def keep(self, y: Tensor) -> None:
         """No sync: y (S, B, T, C) stays with its shard."""
         self.arrive()
         y = y.to(self.x.dtype) if y.dtype == torch.float16 else y  # a stream can be beyond float16's range
         self.d = y if self.d is None else self.d + y
+        self.seen = self.read().to(y.dtype) + y
 
     def sync(self, y: Tensor) -> None:
         """A sync point: x plus the sum of all shards' deltas, of which y (S, B, T, C) is the last.
@@ -309,7 +311,7 @@ class Stream:
             self.d = self.d / self.n_shard
         d = y if self.d is None else self.d + y
         delta = d.sum(0, dtype=self.x.dtype)  # (B, T, C): of this rank's shards
-        self.d = d if self.overlap == "delayed" else None
+        self.d, self.seen = (d, self.read().to(y.dtype) + y) if self.overlap == "delayed" else (None, None)
         if self.overlap:
             self.late = start_sum_over_ranks(delta, self.tp_group)
         else:
@@ -319,7 +321,7 @@ class Stream:
         """Where a sync is in flight, wait for it; its sum takes the place of the shards' own parts."""
         if self.late is not None:
             self.x, self.x_in = self.x + finish_sum_over_ranks(*self.late), None
-            self.d = self.late = None
+            self.d = self.seen = self.late = None
 
 
 class Block(nn.Module):
