@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from reduced_sync.commands import one_line
 from reduced_sync.files import link_file, replace_file, sync_folder
 from reduced_sync.tokenizer import KEPT
 from reduced_sync_model import GPT, GPTConfig, is_sharded
@@ -119,7 +120,7 @@ def check_model(checkpoint: dict, config: GPTConfig, path: str | Path) -> None:
     try:
         saved = dataclasses.asdict(GPTConfig(**checkpoint["model_args"]))  # older ones lack some fields
     except (TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint {path} cannot be used: {error}") from None
+        raise ValueError(f"checkpoint {path} cannot be used: {one_line(error)}") from None
     wanted = dataclasses.asdict(config) | {"dropout": saved.get("dropout")}  # dropout is no part of the weights
     differing = [f"{key}={saved.get(key)!r}, not {value!r}" for key, value in wanted.items() if saved.get(key) != value]
     if differing:
@@ -148,7 +149,7 @@ def load_with_tokens(path: str | Path) -> tuple[dict, GPTConfig, dict]:
     try:
         config = GPTConfig(**saved["model_args"] | {"dropout": 0.0})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint {path} cannot be used: {error}") from None
+        raise ValueError(f"checkpoint {path} cannot be used: {one_line(error)}") from None
     check_model(saved, config, path)
     meta = saved["data"]
     chars, size = meta.get("chars"), meta.get("vocab_size")

@@ -250,9 +250,11 @@ def test_another_model_names_the_fields(path):
         ckpt.check_model(saved, GPTConfig(**CONFIG | {"n_head": 4, "n_shard": 4, "sync_pattern": "11"}), path)
     assert str(path) in str(error.value) and "n_embd" not in str(error.value)
     assert "norm" not in saved["model_args"]  # written before there was such a field
-    saved["model_args"]["depth"] = 3  # written after
-    with pytest.raises(ValueError, match="depth"):
-        ckpt.check_model(saved, GPTConfig(**CONFIG), path)
+    for field in ("depth", "a\nb"):  # written after
+        later = saved | {"model_args": saved["model_args"] | {field: 3}}
+        with pytest.raises(ValueError, match=field[0]) as error:
+            ckpt.check_model(later, GPTConfig(**CONFIG), path)
+        assert "\n" not in str(error.value)
 
 
 def test_an_optimizer_without_a_moment(path):
