@@ -28,9 +28,7 @@ from reduced_sync.run_log import read_log
 from reduced_sync.tokenizer import Tokens
 from reduced_sync_model import GPT, GPTConfig
 
-pytestmark = pytest.mark.usefixtures("modules")
-
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("modules")]
 torch.set_num_threads(1)
 EXPORT, SAMPLE, TRAIN = ROOT / "export.py", ROOT / "sample.py", ROOT / "train_reduced_sync.py"
 CHARS = "\n ,.aeiou" + "bcdfghklmnprstvwyé€"  # two and three bytes in UTF-8
