@@ -82,6 +82,11 @@ class Arm:
         return self.syncs - self.hidden
 
     @property
+    def count(self) -> str:
+        """The syncs in words, hidden ones apart."""
+        return count_text(self.syncs, self.hidden)
+
+    @property
     def counted(self) -> list[dict[int, float]]:
         """The losses of the finished seeds, or of all where none has finished."""
         return [losses for losses in self.seeds.values() if self.max_iters in losses] or list(self.seeds.values())
@@ -122,6 +127,11 @@ class Gap:
     step: int
     final: bool  # both have finished
     margin: float | None  # half of the 95 % confidence interval; None where no noise is known
+
+
+def count_text(syncs: int, hidden: int) -> str:
+    """So many syncs in words, those of them that are hidden apart."""
+    return f"{syncs - hidden} and {hidden} hidden" if hidden else str(syncs)
 
 
 def load_runs(paths: Iterable[str | Path]) -> list[Arm]:

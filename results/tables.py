@@ -16,7 +16,7 @@ from pathlib import Path
 
 from reduced_sync.comparison import table, verdict, warnings
 from reduced_sync.drop_log import read_drop_log, table_of
-from reduced_sync.runs import baseline_of, gap, load_runs
+from reduced_sync.runs import baseline_of, count_text, gap, load_runs
 
 RESULTS = Path(__file__).parent
 DOCUMENTS = [RESULTS.parent / "EXPERIMENT_SUMMARY.md", *sorted(RESULTS.glob("*/README.md"))]
@@ -47,11 +47,10 @@ def gaps_table(folder):
         variant = "Control" if arm.all_synced and arm.n_layer < baseline.n_layer else arm.variant
         if arm.dtype != usual:
             variant += f", {arm.dtype}"
-        count = f"{arm.blocking} and {arm.hidden} hidden" if arm.hidden else arm.syncs
         interval = "" if difference.margin is None else f" ±{difference.margin:.2f}"
         percent = "" if arm is baseline else f"{difference.percent:+.2f}{interval}"
         size, loss = f"{arm.n_layer} x {arm.n_embd}", f"{arm.losses[arm.step]:.4f}"
-        cells = [size, arm.n_shard, variant, f"`{arm.pattern}`", count, len(arm.counted), loss, percent]
+        cells = [size, arm.n_shard, variant, f"`{arm.pattern}`", arm.count, len(arm.counted), loss, percent]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -85,9 +84,8 @@ def decoding_case(case):
 
 
 def counted(row):
-    """The syncs of a row of bench.py decode, hidden ones apart."""
-    hidden = row.get("hidden")
-    return f"{row['syncs'] - hidden} and {hidden} hidden" if hidden else row["syncs"]
+    """The syncs of a row of bench.py decode; older ones know of no hidden ones."""
+    return count_text(row["syncs"], row.get("hidden", 0))
 
 
 def delays_table(folder):
