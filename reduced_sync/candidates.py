@@ -109,6 +109,8 @@ def measure(candidates: list[Candidate], job: Callable, args: Any) -> list[list[
         order = [(i + launch) % len(candidates) for i in range(len(candidates))]
         with tempfile.TemporaryDirectory() as folder:
             launched = {i: start(candidates[i], job, f"{folder}/{i}", args) for i in order}
+            for i in order:
+                answers(launched[i], "measure")  # once built, to warm up
             for _ in range(args.rounds):
                 for i in order:
                     results[i].append(answers(launched[i], "measure"))
@@ -118,7 +120,7 @@ def measure(candidates: list[Candidate], job: Callable, args: Any) -> list[list[
 
 
 def start(candidate: Candidate, job: Callable, store: str, args: Any) -> list[Connection]:
-    """Start a candidate's processes and let them build and warm up; returns a pipe for each rank."""
+    """Start a candidate's processes, which build what they measure; returns a pipe for each rank."""
     context = mp.get_context("spawn")
     ranks = []
     for rank in range(candidate.tp_size):
@@ -126,7 +128,6 @@ def start(candidate: Candidate, job: Callable, store: str, args: Any) -> list[Co
         context.Process(target=serve, args=(theirs, rank, candidate, job, store, args), daemon=True).start()
         theirs.close()
         ranks.append(ours)
-    answers(ranks, "measure")
     return ranks
 
 
