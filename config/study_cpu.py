@@ -96,10 +96,9 @@ def _settled(seed):
 def _modern(size, lr):
     """Llama's block, config/modern.py's: does the answer depend on GPT-2's?"""
     n_layer, block = _DEEP[size][0], dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=2)
-    yield _run(size, "modern-baseline", lr, **block)
-    for n_shard in (2, 4):
-        yield _run(size, "modern-spd", lr, architecture="spd", n_shard=n_shard, **block)
-        yield _run(size, "modern-1sync", lr, **_grouped(n_layer), n_shard=n_shard, **block)
+    yield _run(size, "modern-baseline", lr, **block)  # in two shards: four would have four KV heads
+    yield _run(size, "modern-spd", lr, architecture="spd", **block)
+    yield _run(size, "modern-1sync", lr, **_grouped(n_layer), **block)
     width = {"2x128": 180, "3x192": 236}[size]  # heads of an even size, which RoPE needs
     control = block | dict(n_layer=n_layer - 1, n_embd=width, n_hidden=3 * width, n_head=2, n_kv_head=1, n_shard=1)
     yield _run(size, f"modern-control-{n_layer - 1}x{width}", lr, **control)

@@ -69,11 +69,10 @@ def _delayed(size, seed):
 
 def _modern():
     """Llama's block, config/modern.py's: does the answer depend on GPT-2's?"""
-    block = dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=2)
+    block = dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=2)  # four shards would have four KV heads
     yield _run("3x192", "modern-baseline", **block)
-    for n_shard in (2, 4):
-        yield _run("3x192", "modern-spd", architecture="spd", n_shard=n_shard, **block)
-        yield _grouped("3x192", 1, "modern-", n_shard=n_shard, **block)
+    yield _run("3x192", "modern-spd", architecture="spd", **block)
+    yield _grouped("3x192", 1, "modern-", **block)
     control = block | dict(n_layer=2, n_embd=236, n_hidden=3 * 236, n_head=2, n_kv_head=1, n_shard=1)
     yield _run("3x192", "modern-control-2x236", **control)
 
@@ -97,7 +96,10 @@ _planned = [
     *(_grouped("4x256", 2, n_shard=n_shard) for n_shard in (2, 4)),
     *(run for seed in (1, 2, 3) for run in (*_compared("3x192", seed), *_delayed("3x192", seed))),
     *_modern(),
-    *_tuning("3x192", (2e-3, 8e-3)),
+    *_tuning("3x192", (1e-3, 2e-3, 8e-3)),
+    # at the rate that is best there
+    *(_run("3x192", "spd", 2e-3, architecture="spd", n_shard=n_shard) for n_shard in (2, 4)),
+    _grouped("3x192", 1, lr=2e-3, n_shard=4),
     *(run for seed in (1, 2, 3) for run in _compared("2x128", seed)),
 ]
 runs = list({run["name"]: run for run in _planned}.values())  # what two lists have is one run

@@ -291,7 +291,7 @@ def gap(arm: Arm, arms: list[Arm]) -> Gap | None:
     step, margin = max(common), None
     loss, baseline = arm.losses[step], reference.losses[step]
     percent = 100 * (loss / baseline - 1) if baseline else 0.0 if loss == 0 else math.inf  # a memorised text
-    deviation, freedom = noise([other for other in arms if other.scale == arm.scale])
+    deviation, freedom = noise([other for other in arms if other.size in (arm.size, reference.size)])
     if deviation is not None and reference is not arm:
         from scipy.stats import t
 

@@ -35,30 +35,63 @@ def runs_table(folder):
 
 
 def gaps_table(folder):
-    """The runs below a folder that have their baseline's learning rate: losses, and gaps with 95 % intervals."""
+    """What each way to sync costs at each size and n_shard below a folder: gaps with 95 % intervals, in percent.
+
+    Of several learning rates each arm has its best one.
+    """
     arms = load(folder)
     usual = statistics.mode(arm.dtype for arm in arms)
-    lines = ["| layers x width | n_shard | variant | pattern | syncs | seeds | val loss | gap, % |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for arm in arms:
+    rows, columns = {}, {}
+    for arm in sorted(arms, key=lambda arm: (-arm.syncs / len(arm.pattern), arm.hidden, arm.losses[arm.step])):
         baseline, difference = baseline_of(arm, arms), gap(arm, arms)
-        if arm.learning_rate != baseline.learning_rate:
-            continue
-        variant = "Control" if arm.all_synced and arm.n_layer < baseline.n_layer else arm.variant
-        if arm.dtype != usual:
-            variant += f", {arm.dtype}"
-        interval = "" if difference.margin is None else f" ±{difference.margin:.2f}"
-        percent = "" if arm is baseline else f"{difference.percent:+.2f}{interval}"
-        size, loss = f"{arm.n_layer} x {arm.n_embd}", f"{arm.losses[arm.step]:.4f}"
-        cells = [size, arm.n_shard, variant, f"`{arm.pattern}`", arm.count, len(arm.counted), loss, percent]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        column = (baseline.scale, baseline.size, max(2, arm.n_shard))
+        columns[column] = f"{baseline.size}, {column[-1]} shards"
+        cell = f"{arm.losses[arm.step]:.4f}" if arm is baseline else f"{difference.percent:+.1f}"
+        cell += "" if arm is baseline or difference.margin is None else f" ±{difference.margin:.1f}"
+        cell += f" ({len(arm.counted)})" if len(arm.counted) > 1 else ""
+        rule = rule_of(arm, baseline) + ("" if arm.dtype == usual else f", {arm.dtype}")
+        if arm is baseline or not (arm.all_synced and arm.n_layer == baseline.n_layer):
+            rows.setdefault(rule, {}).setdefault(column, cell)
+    lines = [f"| gap, % | {' | '.join(columns[column] for column in sorted(columns))} |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for rule in sorted(rows, key=lambda rule: rule if rule.startswith("control") else ""):  # controls last
+        lines.append(f"| {rule} | {' | '.join(rows[rule].get(column, '') for column in sorted(columns))} |")
     return "\n".join(lines)
+
+
+def rule_of(arm, baseline):
+    """Where an arm syncs, in words that hold for any depth, and what else is unusual in it."""
+    if fewer := baseline.n_layer - arm.n_layer:
+        return f"control, {fewer} layer{'s' if fewer > 1 else ''} less"
+    n = arm.n_layer
+    names = {
+        "2" * n: "baseline",
+        "1" * n: "SPD",
+        "a" * (n - 1) + "1": "after attention",
+        "0" * (n - 1) + "1": "one sync",
+    }
+    names |= {("0" * (k - 1) + "1") * (n // k): f"a sync every {k} layers" for k in range(2, n) if n % k == 0}
+    return " ".join([names.get(arm.pattern, f"`{arm.pattern}`"), *arm.variant.split()[1:]])
 
 
 def decoding_table(folder):
     """What bench.py decode measured, of its JSON files in a folder: a table for each case."""
-    cases = [case for path in sorted(folder.glob("*.json")) for case in json.loads(path.read_text())["results"]]
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    cases = [case for one in found if one["settings"]["command"] == "decode" for case in one["results"]]
     return "\n\n".join(map(decoding_case, cases))
+
+
+def training_table(folder):
+    """What bench.py train measured, of train.json in a folder: tokens/s and memory, with ratios to our first."""
+    results = json.loads((folder / "train.json").read_text())["results"]
+    ours = next(row for row in results if not row["candidate"].startswith("gpt2"))
+    lines = ["| candidate | tokens/s | speed | peak memory, GB | memory |", "|---|---|---|---|---|"]
+    for row in results:
+        speed, peak = row["tokens_per_s"], row["peak_bytes"]
+        ratios = (speed / ours["tokens_per_s"], peak / ours["peak_bytes"])
+        cells = [row["candidate"], f"{speed:,.0f}", f"{ratios[0]:.2f}x", f"{peak / 1e9:.1f}", f"{ratios[1]:.2f}x"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def decoding_case(case):
@@ -109,7 +142,7 @@ def dropping_table(folder):
 
 
 TABLES = {"runs": runs_table, "gaps": gaps_table, "decoding": decoding_table, "delays": delays_table}
-TABLES["dropping"] = dropping_table
+TABLES |= {"training": training_table, "dropping": dropping_table}
 
 
 def renewed(text):

@@ -16,6 +16,12 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config):
+    """All but what `pytest -m gpu` asks for is about the CPU, on a machine with a GPU, too."""
+    if "not gpu" in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def english():
     """About 460,000 characters of prose that every Python has: the language reference, as `help()` shows it."""
     topics = pydoc_data.topics.topics
