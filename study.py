@@ -1,7 +1,7 @@
 """Run a study: train the runs that a study file lists, those that are missing, then compare them all.
 
 $ python study.py config/study_cpu.py
-$ python study.py config/study_cpu.py --out_dir=out-mine
+$ python study.py config/study_pypi.py --device=cpu --out_dir=out-mine
 
 A study file is a config file whose keys are those of Study, below. Each run is an ordinary train_reduced_sync.py run in
 its own folder, out_dir/NAME; runs start in the order of the file, as many at once as there are cores, or GPUs, for
@@ -28,6 +28,7 @@ from reduced_sync.comparison import report
 from reduced_sync.config import configure, describe, option
 from reduced_sync.data import Corpus
 from reduced_sync.experiment import Config, sync_pattern
+from reduced_sync.parallel import choose_device
 from reduced_sync.run_log import read_log
 from reduced_sync.runs import load_runs
 
@@ -41,6 +42,7 @@ class Study:
     out_dir: str = option("out-study", "folder for the runs' folders and the comparison", is_path=True)
     runs: list | None = option(None, "dicts: name, max_iters, n_layer, n_embd, any training key")  # noqa: RUF009
     processes: int = option(1, "processes a run; above 1 each run is started by torchrun", least=1)
+    device: str | None = option(None, "cuda or cpu, whatever the runs say")
     tolerance: float = option(2.0, "percent above the baseline that count as equal, for compare.py", least=0)
 
 
@@ -77,7 +79,8 @@ class Run:
         self.study, self.name = study, keys["name"]
         self.keys = {key: value for key, value in keys.items() if key != "name"}
         self.out_dir = Path(study.out_dir) / self.name
-        self.arguments = [f"--{key}={value}" for key, value in self.keys.items()] + [f"--out_dir={self.out_dir}"]
+        keys = self.keys | {"device": study.device} if study.device else self.keys
+        self.arguments = [f"--{key}={value}" for key, value in keys.items()] + [f"--out_dir={self.out_dir}"]
         try:
             self.config = configure(Config, self.arguments)
             sync_pattern(self.config)
@@ -86,7 +89,7 @@ class Run:
         self.process = self.slot = self.failure = None
         self.told = 0  # signals passed on to its process
         self.step, self.evaluated, self.finished = 0, 0, False
-        self.step_work = keys["n_layer"] * keys["n_embd"] ** 2  # about a step's share of the time
+        self.step_work = self.keys["n_layer"] * self.keys["n_embd"] ** 2  # about a step's share of the time
 
     def look(self) -> None:
         """Read from its log where it stands. Raises ValueError for the log of another run."""
@@ -197,13 +200,18 @@ def slots(processes: int) -> tuple[list[list[str]], bool]:
 
 
 def run_missing(runs: list[Run], free: list[list[str]], gpus: bool) -> bool:
-    """Train what has not finished. Returns whether it was interrupted; failures are the runs' own."""
+    """Train what has not finished. Returns whether it was interrupted; failures are the runs' own.
+
+    Raises ValueError for data and devices that are not there.
+    """
     interrupts = []
     for number in stop_signals():
         signal.signal(number, lambda number, frame: interrupts.append(number))
     for run in runs:
         run.look()
     waiting = [run for run in runs if not run.finished]
+    for choice in {(run.config.device, run.config.dtype, run.config.backend) for run in waiting}:
+        choose_device(*choice)
     plan = [run.tokens_left() for run in waiting]
     running = []
     total, past = sum(run.step_work * run.keys["max_iters"] for run in runs), _work_done(runs)

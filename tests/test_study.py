@@ -129,6 +129,7 @@ def test_under_torchrun(small_dataset, tmp_path):
         ([dict(name="a", batchsize=3)], ["'a'", "unknown key 'batchsize'"]),
         ([dict(name="a", architecture="spdx")], ["'a'", "architecture='spdx'", "allowed are"]),
         ([dict(name="a", dataset="/nowhere")], ["/nowhere/meta.json", "prepare the data first"]),
+        ([dict(name="a"), dict(name="b", device="cuda")], ["device='cuda': torch can use no GPU", "try --device=cpu"]),
     ],
 )
 def test_mistakes_end_with_one_line(small_dataset, tmp_path, capsys, runs, words):
@@ -194,6 +195,11 @@ def test_a_folder_that_holds_another_run(small_dataset, tmp_path, capsys):
     for mistake in ("processes=0", "tolerance=-1", "tolerance=1e999", "out_dir="):
         assert status(study.main, [str(path), f"--{mistake}"]) == 1
         assert capsys.readouterr().err.startswith(f"error: {mistake.split('=')[0]}")
+
+
+def test_a_study_has_its_runs_device_changed(tmp_path):
+    run = study.Run(study.Study(out_dir=str(tmp_path), device="cpu"), dict(TINY, name="a", device="cuda"))
+    assert run.config.device == "cpu"
 
 
 def test_a_run_held_elsewhere_is_left_alone(tmp_path):
