@@ -3,8 +3,8 @@
     python data/pypi_text/prepare.py
     python study.py config/study_pypi.py
 
-Width is 64 x depth, as in GPT-2 small. No text is seen twice. Sequences of 256 characters; every evaluation is on the
-same 409,600 validation tokens.
+Width is 64 x depth, as in GPT-2 small. Less than one pass over the text. Sequences of 256 characters; every
+evaluation is on the same 409,600 validation tokens.
 """
 
 out_dir = "out-pypi"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from reduced_sync.comparison import table, verdict, warnings
 from reduced_sync.drop_log import read_drop_log, table_of
-from reduced_sync.runs import baseline_of, count_text, gap, load_runs
+from reduced_sync.runs import baseline_of, by_scale, count_text, gap, load_runs
 
 RESULTS = Path(__file__).parent
 DOCUMENTS = [RESULTS.parent / "EXPERIMENT_SUMMARY.md", *sorted(RESULTS.glob("*/README.md"))]
@@ -37,25 +37,40 @@ def runs_table(folder):
 def gaps_table(folder):
     """What each way to sync costs at each size and n_shard below a folder: gaps with 95 % intervals, in percent.
 
-    Of several learning rates each arm has its best one.
+    At the float type of most arms, and the learning rate of most of a size.
     """
     arms = load(folder)
-    usual = statistics.mode(arm.dtype for arm in arms)
+    dtype = statistics.mode(arm.dtype for arm in arms)
+    rates = {group[0].scale: statistics.mode(arm.learning_rate for arm in group) for group in by_scale(arms)}
+    arms = [arm for arm in arms if arm.dtype == dtype and arm.learning_rate == rates[arm.scale]]
     rows, columns = {}, {}
-    for arm in sorted(arms, key=lambda arm: (-arm.syncs / len(arm.pattern), arm.hidden, arm.losses[arm.step])):
+    for arm in sorted(arms, key=lambda a: (-a.syncs / len(a.pattern), a.hidden, -len(a.pattern), a.pattern)):
         baseline, difference = baseline_of(arm, arms), gap(arm, arms)
         column = (baseline.scale, baseline.size, max(2, arm.n_shard))
         columns[column] = f"{baseline.size}, {column[-1]} shards"
         cell = f"{arm.losses[arm.step]:.4f}" if arm is baseline else f"{difference.percent:+.1f}"
         cell += "" if arm is baseline or difference.margin is None else f" ±{difference.margin:.1f}"
         cell += f" ({len(arm.counted)})" if len(arm.counted) > 1 else ""
-        rule = rule_of(arm, baseline) + ("" if arm.dtype == usual else f", {arm.dtype}")
-        if arm is baseline or not (arm.all_synced and arm.n_layer == baseline.n_layer):
-            rows.setdefault(rule, {}).setdefault(column, cell)
+        rows.setdefault(rule_of(arm, baseline), {})[column] = cell
     lines = [f"| gap, % | {' | '.join(columns[column] for column in sorted(columns))} |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for rule in sorted(rows, key=lambda rule: rule if rule.startswith("control") else ""):  # controls last
         lines.append(f"| {rule} | {' | '.join(rows[rule].get(column, '') for column in sorted(columns))} |")
+    return "\n".join(lines)
+
+
+def rates_table(folder):
+    """The losses of those arms below a folder that were run at several learning rates."""
+    arms, rows = load(folder), {}
+    for arm in arms:
+        shards = f", {arm.n_shard} shards" if arm.n_shard > 1 else ""
+        name = f"{arm.size}, {rule_of(arm, baseline_of(arm, arms))}{shards}"
+        cell = f"{arm.losses[arm.step]:.4f}" + (f" ({len(arm.counted)})" if len(arm.counted) > 1 else "")
+        rows.setdefault((name, arm.dtype), {})[arm.learning_rate] = cell
+    rows = {name: cells for (name, _), cells in rows.items() if len(cells) > 1}
+    rates = sorted({rate for cells in rows.values() for rate in cells})
+    lines = [f"| loss | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---" * (len(rates) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(cells.get(rate, '') for rate in rates)} |" for name, cells in rows.items()]
     return "\n".join(lines)
 
 
@@ -141,7 +156,13 @@ def dropping_table(folder):
     return table_of({log.parent.name: read_drop_log(log) for log in sorted(folder.glob("*/log.txt"))})
 
 
-TABLES = {"runs": runs_table, "gaps": gaps_table, "decoding": decoding_table, "delays": delays_table}
+TABLES = {
+    "runs": runs_table,
+    "gaps": gaps_table,
+    "rates": rates_table,
+    "decoding": decoding_table,
+    "delays": delays_table,
+}
 TABLES |= {"training": training_table, "dropping": dropping_table}
 
 
