@@ -5,10 +5,10 @@
 
 A run is 20,000 steps x 491,520 tokens = 9.83 B tokens, 79 a parameter. One H100 trains on 366,000 tokens/s of the
 baseline, 337,000 of SPD at n_shard 2 and 292,000 at n_shard 4 (measured: results/h100), so a run takes 7.5 to 9.4
-GPU-hours, about an hour on eight; their all-reduce of gradients comes on top and was not measured. It is evaluated 41
-times, on the whole of val (4.4 M tokens) and as many of train: 0.36 B tokens, forward alone a third of their training,
-1.2 % on top. The 39 full runs and the 9 of a quarter of the steps below: about 340 GPU-hours, 43 hours of an eight-GPU
-machine.
+GPU-hours, about an hour on eight; their all-reduce of gradients comes on top and was not measured. It is
+evaluated 41 times, on the whole of val (4.4 M tokens) and as many of train: 0.36 B tokens, forward alone a third of
+their training, 1.2 % on top. The 39 full runs and the 9 of a quarter of the steps below: about 340 GPU-hours, 43 hours
+of an eight-GPU machine.
 The learning rates come first: stop there, look, and set _base for what follows.
 """
 

@@ -96,7 +96,9 @@ _planned = [
     *(_grouped("4x256", 2, n_shard=n_shard) for n_shard in (2, 4)),
     *(run for seed in (1, 2, 3) for run in (*_compared("3x192", seed), *_delayed("3x192", seed))),
     *_modern(),
-    *_tuning("3x192", (1e-3, 2e-3, 8e-3)),
+    *_tuning("3x192", (2e-3, 8e-3)),
+    _run("3x192", "baseline", 1e-3),
+    _grouped("3x192", 1, lr=1e-3),
     # at the rate that is best there
     *(_run("3x192", "spd", 2e-3, architecture="spd", n_shard=n_shard) for n_shard in (2, 4)),
     _grouped("3x192", 1, lr=2e-3, n_shard=4),
