@@ -17,6 +17,8 @@ from pathlib import Path
 from reduced_sync.comparison import table, verdict, warnings
 from reduced_sync.drop_log import read_drop_log, table_of
 from reduced_sync.runs import baseline_of, by_scale, count_text, gap, load_runs
+from reduced_sync_model import baseline as baseline_pattern
+from reduced_sync_model import grouped, spd
 
 RESULTS = Path(__file__).parent
 DOCUMENTS = [RESULTS.parent / "EXPERIMENT_SUMMARY.md", *sorted(RESULTS.glob("*/README.md"))]
@@ -26,6 +28,12 @@ TABLE = re.compile(r"(<!-- make results: (\w+) (\S+) -->\n).*?(<!-- end -->)", r
 def load(folder):
     """The runs below a folder, as arms."""
     return load_runs(sorted(log.parent for log in folder.glob("*/log.txt")))
+
+
+def markdown(rows):
+    """A table in Markdown, of rows of cells; the first is the head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 def runs_table(folder):
@@ -48,15 +56,13 @@ def gaps_table(folder):
         baseline, difference = baseline_of(arm, arms), gap(arm, arms)
         column = (baseline.scale, baseline.size, max(2, arm.n_shard))
         columns[column] = f"{baseline.size}, {column[-1]} shards"
-        cell = f"{arm.losses[arm.step]:.4f}" if arm is baseline else f"{difference.percent:+.1f}"
+        cell = loss_of(arm) if arm is baseline else f"{difference.percent:+.1f}"
         cell += "" if arm is baseline or difference.margin is None else f" ±{difference.margin:.1f}"
-        cell += f" ({len(arm.counted)})" if len(arm.counted) > 1 else ""
-        rows.setdefault(rule_of(arm, baseline), {})[column] = cell
-    lines = [f"| gap, % | {' | '.join(columns[column] for column in sorted(columns))} |"]
-    lines.append("|---" * (len(columns) + 1) + "|")
-    for rule in sorted(rows, key=lambda rule: rule if rule.startswith("control") else ""):  # controls last
-        lines.append(f"| {rule} | {' | '.join(rows[rule].get(column, '') for column in sorted(columns))} |")
-    return "\n".join(lines)
+        rows.setdefault(rule_of(arm, baseline), {})[column] = cell + seeds_of(arm)
+    order = sorted(rows, key=lambda rule: rule if rule.startswith("control") else "")  # controls last
+    lines = [["gap, %", *(columns[column] for column in sorted(columns))]]
+    lines += [[rule, *(rows[rule].get(column, "") for column in sorted(columns))] for rule in order]
+    return markdown(lines)
 
 
 def rates_table(folder):
@@ -65,13 +71,21 @@ def rates_table(folder):
     for arm in arms:
         shards = f", {arm.n_shard} shards" if arm.n_shard > 1 else ""
         name = f"{arm.size}, {rule_of(arm, baseline_of(arm, arms))}{shards}"
-        cell = f"{arm.losses[arm.step]:.4f}" + (f" ({len(arm.counted)})" if len(arm.counted) > 1 else "")
-        rows.setdefault((name, arm.dtype), {})[arm.learning_rate] = cell
+        rows.setdefault((name, arm.dtype), {})[arm.learning_rate] = loss_of(arm) + seeds_of(arm)
     rows = {name: cells for (name, _), cells in rows.items() if len(cells) > 1}
     rates = sorted({rate for cells in rows.values() for rate in cells})
-    lines = [f"| loss | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---" * (len(rates) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(cells.get(rate, '') for rate in rates)} |" for name, cells in rows.items()]
-    return "\n".join(lines)
+    lines = [["loss", *(f"{rate:g}" for rate in rates)]]
+    return markdown(lines + [[name, *(cells.get(rate, "") for rate in rates)] for name, cells in rows.items()])
+
+
+def loss_of(arm):
+    """An arm's last loss as the tables have it."""
+    return f"{arm.losses[arm.step]:.4f}"
+
+
+def seeds_of(arm):
+    """In brackets how many seeds an arm has, unless it is one."""
+    return f" ({len(arm.counted)})" if len(arm.counted) > 1 else ""
 
 
 def rule_of(arm, baseline):
@@ -79,13 +93,9 @@ def rule_of(arm, baseline):
     if fewer := baseline.n_layer - arm.n_layer:
         return f"control, {fewer} layer{'s' if fewer > 1 else ''} less"
     n = arm.n_layer
-    names = {
-        "2" * n: "baseline",
-        "1" * n: "SPD",
-        "a" * (n - 1) + "1": "after attention",
-        "0" * (n - 1) + "1": "one sync",
-    }
-    names |= {("0" * (k - 1) + "1") * (n // k): f"a sync every {k} layers" for k in range(2, n) if n % k == 0}
+    names = {baseline_pattern(n): "baseline", spd(n): "SPD", "a" * (n - 1) + "1": "after attention"}
+    names |= {grouped(n, k): f"a sync every {k} layers" for k in range(2, n) if n % k == 0}
+    names[grouped(n, n)] = "one sync"
     return " ".join([names.get(arm.pattern, f"`{arm.pattern}`"), *arm.variant.split()[1:]])
 
 
@@ -100,13 +110,13 @@ def training_table(folder):
     """What bench.py train measured, of train.json in a folder: tokens/s and memory, with ratios to our first."""
     results = json.loads((folder / "train.json").read_text())["results"]
     ours = next(row for row in results if not row["candidate"].startswith("gpt2"))
-    lines = ["| candidate | tokens/s | speed | peak memory, GB | memory |", "|---|---|---|---|---|"]
+    lines = [["candidate", "tokens/s", "speed", "peak memory, GB", "memory"]]
     for row in results:
         speed, peak = row["tokens_per_s"], row["peak_bytes"]
         ratios = (speed / ours["tokens_per_s"], peak / ours["peak_bytes"])
         cells = [row["candidate"], f"{speed:,.0f}", f"{ratios[0]:.2f}x", f"{peak / 1e9:.1f}", f"{ratios[1]:.2f}x"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(lines)
 
 
 def decoding_case(case):
@@ -120,15 +130,15 @@ def decoding_case(case):
     head += f" Memory alone: {1000 * case['bound_s']:.1f} ms a token."
     columns = ["variant", "syncs", "TTFT, ms", "TPOT, ms", "faster"]
     columns += ["in all-reduces, ms", "without them, ms"] if case["tp_size"] > 1 else []
-    lines = [head, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines = [columns]
     for row in case["patterns"]:
         tpot = row["tpot_s"]
         cells = [row["variant"], counted(row), f"{1000 * row['ttft_s']:.0f}", f"{1000 * tpot:.1f}"]
         cells.append(f"{case['patterns'][0]['tpot_s'] / tpot:.2f}x")
         if case["tp_size"] > 1:
             cells += [f"{1000 * row[key]:.1f}" for key in ("in_all_reduces_s", "silent_tpot_s")]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return f"{head}\n\n{markdown(lines)}"
 
 
 def counted(row):
@@ -143,12 +153,12 @@ def delays_table(folder):
     delays = [f"{1000 * case['added_delay_s']:g}" for case in cases]
     columns = ["variant", "syncs", *(f"{delay} ms" for delay in delays)]
     columns += [f"exposed, {a} to {b} ms" for a, b in itertools.pairwise(delays)]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines = [columns]
     for rows in zip(*(case["patterns"] for case in cases), strict=True):
         cells = [rows[0]["variant"], counted(rows[0]), *(f"{1000 * row['tpot_s']:.1f}" for row in rows)]
         cells += [f"{row['exposed_syncs']:.1f} ({row['model_exposed_syncs']:.1f})" for row in rows[1:]]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(lines)
 
 
 def dropping_table(folder):
@@ -162,8 +172,9 @@ TABLES = {
     "rates": rates_table,
     "decoding": decoding_table,
     "delays": delays_table,
+    "training": training_table,
+    "dropping": dropping_table,
 }
-TABLES |= {"training": training_table, "dropping": dropping_table}
 
 
 def renewed(text):
