@@ -16,8 +16,8 @@ _BASE |= dict(dtype="bfloat16", compile=True)
 _DEEP = {"2x128": (2, 128), "3x192": (3, 192)}
 _STEPS = {"2x128": 2100, "3x192": 6800}  # 10 tokens a parameter: 0.43 M and 1.38 M parameters
 _CONTROLS = {  # dense, all syncs made, equal parameters within 2 %
-    "2x128": [dict(n_layer=1, n_embd=178, n_head=2)],
-    "3x192": [dict(n_layer=2, n_embd=236)],
+    "2x128": dict(n_layer=1, n_embd=178, n_head=2),
+    "3x192": dict(n_layer=2, n_embd=236),
 }
 
 
@@ -35,17 +35,17 @@ def _grouped(n):
     return dict(architecture="grouped", layers_per_group=n)
 
 
-def _controls(size, lr, **more):
-    for keys in _CONTROLS[size]:
-        yield _run(size, "control-{n_layer}x{n_embd}".format(**keys), lr, n_shard=1, **keys, **more)
+def _control(size, lr, **more):
+    keys = _CONTROLS[size]
+    return _run(size, "control-{n_layer}x{n_embd}".format(**keys), lr, n_shard=1, **keys, **more)
 
 
 def _tuning(size, lrs):
-    """Learning rates for the baseline, the most desynced variant and the deepest control."""
+    """Learning rates for the baseline, the most desynced variant and the control."""
     n_layer = _DEEP[size][0]
     for lr in lrs:
         yield _run(size, "baseline", lr)
-        yield next(_controls(size, lr))
+        yield _control(size, lr)
         yield _run(size, "1sync", lr, **_grouped(n_layer))
 
 
@@ -87,7 +87,7 @@ def _deeper(lr):
         yield _run("3x192", "spd", lr, architecture="spd", n_shard=n_shard)
     yield _run("3x192", "1sync", lr, **_grouped(3))
     yield _run("3x192", "after-attention", lr, architecture="selective", sync_pattern="aa1")
-    yield next(_controls("3x192", lr))
+    yield _control("3x192", lr)
 
 
 def _modern(lr):
@@ -106,7 +106,7 @@ def _many(size, seed):
     n_layer = _DEEP[size][0]
     yield _run(size, "baseline", 4e-3, seed=seed)
     yield _run(size, "baseline", 8e-3, seed=seed)
-    yield from _controls(size, 4e-3, seed=seed)
+    yield _control(size, 4e-3, seed=seed)
     yield _run(size, "spd", 4e-3, architecture="spd", seed=seed)
     yield _run(size, "1sync", 4e-3, **_grouped(n_layer), seed=seed)
     yield _run(size, "1sync", 4e-3, **_grouped(n_layer), seed=seed, n_shard=4)
