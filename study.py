@@ -79,8 +79,9 @@ class Run:
         self.study, self.name = study, keys["name"]
         self.keys = {key: value for key, value in keys.items() if key != "name"}
         self.out_dir = Path(study.out_dir) / self.name
-        keys = self.keys | {"device": study.device} if study.device else self.keys
-        self.arguments = [f"--{key}={value}" for key, value in keys.items()] + [f"--out_dir={self.out_dir}"]
+        device = {"device": study.device} if study.device else {}
+        settled = self.keys | device | {"out_dir": self.out_dir}
+        self.arguments = [f"--{key}={value}" for key, value in settled.items()]
         try:
             self.config = configure(Config, self.arguments)
             sync_pattern(self.config)
@@ -89,7 +90,7 @@ class Run:
         self.process = self.slot = self.failure = None
         self.told = 0  # signals passed on to its process
         self.step, self.evaluated, self.finished = 0, 0, False
-        self.step_work = self.keys["n_layer"] * self.keys["n_embd"] ** 2  # about a step's share of the time
+        self.step_work = keys["n_layer"] * keys["n_embd"] ** 2  # about a step's share of the time
 
     def look(self) -> None:
         """Read from its log where it stands. Raises ValueError for the log of another run."""

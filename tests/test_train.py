@@ -141,8 +141,6 @@ def test_a_schedule_that_is_not_used_is_not_refused(small_dataset, tmp_path, swi
 
 
 def test_a_device_that_is_not_there(small_dataset, tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
     refused(tiny(small_dataset, tmp_path, device="cuda"), "device='cuda'", "--device=cpu")
 
 
