@@ -3,7 +3,7 @@
     script.py config/a.py config/b.py --batch_size=8 --device=cpu
 
 The defaults are a dataclass whose fields are made with `option`. Files are executed in order, each seeing the defaults
-and what earlier files have set as globals; then come the arguments, which win wherever they stand. The value of a text
+and what earlier files have set as builtins; then come the arguments, which win wherever they stand. The value of a text
 key is the argument as it is typed, without quotes of Python's; where a key may be None, the text None is that. Other
 values are Python literals. A name with a leading underscore, a module, a function or a class in a config file is the
 file's own; every other name must be a key, and its value must have the key's type.
@@ -13,6 +13,7 @@ A command without config files has the same arguments (`parse`), and lists: keys
 
 import argparse
 import ast
+import builtins
 import dataclasses
 import os
 import reprlib
@@ -40,11 +41,14 @@ def option(
 
 
 def configure(cls: type, argv: list[str]) -> Any:
-    """The config of dataclass `cls` that the arguments `argv` ask for. Raises ValueError with one clear line."""
-    values = {field.name: field.default for field in dataclasses.fields(cls)}
+    """The config of dataclass `cls` that the arguments `argv` ask for. Raises ValueError with one clear line.
+
+    Its attribute `given` is the set of keys that a file or an argument wrote, be it their default's value.
+    """
+    defaults, values = {field.name: field.default for field in dataclasses.fields(cls)}, {}
     for path in argv:
         if not path.startswith("--"):
-            values.update(_run_file(cls, path, values))
+            values |= _run_file(cls, path, defaults | values)
     for argument in argv:
         if argument.startswith("--"):
             key, equals, text = argument[2:].partition("=")
@@ -79,7 +83,7 @@ def parse(cls: type, argv: list[str], listed: str, description: str, program: st
     def typed(key, text):
         return _typed(cls, key, _value(text, _kinds(cls, key)), text if key == listed else f"--{key}={text}")
 
-    values = {field.name: field.default for field in fields}
+    values = {}
     for key, given in found.items():
         if isinstance(given, str):
             values[key] = typed(key, given)
@@ -90,11 +94,12 @@ def parse(cls: type, argv: list[str], listed: str, description: str, program: st
 
 
 def _config(cls, values):
-    """The dataclass of these values, of the right types. Raises ValueError for one out of its bounds."""
+    """The dataclass of these written values, of the right types. Raises ValueError for one out of its bounds."""
     for field in dataclasses.fields(cls):
-        if field.metadata["is_path"] and values[field.name] is not None:
+        if field.metadata["is_path"] and values.get(field.name) is not None:
             values[field.name] = os.path.expanduser(values[field.name])
     config = cls(**values)
+    config.given = set(values)
     check_bounds(config)
     return config
 
@@ -119,10 +124,12 @@ def describe(cls: type) -> str:
 
 
 def _run_file(cls, path, values):
+    """{key: value} of what the config file at `path` writes, which sees `values`."""
     source = next((p for p in (Path(path), Path(__file__).parents[1] / path) if os.path.isfile(p)), None)
     if source is None:
         raise ValueError(f"no config file {path!r} (arguments are CONFIG.py or --key=value)")
-    namespace = {"__file__": str(source.resolve()), **values}
+    # as builtins, so that what is in the namespace afterwards is what the file wrote
+    namespace = {"__file__": str(source.resolve()), "__builtins__": vars(builtins) | values}
     try:
         exec(compile(source.read_text(encoding="utf-8-sig"), path, "exec"), namespace)
     except Exception as error:

@@ -73,6 +73,13 @@ def test_files_see_earlier_values(write):
     assert configure(Small, ["--n=7", write("limit = n")]) == Small(n=7, limit=1)  # arguments are on top of the files
 
 
+def test_what_was_written_is_known(write):
+    """Fault 9: a key that is written with its default's value counted as not given."""
+    files = [write("import math as _m\nn = 1"), write("rate = n / 2\nif n > 1:\n    flag = True")]
+    assert configure(Small, [*files, "--name=x", "--limit=None"]).given == {"n", "rate", "name", "limit"}
+    assert configure(Small, []).given == set()
+
+
 def test_a_tilde_is_the_home_folder_where_a_path_is_wanted(write, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert configure(Small, ["--folder=~/x", "--name=~/x"]) == Small(folder="/home/me/x", name="~/x")
