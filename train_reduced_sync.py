@@ -27,24 +27,53 @@ from reduced_sync import checkpoint as ckpt
 from reduced_sync import parallel
 from reduced_sync.commands import StopSignal, set_up
 from reduced_sync.config import configure, describe
-from reduced_sync.data import Corpus
+from reduced_sync.data import Corpus, vocabulary_hash
 from reduced_sync.experiment import Config, check_config, learning_rate, sync_pattern
 from reduced_sync.files import lock_folder
 from reduced_sync.parallel import RANK, RESTART_COUNT, WORLD_SIZE
 from reduced_sync.recording import Recorder
 from reduced_sync.run_log import changes, step_line
-from reduced_sync.weights import from_pretrained, pretrained_fields
+from reduced_sync.weights import GPT2_SHAPES, from_pretrained, pretrained_fields
 
 # what says where shards sync
-RULE = "architecture sync_pattern parallel_block merge overlap".split()
+RULE = "architecture layers_per_group sync_pattern parallel_block merge overlap".split()
 # what is chosen of a pretrained model: its weights fit any
 CHOICES = "block_size dropout n_shard sync_pattern parallel_block merge overlap".split()
 
 
-def prepare(config: Config) -> tuple[tuple, Corpus, rsm.GPTConfig, dict | None]:
+def check_shape(config: Config, theirs: rsm.GPTConfig, keys: set[str]) -> None:
+    """Raise ValueError where the user wrote another shape than that of pretrained weights, which is `theirs`."""
+    differing = []
+    for key in sorted(keys & config.given):
+        value, written = getattr(theirs, key), getattr(config, key)
+        if value != (written or getattr(dataclasses.replace(theirs, **{key: written}), key)):  # 0: by other keys
+            differing.append(f"{key}={value!r}, not {written!r}")
+    if differing:
+        raise ValueError(f"init_from={config.init_from!r} has {'; '.join(differing)}: leave such keys out")
+
+
+def check_tokens(config: Config, meta: dict) -> str:
+    """Raise ValueError where the dataset's ids stand for other tokens than those of the pretrained model.
+
+    Returns a line where that cannot be seen, else an empty one.
+    """
+    name = config.init_from
+    tokenizer = str(Path(name).absolute()) if Path(name).is_dir() else "gpt2" if name in GPT2_SHAPES else name
+    found = {
+        f"dataset={config.dataset!r}": vocabulary_hash(meta.get("tokenizer"), meta),
+        f"init_from={name!r}": vocabulary_hash(tokenizer, meta),
+    }
+    if unknown := [key for key, value in found.items() if value is None]:
+        return f"not known of {' and '.join(unknown)}: taken to be the same"
+    if len(set(found.values())) > 1:
+        raise ValueError(f"{' and '.join(found)} have other tokens: prepare the data with the tokenizer of the model")
+    return ""
+
+
+def prepare(config: Config) -> tuple[tuple, Corpus, dict, rsm.GPTConfig, dict | None]:
     """Refuse what can be refused before a process group exists: keys, device, data, the model's shape, a checkpoint.
 
-    Returns (device choice, corpus, GPTConfig, checkpoint or None). Raises ValueError.
+    Returns (device choice, corpus, notes for the log, GPTConfig, checkpoint or None). Raises ValueError.
     """
     path = Path(config.out_dir) / "ckpt.pt"
     if RESTART_COUNT > 0 and path.exists():  # torchrun --max-restarts: go on instead of starting over
@@ -55,17 +84,20 @@ def prepare(config: Config) -> tuple[tuple, Corpus, rsm.GPTConfig, dict | None]:
         )
     saved = ckpt.load(path) if config.init_from == "resume" else None
     origin = saved["config"]["init_from"] if saved else config.init_from
-    shape = {}
-    if origin not in ("scratch", "resume"):  # a pretrained model's weights give its shape, not the keys
-        shape = saved["model_args"] if saved else pretrained_fields(origin)[1]
-        has_rule = saved["config"]["architecture"] == "selective" if saved else "sync_pattern" in shape
-        if has_rule and all(getattr(config, key) == getattr(Config, key) for key in RULE):  # an export's own
-            vars(config).update({key: shape[key] for key in RULE if key in shape}, architecture="selective")
-        if saved is None or config.n_shard == Config.n_shard:
-            config.n_shard = shape.get("n_shard", config.n_shard)
-        shape = {key: value for key, value in shape.items() if key not in CHOICES}
-        for key in shape.keys() & vars(config).keys():
-            setattr(config, key, shape[key])
+    shape, own_rule, notes = {}, {}, {}
+    if origin not in ("scratch", "resume"):  # what the user does not write is the pretrained model's
+        fields = saved["model_args"] if saved else pretrained_fields(origin)[1]
+        own_rule = {key: fields[key] for key in RULE if key in fields}
+        if own_rule and not config.given.intersection(RULE):
+            known = saved["config"] if saved else own_rule | {"architecture": "selective"}
+            vars(config).update({key: known[key] for key in RULE if key in known})
+        theirs = None if saved else rsm.GPTConfig(**fields)
+        free = {"block_size", "dropout", *RULE} | {"n_shard"} - fields.keys()  # a dense model is cut into any number
+        shape = {key: value for key, value in (fields if saved else vars(theirs)).items() if key not in free}
+        keys = shape.keys() & vars(config).keys()
+        if not saved:  # check_model sees to a checkpoint's
+            check_shape(config, theirs, keys)
+        vars(config).update({key: shape[key] for key in keys - config.given})
     check_config(config)
     keys = [field.name for field in dataclasses.fields(rsm.GPTConfig) if hasattr(config, field.name)]
     shape |= {key: getattr(config, key) for key in keys} | dict(sync_pattern=sync_pattern(config))
@@ -79,7 +111,16 @@ def prepare(config: Config) -> tuple[tuple, Corpus, rsm.GPTConfig, dict | None]:
     if saved:
         ckpt.check_model(saved, model_config, path)
         ckpt.check_data(saved, corpus.meta, path)
-    return choice, corpus, model_config, saved
+    elif origin != "scratch":
+        rule = {key: getattr(model_config, key) for key in own_rule}
+        if differing := [f"{key} {own_rule[key]!r} -> {rule[key]!r}" for key in rule if rule[key] != own_rule[key]]:
+            notes["converted"] = f"init_from={origin!r} was trained by another rule of syncs: {', '.join(differing)}"
+        if unknown := check_tokens(config, corpus.meta):
+            notes["tokens"] = unknown
+    if RANK == 0:
+        for key, note in notes.items():
+            print(f"{key}: {note}", file=sys.stderr)
+    return choice, corpus, notes, model_config, saved
 
 
 @dataclass
@@ -154,7 +195,9 @@ def update(
     return total.item(), parallel.clip_gradients(model, config.grad_clip, rsm.is_sharded, layout.tp_group)
 
 
-def train(config: Config, choice: tuple, corpus: Corpus, model_config: rsm.GPTConfig, saved: dict | None) -> None:
+def train(
+    config: Config, choice: tuple, corpus: Corpus, notes: dict, model_config: rsm.GPTConfig, saved: dict | None
+) -> None:
     """The loop, on every rank."""
     layout = parallel.start(*choice, config.tp_size, config.timeout_s)
     device_type, on_rank_0 = layout.device.type, RANK == 0
@@ -203,7 +246,7 @@ def train(config: Config, choice: tuple, corpus: Corpus, model_config: rsm.GPTCo
                 error = f"saving to {config.out_dir} failed, the checkpoint before it is whole: {failure}"
         parallel.raise_together(error)
 
-    record = Recorder(config, model, layout, corpus.meta, progress, resumed)
+    record = Recorder(config, model, layout, corpus.meta, progress, resumed, notes)
     last_save = time.monotonic()
     while True:
         at_end = progress.step >= config.max_iters

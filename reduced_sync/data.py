@@ -3,6 +3,7 @@
 data/NAME/ holds train.bin and val.bin (uint16 token ids) and meta.json, made by data/NAME/prepare.py.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 DATA = Path(__file__).parents[1] / "data"
+GPT2_TOKENS = "009e06fa5ef9c82ae9139d16e1721700f2b11089529f8c5598a3c5e4041dbc0d"  # vocabulary_hash
 
 
 class Corpus:
@@ -127,3 +129,33 @@ class Corpus:
             return np.memmap(path, dtype="<u2", mode="r")
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def vocabulary_hash(tokenizer: str | None, meta: dict) -> str | None:
+    """A hash of the tokens that the ids of a dataset with this `meta` stand for, if `tokenizer` is theirs.
+
+    tokenizer: "gpt2", "char" with the characters of `meta`, or a folder or hub name. None where it does not tell them.
+    Raises ValueError for a tokenizer.json that is damaged.
+    """
+    if tokenizer == "gpt2":
+        return GPT2_TOKENS
+    if tokenizer == "char":
+        tokens = meta.get("chars", "")
+    else:
+        tokens = _tokens_of(tokenizer, meta["vocab_size"])
+    return hashlib.sha256("\0".join(tokens).encode()).hexdigest() if tokens else None
+
+
+def _tokens_of(name, count):
+    """The first `count` tokens of a folder or hub name; none where it has no tokenizer.json."""
+    from tokenizers import Tokenizer
+    from transformers.utils import cached_file
+
+    try:
+        path = name and cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    except OSError:  # neither a folder nor within reach
+        path = None
+    try:
+        return [token for token in map(Tokenizer.from_file(path).id_to_token, range(count)) if token] if path else []
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise ValueError(f"{path} is damaged: {error}") from None

@@ -113,9 +113,12 @@ def model_flops_utilisation(model: rsm.GPT, sequences: float, seconds: float, de
 
 
 class Recorder:
-    """Writes a run's lines, on rank 0; on the others it does nothing. `resumed`: the settings that a resume changed."""
+    """Writes a run's lines, on rank 0; on the others it does nothing.
 
-    def __init__(self, config, model, layout, meta, progress, resumed=""):
+    `resumed`: the settings that a resume changed. `notes`: what else its log is to say at its head.
+    """
+
+    def __init__(self, config, model, layout, meta, progress, resumed="", notes=None):
         self.config, self.model, self.layout = config, model, layout
         self.device_name = parallel.device_name(layout.device)
         self.last, self.updates = time.monotonic(), 0  # the last `iter` line, and the updates since
@@ -126,7 +129,7 @@ class Recorder:
         if path.exists():
             drop_lines_after(path, step, progress.evaluated) if step else path.unlink()
         self.log, self.wandb = RunLog(path), WandB(config)
-        self.log.header(header_of(config, model, layout, meta, step))
+        self.log.header(header_of(config, model, layout, meta, step) | (notes or {}))
         if resumed:
             self.log.header({f"changed since step {step}": resumed})
             print(f"resumed at step {step} with other settings: {resumed}", flush=True)

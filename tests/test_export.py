@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -22,7 +23,7 @@ import train_reduced_sync
 from reduced_sync import checkpoint as ckpt
 from reduced_sync import decoding, preparing, weights
 from reduced_sync.config import configure
-from reduced_sync.data import Corpus
+from reduced_sync.data import Corpus, vocabulary_hash
 from reduced_sync.experiment import Config
 from reduced_sync.run_log import read_log
 from reduced_sync.tokenizer import Tokens
@@ -386,6 +387,109 @@ def test_a_folder_is_trained_on(small_dataset, tmp_path, shape):
     if "sync_pattern" in shape:
         with pytest.raises(ValueError, match=f"n_shard=2: the weights of {folder} are 4 shards"):
             weights.from_pretrained(folder, n_shard=2)
+
+
+def training(folder, dataset, out_dir, *more):
+    """What train_reduced_sync.py makes of a folder and further arguments: (notes, GPTConfig)."""
+    argv = [f"--init_from={folder}", f"--dataset={dataset}", f"--out_dir={out_dir}", "--block_size=24"]
+    config = configure(Config, [*argv, "--device=cpu", *more])
+    _, _, notes, model_config, _ = train_reduced_sync.prepare(config)
+    return notes, model_config
+
+
+def meta_of(dataset):
+    return json.loads((dataset / "meta.json").read_text())
+
+
+def test_a_written_rule_converts_an_export_and_the_log_says_so(small_dataset, tmp_path):
+    """Fault 9: a rule that equals its default was taken for one that was not written, and the export's own trained."""
+    model, folder = exported(tmp_path, meta_of(small_dataset), vocab_size=128, n_shard=2, sync_pattern="1111")
+    keys = dict(init_from=folder, dataset=small_dataset, out_dir="run", device="cpu", dtype="float32", max_iters=1)
+    keys |= dict(block_size=24, batch_size=2, gradient_accumulation_steps=1, eval_iters=2, warmup_iters=0)
+    argv = ["config/train_baseline_24sync.py", *(f"--{key}={value}" for key, value in keys.items())]
+    process = run_script([TRAIN, *argv], cwd=tmp_path)
+    succeeded(process)
+    log = read_log(tmp_path / "run" / "log.txt")
+    said = f"init_from='{folder}' was trained by another rule of syncs: sync_pattern '1111' -> '2222'"
+    assert log.header["converted"] == said and f"converted: {said}\n" in process.stderr
+    assert log.header["sync_pattern"] == "2222" and log.header["architecture"] == "baseline"
+    with torch.no_grad():
+        baseline = model.with_pattern("2222")
+        batches = list(Corpus(small_dataset, 24).evaluation_batches("val", 2, 2, 0, 1))
+        expected = sum(baseline(x, y)[1].item() for x, y, _ in batches) / 2
+    assert log.evaluations[0][2] == pytest.approx(expected, abs=1e-4)
+
+    def resumed(*more):
+        return training("resume", small_dataset, tmp_path / "run", *more)
+
+    assert resumed() == resumed("--architecture=baseline") == ({}, dataclasses.replace(model.config, sync_pattern=""))
+    with pytest.raises(ValueError, match="holds another model: sync_pattern='2222', not '1111'"):
+        resumed("--architecture=spd")
+    with pytest.raises(ValueError, match="holds another model: n_layer=4, not 12"):
+        resumed("--n_layer=12")
+
+
+@pytest.mark.parametrize(
+    "shape, argument, words",
+    [
+        (WITH_CODE[0], "--n_layer=12", "n_layer=4, not 12"),  # the default, written
+        (WITH_CODE[0], "--n_shard=4", "n_shard=2, not 4"),
+        (WITH_CODE[0], "--bias=False", "bias=True, not False"),
+        (PLAIN[0], "--norm=rmsnorm", "norm='layernorm', not 'rmsnorm'"),
+        (PLAIN[0], "--n_kv_head=2", "n_kv_head=4, not 2"),
+        (PLAIN[5], "--n_kv_head=0", "n_kv_head=2, not 0"),
+        (PLAIN[4], "--n_hidden=0", "n_hidden=88, not 0"),
+        (PLAIN[4], "config/on_cpu.py", "n_embd=32, not 64"),
+    ],
+    ids=str,
+)
+def test_a_written_shape_that_is_not_the_folders_is_refused(small_dataset, tmp_path, shape, argument, words):
+    """Fault 9: it was overwritten in silence."""
+    _, folder = exported(tmp_path, meta_of(small_dataset), vocab_size=128, **shape)
+    with pytest.raises(ValueError, match=f"init_from='{folder}' has {words}") as error:
+        training(folder, small_dataset, tmp_path / "run", argument)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [PLAIN[0], PLAIN[4]], ids=str)
+def test_a_dense_folder_takes_any_rule_and_any_shards(small_dataset, tmp_path, shape):
+    """Fault 9: and keys that say what the weights are, or that 0 leaves to them."""
+    _, folder = exported(tmp_path, meta_of(small_dataset), vocab_size=128, **shape)
+    more = ["config/train_spd_12sync.py", "--n_shard=4", "--n_layer=4", "--n_kv_head=0", "--device=cpu"]
+    notes, config = training(folder, small_dataset, tmp_path / "run", *more)
+    assert not notes and (config.sync_pattern, config.n_shard, config.n_embd) == ("1111", 4, 32)
+    assert training(folder, small_dataset, tmp_path / "run")[1].sync_pattern == "2222"
+
+
+def test_a_folder_is_trained_on_its_own_tokens_alone(small_dataset, tmp_path):
+    """Fault 10: sizes were compared, so that GPT-2's model learned from the ids of characters."""
+    meta = {"tokenizer": "gpt2", "vocab_size": 50257}
+    _, gpt2 = exported(tmp_path / "gpt2", meta, **GPT2)
+    with pytest.raises(ValueError, match=f"dataset='{small_dataset}' and init_from='{gpt2}' have other tokens"):
+        training(gpt2, small_dataset, tmp_path / "run")
+    with pytest.raises(ValueError, match="and init_from='gpt2' have other tokens"):
+        training("gpt2", small_dataset, tmp_path / "run")
+    _, other = exported(tmp_path / "other", vocab_size=128)
+    with pytest.raises(ValueError, match="have other tokens: prepare the data"):
+        training(other, small_dataset, tmp_path / "run")
+    _, same = exported(tmp_path / "same", meta_of(small_dataset), vocab_size=128)
+    assert training(same, small_dataset, tmp_path / "run")[0] == {}
+    (same / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):
+        training(same, small_dataset, tmp_path / "run")
+    (same / "tokenizer.json").unlink()
+    notes, _ = training(same, small_dataset, tmp_path / "run")
+    assert notes == {"tokens": f"not known of init_from='{same}': taken to be the same"}
+
+
+def test_the_hash_of_gpt2s_tokens(tmp_path):
+    """Fault 10: of OpenAI's own file, and of the folder that export.py makes of it."""
+    preparing.gpt2_encoding()
+    ids = json.loads(preparing.gpt2_files()["encoder.json"].read_text(encoding="utf-8"))
+    expected = hashlib.sha256("\0".join(sorted(ids, key=ids.get)).encode()).hexdigest()
+    meta = {"tokenizer": "gpt2", "vocab_size": 50257}
+    _, folder = exported(tmp_path, meta, **GPT2)
+    assert vocabulary_hash("gpt2", meta) == vocabulary_hash(str(folder), meta) == expected
 
 
 def test_a_folder_is_sampled_on_its_shards(tmp_path, monkeypatch):

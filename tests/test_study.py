@@ -41,7 +41,7 @@ def test_the_study_files(path, small_dataset, tmp_path):
     for keys in listed.runs:
         arguments = [f"--{key}={value}" for key, value in keys.items() if key not in ("name", "dataset")]
         arguments += [f"--dataset={small_dataset}", f"--out_dir={tmp_path / keys['name']}", "--device=cpu"]
-        _, _, model_config, _ = script.prepare(configure(script.Config, [*arguments, "--block_size=64"]))
+        *_, model_config, _ = script.prepare(configure(script.Config, [*arguments, "--block_size=64"]))
         c = model_config
         n_params = 12 * c.n_layer * c.n_embd**2 + (50304 if path.stem == "study_124m" else 128) * c.n_embd
         sizes[keys["name"]] = (n_params, c)

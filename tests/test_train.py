@@ -177,11 +177,20 @@ def test_an_out_dir_in_use_or_not_writable(tmp_path):
         lock_folder(str(tmp_path / "file"))
 
 
+GPT2 = dict(init_from="gpt2", n_layer=12, n_head=12, n_embd=768, architecture="baseline")
+
+
+def with_meta(dataset, folder, **keys):
+    """A copy of the dataset, with other keys in its meta.json."""
+    shutil.copytree(dataset, folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | keys))
+    return folder
+
+
 def test_a_vocabulary_that_gpt2_does_not_have(small_dataset, tmp_path):
-    shutil.copytree(small_dataset, tmp_path / "data")
-    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
-    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta | {"vocab_size": 50258}))
-    refused(tiny(tmp_path / "data", tmp_path / "out", init_from="gpt2"), "dataset", "more tokens than gpt2: 50257")
+    data = with_meta(small_dataset, tmp_path / "data", vocab_size=50258)
+    refused(tiny(data, tmp_path / "out", **GPT2), "dataset", "more tokens than gpt2: 50257")
 
 
 @pytest.mark.parametrize(
@@ -351,7 +360,7 @@ def test_the_config_files_on_eight_processes_in_theory(path, small_dataset, tmp_
     """As they are, except for data and device: what can be checked without a process group."""
     pretend(monkeypatch, 8)
     config = configure(Config, [str(path), f"--dataset={small_dataset}", "--device=cpu", f"--out_dir={tmp_path}"])
-    _, _, model_config, _ = prepare(config)
+    *_, model_config, _ = prepare(config)
     n_syncs = syncs_in_name(path)
     assert script.rsm.count_syncs(model_config.sync_pattern) == n_syncs
     assert (model_config.n_layer, model_config.n_embd, model_config.n_shard, config.tp_size) == (12, 768, 2, 1)
@@ -633,7 +642,7 @@ def test_wandb_without_a_login_asks_nothing(tmp_path, mode):
 
 
 def test_gpt2_weights_without_a_network_are_one_line(small_dataset, tmp_path):
-    argv = tiny(small_dataset, init_from="gpt2", architecture="baseline")
+    argv = tiny(with_meta(small_dataset, tmp_path / "data", tokenizer="gpt2", vocab_size=50257), **GPT2)
     env = {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1"}
     process = run_script([TRAIN, *argv], cwd=tmp_path, env=env)
     assert process.returncode == 1 and "Traceback" not in process.stderr, process.stderr
