@@ -77,9 +77,11 @@ class Config:
     sensitivity_windows: int = option(
         40, "windows to measure sensitivity on; 0: blocks are dropped last to first", least=0
     )
-    drop: int = option(-1, "how many blocks lose a sync; -1: all", least=-1)
-    sync_pattern: str = option("", "the pattern to drop to, of 2 and 1, in place of `drop`")
-    max_loss_percent: float = option(0.0, "in place of `drop`: as many as raise the perplexity by no more", least=0)
+    drop: int | None = option(None, "how many blocks lose a sync; None: all", least=0)
+    sync_pattern: str | None = option(None, "the pattern to drop to, of 2 and 1, in place of `drop`")
+    max_loss_percent: float | None = option(
+        None, "in place of `drop`: as many as raise the perplexity by no more", least=0
+    )
     distil_epochs: int = option(4, "passes over the calibration windows for each dropped block; 0: none", least=0)
     distil_inputs: str = option(
         "teacher", "whose streams a block is trained on: teacher or student", allowed=("teacher", "student")
@@ -177,18 +179,20 @@ def prepare(config: Config) -> tuple[tuple, Source, dict | None, dict, dict, dic
             raise ValueError(f"{out_dir} was started with {says}: go on with the same, or choose another out_dir")
     elif any((out_dir / name).exists() for name in ("ckpt.pt", "progress.pt")):
         raise ValueError(f"out_dir={config.out_dir!r} holds a run already: --init_from=resume, or another out_dir")
+    if not config.out_dir:
+        raise ValueError("out_dir is empty: it must name a folder")
     if not config.init_from:
         raise ValueError("init_from is empty: it must name a trained model")
-    if sum([config.drop != -1, bool(config.sync_pattern), config.max_loss_percent > 0]) > 1:
+    if [config.drop, config.sync_pattern, config.max_loss_percent].count(None) < 2:
         raise ValueError("drop, sync_pattern and max_loss_percent are alternatives: choose one of them")
     source = Source(config.init_from)
     shape = rsm.GPTConfig(**source.fields | {"n_shard": config.n_shard})
     L, dp_size = shape.n_layer, WORLD_SIZE // config.tp_size
     if config.block_size > shape.block_size:
         raise ValueError(f"block_size={config.block_size} is above the {shape.block_size} positions of the model")
-    if config.drop > L or any(not isinstance(n, int) or not 0 <= n <= L for n in config.curve):
+    if (config.drop or 0) > L or any(not isinstance(n, int) or not 0 <= n <= L for n in config.curve):
         raise ValueError(f"drop={config.drop}, curve={config.curve}: the model has {L} blocks")
-    if config.sync_pattern and set(rsm.selective(L, config.sync_pattern)) - set("12"):
+    if config.sync_pattern is not None and set(rsm.selective(L, config.sync_pattern)) - set("12"):
         raise ValueError(f"sync_pattern={config.sync_pattern!r}: allowed are 2 and, for a dropped block, 1")
     if config.n_shard % config.tp_size or WORLD_SIZE % config.tp_size:
         raise ValueError(f"tp_size={config.tp_size} must divide n_shard={config.n_shard} and {WORLD_SIZE} processes")
@@ -396,8 +400,8 @@ class Dropping:
     def drop(self) -> int:
         """The pattern."""
         config, L = self.config, self.model.config.n_layer
-        self.progress.sync_pattern = config.sync_pattern or self.dropped(L if config.drop == -1 else config.drop)
-        if config.max_loss_percent > 0:
+        self.progress.sync_pattern = config.sync_pattern or self.dropped(L if config.drop is None else config.drop)
+        if config.max_loss_percent is not None:
             low, high = 0, L  # the largest number within the limit, taken to grow with the number
             limit = self.calibration_loss(0) + math.log(1 + config.max_loss_percent / 100)
             while low < high:
@@ -405,7 +409,7 @@ class Dropping:
                 low, high = (middle, high) if self.calibration_loss(middle) <= limit else (low, middle - 1)
             self.progress.sync_pattern = self.dropped(low)
         self.say(f"pattern: {self.pattern}, order {' '.join(map(str, self.progress.order))}")
-        return self.windows.numel() if config.max_loss_percent else 0
+        return 0 if config.max_loss_percent is None else self.windows.numel()
 
     def calibration_loss(self, n: int) -> float:
         """Mean loss on the calibration windows with n blocks dropped."""

@@ -59,7 +59,7 @@ def choose_device(
     found = torch.cuda.is_available()
     if device is None and not found and torch.version.cuda and RANK == 0:
         print(f"no GPU is used, though torch is built for CUDA {torch.version.cuda}: {_no_cuda()}", file=sys.stderr)
-    device = device or ("cuda" if found else "cpu")
+    device = ("cuda" if found else "cpu") if device is None else device
     if not (match := re.fullmatch(r"cpu|cuda(:\d+)?", device)):
         raise ValueError(f"device={device!r}: allowed are cuda, cuda:N and cpu")
     on_cuda = device.startswith("cuda")
@@ -76,7 +76,7 @@ def choose_device(
         dtype = "bfloat16" if has_bfloat16 else "float16" if on_cuda else "float32"
     if dtype not in dtypes:
         raise ValueError(f"dtype={dtype!r}: allowed are {', '.join(dtypes)}")
-    backend = backend or ("nccl" if on_cuda else "gloo")
+    backend = ("nccl" if on_cuda else "gloo") if backend is None else backend
     if backend not in ("nccl", "gloo") or (backend == "nccl" and not on_cuda):
         raise ValueError(f"backend={backend!r}: allowed are nccl (on CUDA) and gloo")
     return device, dtypes[dtype], backend

@@ -316,6 +316,16 @@ def test_the_most_blocks_within_a_limit(llama, tmp_path):
         assert dropping.mean_loss(base.with_pattern(more), calibration, 8, LAYOUT) > limit
 
 
+@pytest.mark.parametrize("keys, dropped", [(dict(max_loss_percent=0.0), 0), (dict(drop=0), 0), (dict(drop=4), 4)])
+def test_zero_is_a_choice(llama, tmp_path, monkeypatch, keys, dropped):
+    """Fault 11: max_loss_percent=0 meant that it was not given, and every block was dropped."""
+    monkeypatch.setattr(drop_syncs.Dropping, "calibration_loss", lambda run, n: 3.0 + n)
+    keys = keys | dict(distil_epochs=0, finetune_steps=0, arrange="as_is", arrange_heads="as_is", sensitivity_windows=0)
+    drop_syncs.main(arguments(llama, tmp_path / "out", **keys))
+    pattern = "2" * (4 - dropped) + "1" * dropped
+    assert ckpt.load(tmp_path / "out/ckpt.pt")["model_args"]["sync_pattern"] == pattern
+
+
 # --- mistakes
 
 
@@ -333,6 +343,8 @@ def test_the_most_blocks_within_a_limit(llama, tmp_path):
         (dict(block_size=64), "block_size=64 is above the 32 positions"),
         (dict(drop=5), "drop=5"),
         (dict(drop=2, max_loss_percent=1.0), "alternatives"),
+        (dict(drop=0, max_loss_percent=0.0), "alternatives"),
+        (dict(sync_pattern=""), "sync_pattern='' has 0 characters"),
         (dict(sync_pattern="1a11"), "allowed are 2 and, for a dropped block, 1"),
         (dict(arrange="best"), "allowed are as_is, random, affinity"),
         (dict(device="tpu"), "device='tpu'"),
@@ -349,6 +361,13 @@ def test_a_text_that_is_too_short(llama, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("too short")
     assert status(drop_syncs.main, arguments(llama, tmp_path / "out", evaluation=tmp_path / "short.txt")) == 1
     assert "the evaluation text short has 9 tokens" in capsys.readouterr().err
+
+
+def test_an_empty_out_dir_is_not_this_folder(tmp_path, monkeypatch, capsys):
+    """Fault 11: the log of the folder that the command was started in would have been removed."""
+    monkeypatch.chdir(tmp_path)
+    assert status(drop_syncs.main, ["--out_dir=", "--init_from=gpt2"]) == 1
+    assert "error: out_dir is empty" in capsys.readouterr().err
 
 
 def test_an_out_dir_is_used_once_and_resumed_with_the_same_keys(llama, whole, tmp_path, capsys):

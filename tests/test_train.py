@@ -104,8 +104,10 @@ def pretend(monkeypatch, world_size, local_world_size=None):
         (dict(dropout=1.0), ["dropout=1.0", "below 1"]),
         (dict(dropout=-0.1), ["dropout=-0.1", "at least 0"]),
         (dict(device="tpu"), ["device='tpu'", "cuda, cuda:N and cpu"]),
+        (dict(device=""), ["device=''", "cuda, cuda:N and cpu"]),  # of an empty variable of the shell
         (dict(dtype="int8"), ["dtype='int8'", "float32, bfloat16, float16"]),
         (dict(backend="mpi"), ["backend='mpi'", "nccl", "gloo"]),
+        (dict(backend=""), ["backend=''", "nccl", "gloo"]),
         (dict(backend="nccl"), ["backend='nccl'", "gloo"]),
         (dict(eval_interval=0), ["eval_interval=0", "at least 1"]),
         (dict(max_iters=0), ["max_iters=0", "at least 1"]),
