@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -147,7 +148,7 @@ class Source:
         for key, split in (("calibration", "train"), ("evaluation", "val")):
             if pattern := getattr(config, key):
                 found.append(texts.read_texts(pattern, self.tokens, key))
-            elif self.saved is None:
+            elif self.saved is None or "dataset" not in self.saved["config"]:  # of this command, it has none
                 raise ValueError(f"{key} is empty: it must name text files")
             else:
                 corpus = Corpus(self.saved["config"]["dataset"], config.block_size)
@@ -225,6 +226,11 @@ class Dropping:
                 (Path(config.out_dir) / "log.txt").unlink(missing_ok=True)
             self.log = RunLog(Path(config.out_dir) / "log.txt")
             self.log.header(self.header(resumed=saved is not None))
+        for name, held_out in evaluation.items():
+            ids = held_out.flatten().numpy()
+            for other, known in calibration.items():
+                if np.array_equal(known[: len(ids)], ids):
+                    self.say(f"warning: the evaluation text {name!r} is the calibration text {other!r}: not held out")
         if saved and saved["model"]:
             ckpt.restore(saved, self.model)
         self.saved_optimizer = saved["optimizer"] if saved else {}

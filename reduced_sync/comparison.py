@@ -197,7 +197,7 @@ def _no_gap_reason(variants, arms):
 def write_csv(arms: list[Arm], path: str | Path, equal_time: bool = False) -> None:
     """One row an arm, numbers in full, times per token in seconds. Raises OSError."""
     settings = settings_of(arms)
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:  # a name may be no text
         writer = csv.writer(file)
         head = "run variant n_layer n_embd n_shard sync_pattern syncs hidden_syncs reduction_percent parameters tokens "
         head += "learning_rate dtype seeds step max_iters val_loss val_loss_sd gap_percent gap_margin gap_step"

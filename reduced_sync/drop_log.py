@@ -4,7 +4,7 @@
     sensitivity: block 3 0.0123, perplexity 24.61
     arrange: 25.1 s, 4096 tokens
 
-The header is that of run_log.py: lines of `# key: value`.
+The header is that of run_log.py: lines of `# key: value`. The name of a text that is no plain word is a JSON string.
 """
 
 import json
@@ -12,13 +12,16 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PERPLEXITY = re.compile(r"perplexity (.+): (\d+) of (\d+) syncs, (.+)$")
+WORD = re.compile(r"[\w./+@=-]+")
+VALUE = re.compile(r'("(?:[^"\\]|\\.)*"|[^"].*?) (\d+\.\d+|nan|inf)(?:, |$)')
+PERPLEXITY = re.compile(r"perplexity (.+?): (\d+) of (\d+) syncs, (.+)$")
 SENSITIVITY = re.compile(r"sensitivity: block (\d+) (\S+), perplexity (\S+)$")
 
 
 def perplexity_line(stage: str, syncs: int, most: int, perplexities: dict[str, float]) -> str:
     """The perplexity of every evaluation text after a stage, with so many of `most` syncs."""
-    values = ", ".join(f"{name} {value:.3f}" for name, value in perplexities.items())
+    names = [name if WORD.fullmatch(name) else json.dumps(name) for name in perplexities]
+    values = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, perplexities.values(), strict=True))
     return f"perplexity {stage}: {syncs} of {most} syncs, {values}"
 
 
@@ -44,8 +47,10 @@ def read_drop_log(path: str | Path) -> DropLog:
             if line.startswith("# config: "):
                 log.config = json.loads(line.removeprefix("# config: "))
             elif match := PERPLEXITY.match(line):
-                values = (value.rsplit(" ", 1) for value in match[4].split(", "))
-                perplexities = {name: float(value) for name, value in values}
+                values = VALUE.findall(match[4])
+                if VALUE.sub("", match[4]):
+                    raise ValueError(f"{path}: not perplexities of texts: {line[:60]!r}")
+                perplexities = {json.loads(n) if n[0] == '"' else n: float(value) for n, value in values}
                 found = (match[1], int(match[2]), int(match[3]), perplexities)
                 # a run that was killed has said the last ones twice
                 log.perplexities = [old for old in log.perplexities if old[:2] != found[:2]] + [found]
@@ -60,6 +65,11 @@ def beside_dense(perplexity: float, dense: float) -> str:
     return f"{perplexity:.2f} ({100 * (perplexity / dense - 1):+.1f} %)"
 
 
+def cell(text: object) -> str:
+    """What a user has named, as it may stand in a table in Markdown."""
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
 def table_of(logs: dict[str, DropLog]) -> str:
     """The perplexities of runs by name as a table in Markdown: after each stage, and in percent above all syncs.
 
@@ -69,10 +79,10 @@ def table_of(logs: dict[str, DropLog]) -> str:
     for name, log in logs.items():
         dense = log.perplexities[0][3]
         if not lines:
-            head = ["run", "after", "syncs", *dense]
+            head = ["run", "after", "syncs", *map(cell, dense)]
             lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for stage, syncs, most, perplexities in log.perplexities[dense == above :]:
             cells = [beside_dense(value, dense[text]) for text, value in perplexities.items()]
-            lines.append(f"| {name} | {stage} | {syncs} of {most} | {' | '.join(cells)} |")
+            lines.append(f"| {cell(name)} | {stage} | {syncs} of {most} | {' | '.join(cells)} |")
         above = dense
     return "\n".join(lines)

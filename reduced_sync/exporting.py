@@ -11,7 +11,7 @@ import torch
 
 from reduced_sync import checkpoint as ckpt
 from reduced_sync import preparing
-from reduced_sync.drop_log import beside_dense, read_drop_log
+from reduced_sync.drop_log import beside_dense, cell, read_drop_log
 from reduced_sync.files import sync_folder
 from reduced_sync.run_log import read_log
 from reduced_sync.tokenizer import Tokens
@@ -171,9 +171,9 @@ def dropped_rows(path: Path, keys: dict, syncs: int) -> dict[str, str]:
     texts = "not known"
     if of_this := [perplexities for _, n, _, perplexities in measured if n == syncs]:
         dense = measured[0][3]
-        texts = ", ".join(f"{name} {beside_dense(value, dense[name])}" for name, value in of_this[-1].items())
+        texts = ", ".join(f"{cell(name)} {beside_dense(value, dense[name])}" for name, value in of_this[-1].items())
     return {
-        "data": f"calibrated on {keys['calibration'] or 'the data of the run'}",
+        "data": f"calibrated on {cell(keys['calibration']) or 'the data of the run'}",
         "trained": f"{distilled:,} tokens block to block, {finetuned:,} tokens towards the model with all syncs",
         "perplexity, and above that of all syncs": texts,
     }
@@ -181,6 +181,7 @@ def dropped_rows(path: Path, keys: dict, syncs: int) -> dict[str, str]:
 
 def card(name: str, path: Path, saved: dict, config: GPTConfig, meta: dict, has_code: bool, can_pad: bool) -> str:
     """README.md of the folder."""
+    name = json.dumps(name, ensure_ascii=False)[1:-1]  # as it may stand in quotes and on one line
     with torch.device("meta"):
         n_params = GPT(config).get_num_params(non_embedding=False)
     keys, most, syncs = saved["config"], 2 * config.n_layer, count_syncs(config.sync_pattern)
@@ -191,7 +192,7 @@ def card(name: str, path: Path, saved: dict, config: GPTConfig, meta: dict, has_
         a_step = [keys.get(key, 0) for key in ("gradient_accumulation_steps", "batch_size", "block_size")]
         n_tokens = step * a_step[0] * a_step[1] * a_step[2]
         training = {
-            "data": meta.get("source", meta["tokenizer"]),
+            "data": cell(meta.get("source", meta["tokenizer"])),
             "trained": f"{n_tokens:,} tokens, {step:,} steps" + (f" of {last:,}: unfinished" if step < last else ""),
             "validation loss": validation_loss(path, saved),
         }
@@ -208,7 +209,7 @@ def card(name: str, path: Path, saved: dict, config: GPTConfig, meta: dict, has_
         "shape": f"{config.n_layer} layers x {config.n_embd}, {config.n_head} heads, {config.n_kv_head} of keys and "
         f"values, {config.n_hidden} neurons, {config.block_size} positions, {config.vocab_size} ids",
         "parameters": f"{n_params:,}",
-        "weights from": "scratch" if keys.get("init_from", "scratch") == "scratch" else f"`{keys['init_from']}`",
+        "weights from": "scratch" if keys.get("init_from", "scratch") == "scratch" else f"`{cell(keys['init_from'])}`",
     } | training
     trust = ", trust_remote_code=True" if has_code else ""
     prompts = '["the", "a"], return_tensors="pt", padding=True' if can_pad else '"the", return_tensors="pt"'

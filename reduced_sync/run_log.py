@@ -42,8 +42,8 @@ class RunLog:
         self.file = open(path, "ab", buffering=0)  # what cannot be written must not wait in a buffer
 
     def line(self, text: str) -> None:
-        """Append a line, at once."""
-        data = (text + "\n").encode()
+        """Append a line, at once: one, whatever the names in it."""
+        data = (" ".join(text.splitlines()) + "\n").encode(errors="backslashreplace")
         if self.file.write(data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
 

@@ -208,7 +208,7 @@ def _arm_of(log, name):
     times = [ms for _, _, ms, _, _ in log.iterations[1:] if ms > 0]  # the first one compiles
     hashes = [header.get(f"{split} data", "").removeprefix("sha256 ") for split in ("train", "val")]
     return Arm(
-        names=[name],
+        names=[" ".join(name.splitlines())],  # a cell of tables
         variant=_variant(config, syncs),
         pattern=pattern,
         syncs=syncs,

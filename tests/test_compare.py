@@ -14,7 +14,7 @@ from scipy import stats
 
 import compare
 from reduced_sync.accelerators import NAMED
-from reduced_sync.comparison import fastest, table, verdict, warnings
+from reduced_sync.comparison import fastest, table, verdict, warnings, write_csv
 from reduced_sync.figures import draw_comparison
 from reduced_sync.frontier import add_measured, add_predicted, on_frontier
 from reduced_sync.latency import forward_seconds
@@ -687,3 +687,14 @@ def test_a_run_without_parameters_is_skipped(tmp_path):
 def test_a_run_that_has_not_evaluated_is_drawn_without_a_warning(tmp_path):
     make(tmp_path, "out-base", "22", [])
     draw_comparison(load(tmp_path), tmp_path / "figure.png", 2.0)
+
+
+def test_names_that_break_no_table(tmp_path):
+    """Fault 13: a folder's name is what a user made it, even of bytes that are no text."""
+    make(tmp_path, "out\n| base", "2" * 12, [4.0, 3.0, 2.0])
+    make(tmp_path, "out,\udcff", "1" * 12, [4.0, 3.1, 2.01])
+    loaded = load(tmp_path)
+    assert len(table(loaded).split("\n")) == 3
+    write_csv(loaded, tmp_path / "table.csv")
+    with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
+        assert [row[0] for row in csv.reader(file)] == ["run", "out | base", "out,\\udcff"]

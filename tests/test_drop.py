@@ -1,6 +1,7 @@
 """drop_syncs.py end to end on a tiny Llama with real text, and its parts against plain computations."""
 
 import dataclasses
+import math
 import os
 import re
 import signal
@@ -20,8 +21,9 @@ import sample
 import train_reduced_sync
 from reduced_sync import arranging, dropping, parallel, weights
 from reduced_sync import checkpoint as ckpt
-from reduced_sync.drop_log import read_drop_log
+from reduced_sync.drop_log import perplexity_line, read_drop_log, table_of
 from reduced_sync.parallel import Layout
+from reduced_sync.run_log import RunLog
 from reduced_sync_model import GPT, GPTConfig
 
 torch.set_num_threads(1)  # the tensors are tiny
@@ -326,6 +328,83 @@ def test_zero_is_a_choice(llama, tmp_path, monkeypatch, keys, dropped):
     assert ckpt.load(tmp_path / "out/ckpt.pt")["model_args"]["sync_pattern"] == pattern
 
 
+def test_a_models_own_data_is_not_that_of_a_dropped_one(llama, tmp_path, capsys):
+    keys = dict(distil_epochs=0, finetune_steps=0, arrange="as_is", arrange_heads="as_is", sensitivity_windows=0)
+    drop_syncs.main(arguments(llama, tmp_path / "out", **keys, drop=0))
+    argv = arguments(None, tmp_path / "more", init_from=tmp_path / "out", calibration="")
+    assert status(drop_syncs.main, argv) == 1
+    assert capsys.readouterr().err.endswith("error: calibration is empty: it must name text files\n")
+
+
+# --- texts and their names
+
+STRANGE = ["a, b 2", "a|b", "new\nline", 'qu"ote\\', "größe", "perplexity x: 1 of 2 syncs, y 3.0", "\udcff"]
+
+
+@pytest.mark.parametrize("name", STRANGE, ids=ascii)
+def test_a_name_breaks_no_line_of_the_log(tmp_path, name):
+    """Fault 13: such a run did all its work and then failed on its own log."""
+    log, values = RunLog(tmp_path / "log.txt"), {"plain": 2.5, name: 3.25, "other": math.inf}
+    log.header({"model": name, "config": {"out_dir": name}})
+    for stage in ("dense", "dropped"):
+        log.line(perplexity_line(stage, 8, 8, values))
+    found = read_drop_log(tmp_path / "log.txt")
+    assert found.perplexities == [("dense", 8, 8, values), ("dropped", 8, 8, values)]
+    assert found.config == {"out_dir": name} and (tmp_path / "log.txt").read_bytes().count(b"\n") == 4
+    table = table_of({name: found}).split("\n")
+    assert len(table) == 4 and {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {7}
+
+
+def test_lines_of_older_logs_with_such_names(tmp_path):
+    """Fault 13: as those runs left them."""
+    line = "perplexity dense: 8 of 8 syncs, a, b 2 25.100, c d 4.250, val nan\n"
+    (tmp_path / "log.txt").write_text(line)
+    ((*_, found),) = read_drop_log(tmp_path / "log.txt").perplexities
+    assert str(found) == "{'a, b 2': 25.1, 'c d': 4.25, 'val': nan}"
+    (tmp_path / "log.txt").write_text(line.replace("nan", "2# resumed"))
+    with pytest.raises(ValueError, match="not perplexities of texts"):
+        read_drop_log(tmp_path / "log.txt")
+
+
+def test_a_run_whose_names_are_strange(llama, tmp_path, capsys):
+    """Fault 13: to its end, and exported. Faults 12, 14: texts of one name, and one that is in both roles."""
+    out_dir = tmp_path / "out | |\nof ours"
+    for name in ("a, b 2.txt", "a, b 2.more.txt", "x|y.txt"):
+        (tmp_path / name).write_text(english()[6000:9000] + name, encoding="utf-8")
+    (tmp_path / "same.txt").write_text((llama / "one.calibration.txt").read_text(encoding="utf-8"), encoding="utf-8")
+    keys = dict(evaluation=f"{tmp_path}/*.txt", distil_epochs=0, finetune_steps=0, sensitivity_windows=0)
+    drop_syncs.main(arguments(llama, out_dir, **keys))
+    said = capsys.readouterr().out
+    log = read_drop_log(out_dir / "log.txt")
+    assert [set(texts) for *_, texts in log.perplexities] == 2 * [
+        {"a, b 2.txt", "a, b 2.more.txt", "x|y.txt", "same.txt"}
+    ]
+    warning = "warning: the evaluation text 'same.txt' is the calibration text 'one': not held out\n"
+    assert said.count("warning") == 1 and warning in said and warning in (out_dir / "log.txt").read_text()
+    assert "| out \\| \\| of ours | dense |" in said
+    folder = tmp_path / 'fold"er'
+    assert status(export.main, [str(out_dir), f"--to={folder}"]) == 0
+    card = (folder / "README.md").read_text()
+    assert "x\\|y.txt" in card and r'from_pretrained("fold\"er"' in card
+
+
+def test_texts_of_one_name_are_told_apart(llama, tmp_path):
+    """Fault 12: only the last of them was used."""
+    source = drop_syncs.Source(str(llama / "model"))
+    for name in ("a/text.txt", "b/text.txt", "part.1.txt", "part.2.txt", ".hidden.txt", "one.calibration.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+
+    def found(pattern):
+        texts = drop_syncs.texts.read_texts(f"{tmp_path}/{pattern}", source.tokens, "evaluation")
+        return {name: source.tokens.decode(ids) for name, ids in texts.items()}
+
+    assert found("*/text.txt") == {f"{tmp_path}/{x}/text.txt": f"{x}/text.txt" for x in "ab"}
+    assert found("part*") == {"part.1.txt": "part.1.txt", "part.2.txt": "part.2.txt"}
+    assert found(".hidden.txt") == {".hidden.txt": ".hidden.txt"}
+    assert found("one*") == {"one": "one.calibration.txt"}
+
+
 # --- mistakes
 
 
@@ -345,6 +424,7 @@ def test_zero_is_a_choice(llama, tmp_path, monkeypatch, keys, dropped):
         (dict(drop=2, max_loss_percent=1.0), "alternatives"),
         (dict(drop=0, max_loss_percent=0.0), "alternatives"),
         (dict(sync_pattern=""), "sync_pattern='' has 0 characters"),
+        (dict(evaluation_tokens=31), "evaluation_tokens=31 is less than a window, block_size=32"),
         (dict(sync_pattern="1a11"), "allowed are 2 and, for a dropped block, 1"),
         (dict(arrange="best"), "allowed are as_is, random, affinity"),
         (dict(device="tpu"), "device='tpu'"),
