@@ -40,10 +40,10 @@ class DropLog:
 
 
 def read_drop_log(path: str | Path) -> DropLog:
-    """The log at `path`. Raises OSError."""
+    """The log at `path`; a last line without its newline is left out. Raises OSError."""
     log = DropLog()
     with open(path, encoding="utf-8") as file:
-        for line in file.read().splitlines():
+        for line in file.read().split("\n")[:-1]:
             if line.startswith("# config: "):
                 log.config = json.loads(line.removeprefix("# config: "))
             elif match := PERPLEXITY.match(line):
@@ -73,10 +73,13 @@ def cell(text: object) -> str:
 def table_of(logs: dict[str, DropLog]) -> str:
     """The perplexities of runs by name as a table in Markdown: after each stage, and in percent above all syncs.
 
-    The first line is that of all syncs; a run's own stands in it where it is another one.
+    The first line is that of all syncs; a run's own stands in it where it is another one. Raises ValueError for a run
+    without any.
     """
     lines, above = [], None
     for name, log in logs.items():
+        if not log.perplexities:
+            raise ValueError(f"{name}: its log has no perplexity, yet")
         dense = log.perplexities[0][3]
         if not lines:
             head = ["run", "after", "syncs", *map(cell, dense)]

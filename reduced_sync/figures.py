@@ -42,7 +42,7 @@ def _at_their_best(arms):
         rates = ("learning_rate", "min_lr / learning_rate") if arm.finished else ()
         others = {key: value for key, value in arm.settings.items() if key not in rates}
         key = (arm.model, arm.data, arm.changed, str(others))
-        if key not in best or arm.losses.get(arm.step, math.inf) < best[key].losses.get(best[key].step, math.inf):
+        if key not in best or arm.last_loss < best[key].last_loss:
             best[key] = arm
     return list(best.values())
 

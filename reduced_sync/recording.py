@@ -57,6 +57,8 @@ def header_of(config: Config, model: rsm.GPT, layout: parallel.Layout, meta: dic
         "blocking syncs": model.num_syncs - model.num_hidden_syncs,
         "hidden syncs": model.num_hidden_syncs,
         "parameters": f"{n_params / 1e6:.2f}M ({n_params})",
+        "vocab_size": model.config.vocab_size,  # sizes that the config does not have
+        "head_size": model.config.head_size,
         "layout": f"dp {layout.dp_size} x tp {layout.tp_size}, {config.n_shard // layout.tp_size} shards a rank",
         "sync payload": f"float32, {payload} bytes"
         + (" (one rank holds all shards: nothing is sent)" if layout.tp_size == 1 else ""),

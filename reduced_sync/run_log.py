@@ -116,8 +116,10 @@ def read_log(path: str | Path) -> Log:
                     log.headers[start] = {}
                 try:
                     log.headers[start][key] = json.loads(value) if key == "config" else value
-                except (json.JSONDecodeError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path}:{number}: the header's config is not JSON: {error}") from None
+                if key == "config" and not isinstance(log.headers[start][key], dict):
+                    raise ValueError(f"{path}:{number}: the header's config is no object: {value[:60]}")
             elif match := STEP.match(line):
                 log.evaluations.append((int(match[1]), float(match[2]), float(match[3])))
             elif match := ITER.match(line):

@@ -14,6 +14,7 @@ LEAST_TOKENS = 10  # a parameter; shorter runs cannot tell variants apart: EXPER
 HEADER = "sync_pattern syncs parameters dtype config".split()  # lines that a header must have, and keys of its config
 CONFIG = """architecture n_shard n_layer n_head n_embd dataset seed learning_rate min_lr max_iters
 gradient_accumulation_steps batch_size block_size eval_iters""".split()
+SIZES = "n_shard n_layer n_head n_embd max_iters gradient_accumulation_steps batch_size block_size".split()
 BLOCK = {"parallel_block": False, "merge": "sum", "overlap": "", "norm": "layernorm", "position": "learned"}
 BLOCK |= {"mlp": "gelu", "n_hidden": 0, "n_kv_head": 0}  # what a log means that lacks them
 
@@ -32,6 +33,7 @@ class Arm:
     n_head: int
     n_embd: int
     block: dict  # the keys of BLOCK
+    config: dict  # the header's, and the sizes of the model that the header itself has
     n_params: int
     max_iters: int
     tokens: int  # of the whole run
@@ -108,10 +110,16 @@ class Arm:
         return self.max_iters in self.losses
 
     @property
+    def last_loss(self) -> float:
+        """The loss by which arms are put in order: infinite where there is none, or it is not a number."""
+        loss = self.losses.get(self.step, math.inf)
+        return math.inf if math.isnan(loss) else loss
+
+    @property
     def deviation(self) -> float | None:
-        """Standard deviation over seeds of the last loss; None for one seed."""
+        """Standard deviation over seeds of the last loss; None for one seed, and where a loss is not finite."""
         last = [losses[self.step] for losses in self.counted] if self.losses else []
-        return statistics.stdev(last) if len(last) > 1 else None
+        return statistics.stdev(last) if len(last) > 1 and all(map(math.isfinite, last)) else None
 
     @property
     def all_synced(self) -> bool:
@@ -195,6 +203,10 @@ def _arm_of(log, name):
     config = header["config"]
     if missing := [key for key in CONFIG if key not in config]:
         raise ValueError(f"its config has no {', '.join(missing)}")
+    config = config | {key: int(header[key]) for key in ("vocab_size", "head_size") if key in header}
+    for key in SIZES:
+        if type(config[key]) is not int or config[key] < 1:
+            raise ValueError(f"{key}={config[key]!r} must be a positive integer")
     # a config says which dtype was asked for, its header what that came to
     configs = [part["config"] | {"dtype": part.get("dtype")} for part in log.headers.values() if "config" in part]
     rate, own = float(config["learning_rate"]), settings(configs[-1])
@@ -218,6 +230,7 @@ def _arm_of(log, name):
         n_head=int(config["n_head"]),
         n_embd=int(config["n_embd"]),
         block={key: config.get(key, default) for key, default in BLOCK.items()},
+        config=config,
         n_params=n_params,
         max_iters=int(config["max_iters"]),
         tokens=int(own["tokens a step"]) * int(config["max_iters"]),
@@ -270,7 +283,7 @@ def baseline_of(arm: Arm, arms: list[Arm]) -> Arm | None:
         baselines = [other for other in baselines if getattr(other, name) == getattr(arm, name)] or baselines
     choices = {(other.learning_rate, other.n_shard) for other in baselines}
     if len(choices) == len(baselines) > 1:
-        baselines = [min(baselines, key=lambda other: (not other.finished, other.losses.get(other.step, math.inf)))]
+        baselines = [min(baselines, key=lambda other: (not other.finished, other.last_loss))]
     return baselines[0] if len(baselines) == 1 else None
 
 

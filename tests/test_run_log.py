@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reduced_sync.drop_log import read_drop_log, table_of
 from reduced_sync.run_log import RunLog, changes, drop_lines_after, iter_line, read_log, step_line
 
 
@@ -56,12 +57,26 @@ def test_a_line_being_written_is_left_out(tmp_path):
     assert read_log(path).evaluations == [(0, 4.0, 4.0)]
 
 
-@pytest.mark.parametrize("line", ["hello", "step x: train loss 1.0, val loss 1.0", "# config: {", "iter 3: loss 1.0"])
+@pytest.mark.parametrize(
+    "line", ["hello", "step x: train loss 1.0, val loss 1.0", "# config: {", "# config: [1]", "iter 3: loss 1.0"]
+)
 def test_what_is_not_a_log_is_refused(tmp_path, line):
     path = tmp_path / "log.txt"
     path.write_text(line + "\n")
     with pytest.raises(ValueError, match=r"log\.txt:1: "):
         read_log(path)
+
+
+def test_a_cut_line_of_a_drop_log(tmp_path):
+    """Fault 18: a perplexity whose last digits are missing was taken for another number."""
+    path = tmp_path / "log.txt"
+    good = "perplexity dense: 4 of 4 syncs, manual 25.100\n"
+    path.write_text(good + "perplexity dropped: 2 of 4 syncs, manual 2")
+    log = read_drop_log(path)
+    assert log.perplexities == [("dense", 4, 4, {"manual": 25.1})] and "| dense | 4 of 4 |" in table_of({"a": log})
+    path.write_text("# started: today\n")
+    with pytest.raises(ValueError, match="a: its log has no perplexity, yet"):
+        table_of({"a": read_drop_log(path)})
 
 
 def test_resuming_drops_what_will_be_written_again(tmp_path):

@@ -283,6 +283,7 @@ def test_the_log_describes_the_run(layouts, small_dataset):
     assert re.fullmatch(r"([0-9a-f]{40}( \(dirty\))?|unknown)", header["git commit"])
     n_params = 12 * 4 * 32**2 + (2 * 4 * 2 + 1) * 32 + (128 + 32) * 32  # matrices, norms of 2 shards, embeddings
     assert header["parameters"] == f"{n_params / 1e6:.2f}M ({n_params})"
+    assert (header["vocab_size"], header["head_size"]) == ("128", "8")
     assert header["dtype"] == "float32" and header["tokens a step"] == str(4 * 2 * 32) and "started" in header
     config = header["config"]
     assert set(config) == {field for field in Config.__dataclass_fields__}
