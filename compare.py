@@ -15,9 +15,10 @@ Whatever runs of one size differ in, besides the architecture, is named in a war
 on other windows of it, have no gap. Below 10 tokens a parameter a verdict is no answer, and says so.
 
 --latency takes each run's time per token from what `bench.py decode --json=decode.json` measured of the same model:
-n_layer, n_embd, sync_pattern, block, and n_head and n_shard, which of a dense model make no difference. --link predicts
-it by latency.py, in bfloat16 and behind a full context. Either adds columns, a panel and a verdict. A run,
-variant, rival or control, is on the frontier unless it is dominated: another one is as good or better in loss and time.
+n_layer, n_embd, vocab_size, sync_pattern, block, and n_head and n_shard, which of a dense model make no difference.
+--link predicts it by latency.py for the model of the run's log, in bfloat16 and behind a full context. Either adds
+columns, a panel and a verdict. A run, variant, rival or control, is on the frontier unless it is dominated: another one
+is as good or better in loss and time.
 
 --equal_time adds the loss that each run had when it had trained for as long as the baseline did in all: updates times
 their median time, so without compilation and evaluations, interpolated between evaluations. A slower run is caught in

@@ -85,9 +85,8 @@ def configs_of(args: Any) -> dict[str, rsm.GPTConfig]:
 
 def describe(config: rsm.GPTConfig) -> dict:
     """What a row of results says of its model: pattern, all-reduces of a forward pass and how many are hidden, keys."""
-    names = (
-        "n_layer n_embd n_head n_shard sync_pattern parallel_block merge overlap norm position mlp n_hidden n_kv_head"
-    )
+    names = "n_layer n_embd n_head n_shard sync_pattern parallel_block merge overlap norm position mlp n_hidden "
+    names += "n_kv_head head_size vocab_size"
     syncs = rsm.count_syncs(config.sync_pattern)
     row = {"pattern": config.sync_pattern, "syncs": syncs, "hidden": syncs - 1 if config.overlap else 0}
     return row | {"model": {name: getattr(config, name) for name in names.split()}}

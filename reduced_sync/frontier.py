@@ -4,6 +4,7 @@ A setting, in which a token takes that time, is text: `tp_size 2, batch 1, promp
 Standard TP computes the same however it is cut, so a dense arm is timed at any n_shard and number of heads.
 """
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,14 +14,83 @@ from reduced_sync.links import LINKS
 from reduced_sync.runs import Arm, comparable
 
 
+def read_results(path: str | Path) -> tuple[dict, list[dict]]:
+    """(settings, results) that `bench.py --json=PATH` wrote.
+
+    Raises OSError, and ValueError where the file has another form, or a time or size in it is impossible.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not what bench.py writes: {error}") from None
+    settings, results = (found.get("settings", {}), found.get("results")) if isinstance(found, dict) else ({}, None)
+    if not isinstance(settings, dict) or not isinstance(results, list):
+        raise ValueError(f"{path}: not what bench.py writes: an object with a list of results")
+    for i, one in enumerate(results):
+        rows = one.get("patterns", []) if isinstance(one, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{path}: results[{i}] is not what bench.py writes")
+        required = ("tp_size", "batch_size", "prompt") if "patterns" in one else ()
+        _check_numbers(f"{path}: results[{i}]", one, required)
+        for j, row in enumerate(rows):
+            _check_numbers(f"{path}: results[{i}].patterns[{j}]", row, ["tpot_s"])
+    return settings, results
+
+
+def _check_numbers(place, entry, required):
+    """Raise ValueError unless `entry` has the keys that are required, and a possible value for each time and size."""
+    for key in dict.fromkeys([*required, *entry]):
+        if key in ("tp_size", "batch_size", "prompt"):
+            kinds, least, wanted = (int,), 1, "a positive integer"
+        elif key == "added_delay_s":
+            kinds, least, wanted = (int, float), 0, "a number of at least 0"
+        elif key.endswith(("ttft_s", "tpot_s", "tokens_per_s", "peak_bytes")):
+            kinds, least, wanted = (int, float), 1e-15, "a positive number"
+        else:
+            continue
+        value = entry.get(key)
+        if type(value) not in kinds or not least <= value < 1e15:  # nan is not >= either
+            raise ValueError(f"{place}.{key} {f'is {value!r}' if key in entry else 'is missing'}, it must be {wanted}")
+
+
+def _config_of(arm):
+    """The GPTConfig of the arm's runs, as their logs have it.
+
+    An older log does not name the vocabulary: the parameters that the rest of the model leaves for it do. Raises
+    ValueError where they cannot.
+    """
+    import torch  # here: compare.py starts without it
+
+    from reduced_sync_model import GPT, GPTConfig
+
+    names = {field.name for field in dataclasses.fields(GPTConfig)} & arm.config.keys()
+    keys = {name: arm.config[name] for name in names} | {"sync_pattern": arm.pattern}
+    try:
+        config = GPTConfig(**{"vocab_size": 1} | keys)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{arm.names[0]}: its config is not that of a model: {error}") from None
+    if "vocab_size" in keys:
+        return config
+    with torch.device("meta"):
+        others = arm.n_params - GPT(config).get_num_params(non_embedding=False)
+    more, rest = divmod(others, config.n_embd if config.tie_embeddings else 2 * config.n_embd)
+    if rest or more < 0 or arm.settings.get("init_from", "scratch") != "scratch":  # heads may have another size there
+        lines = "'# vocab_size: N' and '# head_size: N'"
+        raise ValueError(f"{arm.names[0]}: its log does not say the model's whole shape: add the lines {lines} to it")
+    return dataclasses.replace(config, vocab_size=1 + more)
+
+
 def add_measured(arms: list[Arm], path: str | Path, tp_size: int | None, batch_size: int | None) -> None:
     """Give the arms the times that `bench.py decode --json=PATH` measured, a setting for each prompt and added delay.
 
     Of several tp_size the largest is taken, and of several batch sizes the smallest, unless they are given. Raises
     OSError, and ValueError where the file has no such case, or none of the arms is in it.
     """
+    settings, cases = read_results(path)
+    if settings.get("command", "decode") != "decode":
+        raise ValueError(f"{path}: written by bench.py {settings['command']}, not by bench.py decode")
+    configs, measured = [_config_of(arm) for arm in arms], set()
     try:
-        cases = json.loads(Path(path).read_text(encoding="utf-8"))["results"]
         sizes = {(case["tp_size"], case["batch_size"]) for case in cases}
         allowed = [(n, B) for n, B in sizes if tp_size in (None, n) and batch_size in (None, B)]
         if not allowed:
@@ -32,29 +102,42 @@ def add_measured(arms: list[Arm], path: str | Path, tp_size: int | None, batch_s
             setting = f"tp_size {tp_size}, batch {batch_size}, prompt {case['prompt']}"
             if delay := case.get("added_delay_s"):
                 setting += f", {1e6 * delay:g} us added"
-            for arm in arms:
-                times = [row["tpot_s"] for row in case["patterns"] if _is_of(row["model"], arm)]
+            rows = [(row["tpot_s"], _model_of(row, settings)) for row in case["patterns"]]
+            measured |= {_size(model) for _, model in rows}
+            for arm, config in zip(arms, configs, strict=True):
+                times = [seconds for seconds, model in rows if _is_of(model, arm, config)]
                 if times:
                     arm.tpots[setting] = times[0]
     except KeyError as error:
         raise ValueError(f"{path}: not what bench.py decode writes now: {error} is missing; measure again") from None
-    except (TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: not what bench.py decode writes: {error}") from None
     if not settings_of(arms):
-        raise ValueError(f"{path}: none of the runs' models was measured at tp_size {tp_size}, batch {batch_size}")
+        line = f"{path}: none of the runs' models was measured at tp_size {tp_size}, batch {batch_size}"
+        if not measured & (own := {_size(vars(config)) for config in configs}):
+            line += f", but {', '.join(sorted(measured)) or 'nothing'}; the runs have {', '.join(sorted(own))}"
+        raise ValueError(line)
 
 
-def _is_of(model, arm):
-    """Whether a row's `model`, the keys that make it up, is the arm's."""
-    n_kv_head = arm.block["n_kv_head"] or arm.n_head
-    own = {"n_layer": arm.n_layer, "n_embd": arm.n_embd, "sync_pattern": arm.pattern} | arm.block
-    del own["n_kv_head"]
-    if arm.block["n_hidden"] == 0:  # the rule's, which a row has worked out
-        del own["n_hidden"]
+def _model_of(row, settings):
+    """The keys that make up a row's model. An older file has the vocabulary of all of them in its settings alone."""
+    model = {"head_size": row["model"]["n_embd"] // row["model"]["n_head"]} | row["model"]
+    return model if "vocab_size" in model else model | {"vocab_size": settings["vocab_size"]}
+
+
+def _size(model):
+    """The size of a model, given as a dict of its keys, in words."""
+    return f"{model['n_layer']}x{model['n_embd']} with vocab_size {model['vocab_size']}"
+
+
+def _is_of(model, arm, config):
+    """Whether a row's `model`, the keys that make it up, is the arm's, whose GPTConfig is `config`."""
+    own = vars(config)
+    keys = {"n_layer", "n_embd", "vocab_size", "sync_pattern", *arm.block} - {"n_kv_head"}
     if not arm.all_synced:
-        own |= {"n_shard": arm.n_shard, "n_head": arm.n_head}
-    sharing = model["n_head"] * n_kv_head == model["n_kv_head"] * arm.n_head
-    return sharing and all(model[key] == value for key, value in own.items())
+        keys |= {"n_shard", "n_head"}
+    widths = [[one[heads] * one["head_size"] for heads in ("n_head", "n_kv_head")] for one in (model, own)]
+    return widths[0] == widths[1] and all(model[key] == own[key] for key in keys)
 
 
 def add_predicted(arms: list[Arm], link: str, accelerator: str, tp_size: int, batch_size: int) -> None:
@@ -62,24 +145,19 @@ def add_predicted(arms: list[Arm], link: str, accelerator: str, tp_size: int, ba
 
     Raises ValueError where none of them can be held.
     """
-    from reduced_sync.latency import forward_seconds  # here: they load torch, and compare.py starts without it
-    from reduced_sync_model import GPTConfig
+    from reduced_sync.latency import forward_seconds  # here: it loads torch, and compare.py starts without it
 
     setting = f"PREDICTED, link {link}, {accelerator}, tp_size {tp_size}, batch {batch_size}"
     for arm in arms:
-        if (arm.n_head if arm.all_synced else arm.n_shard) % tp_size == 0:
-            head = arm.n_params / arm.n_embd - 12 * arm.n_layer * arm.n_embd  # what the blocks do not hold
-            model = GPTConfig(
-                vocab_size=max(1, round(head)),
-                n_layer=arm.n_layer,
-                n_head=arm.n_head,
-                n_embd=arm.n_embd,
-                n_shard=arm.n_shard,
-                sync_pattern=arm.pattern,
-                **arm.block,
-            )
-            case = (tp_size, batch_size, 1, arm.settings["block_size"])
-            arm.tpots[setting] = forward_seconds(model, NAMED[accelerator], LINKS[link], *case, itemsize=2)
+        config = _config_of(arm)
+        if arm.all_synced:
+            try:
+                config = dataclasses.replace(config, n_shard=tp_size)  # it computes the same however it is cut
+            except ValueError:
+                continue
+        if config.n_shard % tp_size == 0:
+            case = (tp_size, batch_size, 1, config.block_size)
+            arm.tpots[setting] = forward_seconds(config, NAMED[accelerator], LINKS[link], *case, itemsize=2)
     if not settings_of(arms):
         raise ValueError(f"tp_size={tp_size} divides the n_shard of none of the runs")
 

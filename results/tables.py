@@ -9,13 +9,14 @@ $ python -m results.tables
 """
 
 import itertools
-import json
 import re
 import statistics
 from pathlib import Path
 
+from reduced_sync.commands import one_line_errors
 from reduced_sync.comparison import table, verdict, warnings
 from reduced_sync.drop_log import read_drop_log, table_of
+from reduced_sync.frontier import read_results
 from reduced_sync.runs import baseline_of, by_scale, count_text, gap, load_runs
 from reduced_sync_model import baseline as baseline_pattern
 from reduced_sync_model import grouped, spd
@@ -101,14 +102,14 @@ def rule_of(arm, baseline):
 
 def decoding_table(folder):
     """What bench.py decode measured, of its JSON files in a folder: a table for each case."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    cases = [case for one in found if one["settings"]["command"] == "decode" for case in one["results"]]
+    found = map(read_results, sorted(folder.glob("*.json")))
+    cases = [case for settings, results in found if settings["command"] == "decode" for case in results]
     return "\n\n".join(map(decoding_case, cases))
 
 
 def training_table(folder):
     """What bench.py train measured, of train.json in a folder: tokens/s and memory, with ratios to our first."""
-    results = json.loads((folder / "train.json").read_text())["results"]
+    _, results = read_results(folder / "train.json")
     ours = next(row for row in results if not row["candidate"].startswith("gpt2"))
     lines = [["candidate", "tokens/s", "speed", "peak memory, GB", "memory"]]
     for row in results:
@@ -149,7 +150,7 @@ def counted(row):
 def delays_table(folder):
     """What bench.py decode measured with added delays: TPOT with each, and the exposed syncs between two of them."""
     (path,) = folder.glob("*.json")
-    cases = json.loads(path.read_text())["results"]
+    _, cases = read_results(path)
     delays = [f"{1000 * case['added_delay_s']:g}" for case in cases]
     columns = ["variant", "syncs", *(f"{delay} ms" for delay in delays)]
     columns += [f"exposed, {a} to {b} ms" for a, b in itertools.pairwise(delays)]
@@ -183,5 +184,6 @@ def renewed(text):
 
 
 if __name__ == "__main__":
-    for path in DOCUMENTS:
-        path.write_text(renewed(path.read_text(encoding="utf-8")), encoding="utf-8")
+    with one_line_errors():
+        for path in DOCUMENTS:
+            path.write_text(renewed(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,8 +1,10 @@
 """compare.py on logs that the training code's own writer made, and on the recorded ones."""
 
 import csv
+import dataclasses
 import itertools
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -21,11 +23,12 @@ from reduced_sync.latency import forward_seconds
 from reduced_sync.links import LINKS
 from reduced_sync.run_log import RunLog, iter_line, step_line
 from reduced_sync.runs import baseline_of, gap, load_runs, loss_at_equal_time, noise
-from reduced_sync_model import GPTConfig
+from reduced_sync_model import GPT, GPTConfig
 
 # of training; drop_syncs.py's have another form
 RECORDED = sorted(log for log in (ROOT / "results").glob("*/*/log.txt") if "\nstep 0: " in log.read_text())
 ARCHITECTURES = {"2": "baseline", "1": "spd"}
+SIZES = {"vocab_size": 128}
 
 
 def make(
@@ -39,12 +42,13 @@ def make(
     data=None,
     resumed=None,
     seconds=None,
+    sizes=SIZES,
     **changes,
 ):
     """A run's folder with the evaluations `losses` at steps 0, 10, 20 ..., of 20 steps of half a million tokens.
 
     `data` is the sha256 of its data, `resumed` the keys that are other ones from step 10 on, `seconds` the times of
-    the updates that have a line.
+    the updates that have a line, `sizes` those of the model that the header has beside its config.
     """
     architecture = ARCHITECTURES.get(pattern[0], "grouped") if len(set(pattern)) == 1 else "grouped"
     config = {"architecture": architecture, "n_shard": 2, "max_iters": 20, "dataset": "text"}
@@ -53,7 +57,7 @@ def make(
     config |= {"dtype": None} | changes  # the header says what that came to
     (folder / name).mkdir()
     log = RunLog(folder / name / "log.txt")
-    header = {"architecture": architecture, "sync_pattern": pattern, "parameters": f"0.61M ({n_params})"}
+    header = {"architecture": architecture, "sync_pattern": pattern, "parameters": f"0.61M ({n_params})"} | sizes
     syncs = sum(int(character) for character in pattern)
     header |= {"syncs": f"{syncs} of {2 * len(pattern)}", "hidden syncs": hidden, "dtype": dtype}
     if data is not None:
@@ -198,6 +202,26 @@ def test_each_float_type_has_its_own_baseline(runs):
     assert gaps["out-spd"] == pytest.approx(0.5) and gaps["out-half-spd"] == pytest.approx(100 * (2.01 / 1.92 - 1))
     assert "dtype" in table(loaded).split("\n")[0].split()
     assert "warning: the runs differ in dtype: bfloat16, float32" in warnings(loaded)
+
+
+def test_a_seed_that_diverged(runs):
+    """Fault 18: a loss of nan in one of several seeds was a traceback. It has no deviation, and is no noise."""
+    make(runs, "out-base-2", "2" * 12, [4.0, 3.0, 2.02], seed=2)
+    make(runs, "out-spd-2", "1" * 12, [4.0, 3.0, float("nan")], seed=2)
+    make(runs, "out-g6-2", "01" * 6, [4.0, 3.0, float("inf")], seed=2)
+    base, spd, g6, _ = loaded = load(runs)
+    assert spd.deviation is None and g6.deviation is None
+    assert noise(loaded) == (pytest.approx(100 * base.deviation / base.losses[20]), 1)
+    assert "nan" in table(loaded) and "inf" in table(loaded) and "3 (Grouped-3" in verdict(loaded, 50)
+    draw_comparison(loaded, runs / "figure.png", 2)
+
+
+@pytest.mark.parametrize("name", ["out-0", "out-z"])
+def test_a_learning_rate_that_diverged_is_not_the_best(runs, name):
+    """Fault 18: where it came first, its nan was the baseline."""
+    make(runs, name, "2" * 12, [4.0, 3.0, float("nan")], learning_rate=1.0)
+    loaded = load(runs)
+    assert {baseline_of(arm, loaded).names[0] for arm in loaded} == {"out-base"}
 
 
 def test_nan_is_never_within_the_tolerance(runs):
@@ -374,15 +398,16 @@ def row(seconds, pattern, **changes):
     """A row of what bench.py decode writes: the time per token of a model as `make` makes them."""
     model = {"n_layer": len(pattern), "n_embd": 64, "n_head": 4, "n_shard": 2, "sync_pattern": pattern}
     model |= {"parallel_block": False, "merge": "sum", "overlap": "", "norm": "layernorm", "position": "learned"}
-    model |= {"mlp": "gelu", "n_hidden": 256, "n_kv_head": 4}
-    return {"tpot_s": seconds, "model": model | changes}
+    model |= {"mlp": "gelu", "n_kv_head": 4, "vocab_size": 128} | changes
+    worked_out = {"n_hidden": 4 * model["n_embd"], "head_size": model["n_embd"] // model["n_head"]}
+    return {"tpot_s": seconds, "model": worked_out | model}
 
 
-def write_latency(folder, *rows, tp_size=2, batch_size=1, **others):
+def write_latency(folder, *rows, **others):
     """A file of bench.py decode's with one case more."""
     path = folder / "decode.json"
     cases = json.loads(path.read_text())["results"] if path.exists() else []
-    cases.append({"tp_size": tp_size, "batch_size": batch_size, "prompt": 128, **others, "patterns": rows})
+    cases.append({"tp_size": 2, "batch_size": 1, "prompt": 128, "patterns": rows} | others)
     path.write_text(json.dumps({"results": cases}))
     return path
 
@@ -469,6 +494,114 @@ def test_which_of_several_cases(runs):
         add_measured(load(runs), path, 2, 2)
 
 
+def test_a_row_of_another_vocabulary_is_another_model(runs):
+    """Fault 16: times measured with GPT-2's 50304 tokens were those of runs with 128."""
+    make(runs, "out-other", "0" * 11 + "1", [4.0, 3.0, 2.0], sizes=dict(vocab_size=192))
+    path = write_latency(runs, row(0.3, "1" * 12, vocab_size=50304), row(0.4, "2" * 12, vocab_size=64))
+    line = "decode.json: none of the runs' models was measured at tp_size 2, batch 1, but 12x64 with vocab_size 50304, "
+    line += "12x64 with vocab_size 64; the runs have 12x64 with vocab_size 128, 12x64 with vocab_size 192"
+    with pytest.raises(ValueError, match=re.escape(line)):
+        add_measured(load(runs), path, None, None)
+    patterns = ("1" * 12, "2" * 12, "01" * 6, "000100010001", "0" * 11 + "1")
+    write_latency(runs, *(row(0.1, pattern) for pattern in patterns))
+    arms = load(runs)
+    add_measured(arms, path, None, None)
+    assert [list(arm.tpots.values()) for arm in arms] == [[0.1]] * 4 + [[]]
+    assert "warning: no time per token of out-other" in warnings(arms)
+
+
+def test_the_vocabulary_of_older_files_and_logs(runs):
+    """Fault 16: a file may have it in its settings alone, a log in its number of parameters."""
+    older = row(0.1, "1" * 12)
+    del older["model"]["vocab_size"], older["model"]["head_size"]
+    path = write_latency(runs, older)
+    cases = json.loads(path.read_text())
+    for settings, tpots in (({"vocab_size": 128}, [0.1]), ({"vocab_size": 64}, None), ({}, None)):
+        path.write_text(json.dumps(cases | {"settings": settings}))
+        arms = load(runs)
+        if tpots:
+            add_measured(arms, path, None, None)
+            assert list(arms[1].tpots.values()) == tpots
+        else:
+            line = "but 12x64 with vocab_size 64" if settings else "'vocab_size' is missing; measure again"
+            with pytest.raises(ValueError, match=line):
+                add_measured(arms, path, None, None)
+    n_params = GPT(GPTConfig(8, 192, 12, 4, 64, n_shard=2)).get_num_params(non_embedding=False)
+    make(runs, "out-old", "1" * 12, [4.0, 3.0, 2.0], n_params, sizes={}, bias=True)
+    path.write_text(json.dumps(cases | {"settings": {"vocab_size": 192}}))
+    arms = load(runs)
+    add_measured(arms, path, None, None)
+    assert {arm.names[0] for arm in arms if arm.tpots} == {"out-old"}
+
+
+@pytest.mark.parametrize(("runs", "file"), [("pilot/3x192", "pilot/decode"), ("pypi/6x384", "pypi/decode-6x384")])
+def test_recorded_times(runs, file):
+    arms = load_runs(sorted(path.parent for path in (ROOT / "results").glob(f"{runs}-*/log.txt")))
+    add_measured(arms, ROOT / f"results/{file}.json", None, None)
+    assert sum(bool(arm.tpots) for arm in arms) >= 4
+
+
+IMPOSSIBLE = [0, 0.0, -0.1, float("nan"), float("inf"), 10**400, True, "0.1", None, [0.1], {}]
+
+
+@pytest.mark.parametrize("value", IMPOSSIBLE, ids=lambda value: str(value)[:9])
+def test_an_impossible_time_is_refused(runs, value):
+    """Fault 18: it was compared, or a traceback. Also in a row or case that is none of the runs'."""
+    good = row(0.1, "1" * 12)
+    path = write_latency(runs, good)
+    write_latency(runs, good, row(value, "1" * 12, n_embd=128), tp_size=1)
+    line = f"{path}: results[1].patterns[1].tpot_s is {value!r}, it must be a positive number"
+    with pytest.raises(ValueError) as error:
+        add_measured(load(runs), path, None, None)
+    assert str(error.value) == line
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (dict(tp_size="2"), "results[0].tp_size is '2', it must be a positive integer"),
+        (dict(batch_size=0), "results[0].batch_size is 0, it must be a positive integer"),
+        (dict(prompt=1.5), "results[0].prompt is 1.5, it must be a positive integer"),
+        (dict(added_delay_s=float("nan")), "results[0].added_delay_s is nan, it must be a number of at least 0"),
+        (dict(rival_ttft_s="1"), "results[0].rival_ttft_s is '1', it must be a positive number"),
+        (dict(patterns=[{}]), "results[0].patterns[0].tpot_s is missing, it must be a positive number"),
+        (dict(patterns=[[]]), "results[0] is not what bench.py writes"),
+        (
+            dict(patterns=[{"tpot_s": 0.1, "model": 3}]),
+            "not what bench.py decode writes: 'int' object",
+        ),
+        (dict(patterns={}), "results[0] is not what bench.py writes"),
+    ],
+    ids=str,
+)
+def test_an_impossible_case_is_refused(runs, changes, line):
+    """Fault 18."""
+    path = write_latency(runs, **{"patterns": []} | changes)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {line}")):
+        add_measured(load(runs), path, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("[]", "not what bench.py writes: an object with a list of results"),
+        ('{"results": {}}', "not what bench.py writes: an object with a list of results"),
+        ('{"results": [3]}', "results[0] is not what bench.py writes"),
+        ('{"results": [], "settings": 3}', "not what bench.py writes: an object with a list of results"),
+        ('{"results": [' + "9" * 5000 + "]}", "not what bench.py writes: Exceeds the limit"),
+        ('{"results": [{"tpot_s": 0.1}', "not what bench.py writes: Expecting"),
+        ('{"results": [], "settings": {"command": "predict"}}', "written by bench.py predict, not by bench.py decode"),
+        ('{"results": []}', "no case of this tp_size and batch; there are tp_size none"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_what_is_no_file_of_times_is_refused(runs, text, line):
+    """Fault 18."""
+    (runs / "decode.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"{runs}/decode.json: {line}")):
+        add_measured(load(runs), runs / "decode.json", None, None)
+
+
 def test_predictions_are_the_cost_models_and_labelled(timed, capsys, monkeypatch):
     """Of the arm's own shape, with its hidden syncs; in table, panel and verdict."""
     from matplotlib.axes import Axes
@@ -477,13 +610,12 @@ def test_predictions_are_the_cost_models_and_labelled(timed, capsys, monkeypatch
     monkeypatch.setattr(Axes, "set_title", lambda axes, title, *_, **__: titles.append(title))
     make(timed, "out-spd4", "1" * 12, [4.0, 3.1, 2.01], n_shard=4)
     make(timed, "out-ladder4", "2" * 12, [4.0, 3.1, 2.01], n_shard=4, hidden=23, overlap="ladder")
-    head = round(609344 / 64 - 12 * 12 * 64)
     arms = load(timed)
     add_predicted(arms, "nvlink", "h100", 4, 3)
     times = {arm.names[0]: one for arm in arms for one in arm.tpots.values()}
     assert times.keys() == {"out-spd4", "out-ladder4", "out-base", "out-control"}  # those that 4 ranks can hold
     for name, pattern, overlap in (("out-spd4", "1", ""), ("out-ladder4", "2", "ladder"), ("out-base", "2", "")):
-        model = GPTConfig(8, head, 12, 4, 64, n_shard=4, sync_pattern=12 * pattern, overlap=overlap)
+        model = GPTConfig(8, 128, 12, 4, 64, n_shard=4, sync_pattern=12 * pattern, overlap=overlap)
         assert times[name] == forward_seconds(model, NAMED["h100"], LINKS["nvlink"], 4, 3, 1, 8, itemsize=2)
     argv = [*map(str, timed.glob("out*")), "--link=nvlink", "--tp_size=4", f"--png={timed}/figure.png"]
     assert status(compare.main, argv) == 0
@@ -495,6 +627,52 @@ def test_predictions_are_the_cost_models_and_labelled(timed, capsys, monkeypatch
     assert "warning: no time per token of out-ladder, out-spd, out-g6, out-g3\n" in out
     with pytest.raises(ValueError, match="tp_size=8 divides the n_shard of none of the runs"):
         add_predicted(load(timed), "nvlink", "h100", 8, 1)
+
+
+LLAMA = dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=2)
+SHAPES = [{}, dict(bias=True), dict(tie_embeddings=False), dict(n_hidden=96), dict(n_kv_head=2), dict(block_size=512)]
+SHAPES += [LLAMA, LLAMA | dict(tie_embeddings=False, n_hidden=160), dict(vocab_size=1024), dict(head_size=64)]
+
+
+OLD = [(shape, old) for shape in SHAPES for old in (False, True) if not (old and "head_size" in shape)]
+
+
+@pytest.mark.parametrize("pattern", ["22", "11"])
+@pytest.mark.parametrize(("shape", "old"), OLD, ids=str)
+def test_a_prediction_is_of_the_models_own_shape(tmp_path, shape, pattern, old):
+    """Fault 15: it was of GPT-2's block, tied, with all that this leaves of the parameters as vocabulary.
+
+    An older log does not say the vocabulary, only how many parameters there are.
+    """
+    small = dict(block_size=8, vocab_size=192, n_layer=2, n_head=4, n_embd=64, bias=False)
+    config = GPTConfig(**small | shape, n_shard=2)
+    n_params = GPT(config).get_num_params(non_embedding=False)
+    keys = dict(bias=False, n_hidden=0, n_kv_head=0, tie_embeddings=True) | shape
+    sizes = {"vocab_size": keys.pop("vocab_size", 192), "head_size": keys.pop("head_size", 16)}
+    make(tmp_path, "out-one", pattern, [4.0, 3.0, 2.0], n_params, sizes={} if old else sizes, **keys)
+    for tp_size in (2, 4) if pattern == "22" else (2,):  # a dense model can be cut anew: each rank needs a KV head
+        arms = load(tmp_path)
+        add_predicted(arms, "nvlink", "h100", tp_size, 3)
+        cut = dataclasses.replace(config, n_shard=tp_size, sync_pattern=pattern)
+        expected = forward_seconds(cut, NAMED["h100"], LINKS["nvlink"], tp_size, 3, 1, cut.block_size, itemsize=2)
+        assert list(arms[0].tpots.values()) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        (dict(n_params=609345), "out-one: its log does not say the model's whole shape: add the lines '# vocab_size"),
+        (dict(n_params=1000), "out-one: its log does not say the model's whole shape: add the lines '# vocab_size"),
+        (dict(init_from="llama"), "out-one: its log does not say the model's whole shape: add the lines '# vocab_size"),
+        (dict(n_hidden="many"), "out-one: its config is not that of a model: "),
+        (dict(n_head=3), "out-one: its config is not that of a model: n_embd=64 is not divisible by n_head=3"),
+    ],
+    ids=str,
+)
+def test_a_model_whose_shape_is_not_known_has_no_prediction(tmp_path, keys, line):
+    make(tmp_path, "out-one", "2" * 12, [4.0, 3.0, 2.0], sizes={}, **keys)
+    with pytest.raises(ValueError, match=re.escape(line)):
+        add_predicted(load(tmp_path), "nvlink", "h100", 2, 1)
 
 
 def test_the_loss_at_equal_training_time(runs, capsys):
@@ -532,7 +710,7 @@ def test_labels_of_thirty_arms_cover_neither_one_another_nor_a_point(tmp_path, m
     from matplotlib.text import Text
 
     rows = []
-    for i, (pattern, n_shard) in enumerate(itertools.product(map("{:04b}".format, range(1, 16)), (2, 4))):
+    for i, (pattern, n_shard) in enumerate(itertools.product(map("{:04b}1".format, range(15)), (2, 4))):
         make(tmp_path, f"out-{i}", pattern, [4.0, 3.0, 2 + 0.01 * (i % 7)], n_shard=n_shard, architecture="selective")
         rows.append(row(0.01 + 0.001 * (i % 5) if i else 0.003, pattern, n_shard=n_shard))  # not far from one another
     arms = load(tmp_path)
@@ -631,7 +809,7 @@ def test_what_is_no_run_is_skipped_with_a_note(runs, monkeypatch, capsys):
         (["out-base", "--latency=no.json"], "no.json: No such file or directory"),
         (
             ["out-base", "--latency=text"],
-            "text: not what bench.py decode writes: Expecting value: line 1 column 1 (char 0)",
+            "text: not what bench.py writes: Expecting value: line 1 column 1 (char 0)",
         ),
         (
             ["out-base", "--latency=old.json"],
@@ -677,9 +855,21 @@ def test_a_text_that_was_memorised(tmp_path):
     draw_comparison(loaded, tmp_path / "figure.png", 2.0)
 
 
-def test_a_run_without_parameters_is_skipped(tmp_path):
-    make(tmp_path, "out-none", "22", [4.0], n_params=0)
-    with pytest.raises(ValueError, match="parameters 0"):
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        (dict(n_params=0), "parameters 0"),
+        (dict(n_layer=True), "n_layer=True must be a positive integer"),
+        (dict(n_embd=0), "n_embd=0 must be a positive integer"),
+        (dict(batch_size="16"), "batch_size='16' must be a positive integer"),
+        (dict(max_iters=0), "max_iters=0 must be a positive integer"),
+        (dict(sizes=dict(vocab_size="many")), "invalid literal for int() with base 10: 'many'"),
+    ],
+    ids=str,
+)
+def test_a_run_of_an_impossible_size_is_skipped(tmp_path, keys, line):
+    make(tmp_path, "out-none", "2", [4.0], **keys)
+    with pytest.raises(ValueError, match=f"out-none/log.txt: its header is not that of a run: {re.escape(line)}"):
         load(tmp_path)
 
 
