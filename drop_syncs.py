@@ -41,8 +41,8 @@ from reduced_sync.files import lock_folder, replace_file
 from reduced_sync.parallel import RANK, WORLD_SIZE
 from reduced_sync.recording import conditions
 from reduced_sync.run_log import RunLog
-from reduced_sync.tokenizer import KEPT, Tokens
-from reduced_sync.weights import GPT2_SHAPES, OURS, from_dense, from_pretrained, pretrained_fields, shards_to_dense
+from reduced_sync.tokenizer import KEPT, Tokens, pretrained_meta, write_pretrained
+from reduced_sync.weights import OURS, from_dense, from_pretrained, pretrained_fields, shards_to_dense
 
 STAGES = ("arrange", "sensitivity", "drop", "distil", "finetune", "finished")
 DONE = {"drop": "dropped", "distil": "distilled", "finetune": "finetuned"}
@@ -127,8 +127,7 @@ class Source:
             family, fields = pretrained_fields(name)
             if family == OURS:
                 raise ValueError(f"init_from={name!r} was exported with its code: name the out_dir it came from")
-            tokenizer = "gpt2" if name in GPT2_SHAPES else str(name)
-            self.meta = {"tokenizer": tokenizer, "vocab_size": fields["vocab_size"], "source": str(name)}
+            self.meta = pretrained_meta(name, fields["vocab_size"]) | {"source": str(name)}
             self.fields = fields
         else:
             self.saved, trained, self.meta = ckpt.load_with_tokens(path)
@@ -145,6 +144,8 @@ class Source:
     def texts(self, config: Config) -> tuple[dict, dict]:
         """{name: token ids} to calibrate and to evaluate on. Raises ValueError or OSError."""
         found = []
+        if self.meta["tokenizer"] not in ("gpt2", "char"):
+            self.tokens  # noqa: B018  without a text, too: the result gets them
         for key, split in (("calibration", "train"), ("evaluation", "val")):
             if pattern := getattr(config, key):
                 found.append(texts.read_texts(pattern, self.tokens, key))
@@ -159,7 +160,7 @@ class Source:
     @functools.cached_property
     def tokens(self) -> Tokens:
         """Loaded once, and only where there is text."""
-        return Tokens(self.meta)
+        return Tokens(self.meta, self.fields["vocab_size"])
 
 
 def prepare(config: Config) -> tuple[tuple, Source, dict | None, dict, dict, dict]:
@@ -297,7 +298,8 @@ class Dropping:
                     state |= {"model_args": model_args, "data": self.source.meta, "scaler": {}, "step": 0}
                     state |= {"evaluated": -1, "best_val_loss": math.inf, "skipped": 0, "bad_steps": 0}
                     if self.source.meta["tokenizer"] not in ("gpt2", "char"):
-                        self.source.tokens.pretrained.save_pretrained(out_dir / KEPT)
+                        tokens = self.source.tokens
+                        write_pretrained(tokens.pretrained, tokens.generation, out_dir / KEPT)
                     ckpt.save(state, out_dir, is_best=False)
                     (out_dir / "progress.pt").unlink(missing_ok=True)
                 else:

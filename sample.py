@@ -27,8 +27,8 @@ from reduced_sync.commands import set_up
 from reduced_sync.config import configure, describe, option
 from reduced_sync.decoding import cast, choose, for_decoding, generate
 from reduced_sync.parallel import RANK, WORLD_SIZE
-from reduced_sync.tokenizer import Tokens
-from reduced_sync.weights import GPT2_SHAPES, from_pretrained, pretrained_fields
+from reduced_sync.tokenizer import Tokens, pretrained_meta
+from reduced_sync.weights import from_pretrained, pretrained_fields
 
 
 @dataclass
@@ -63,8 +63,7 @@ def load(config: Config) -> tuple[dict | None, rsm.GPTConfig, dict]:
     if config.init_from != "resume":
         _, fields = pretrained_fields(config.init_from)
         model_config = rsm.GPTConfig(**{"n_shard": WORLD_SIZE} | fields)
-        tokenizer = "gpt2" if config.init_from in GPT2_SHAPES else config.init_from
-        saved, meta = None, {"tokenizer": tokenizer, "vocab_size": model_config.vocab_size}
+        saved, meta = None, pretrained_meta(config.init_from, model_config.vocab_size)
     else:
         saved, model_config, meta = ckpt.load_with_tokens(Path(config.out_dir) / "ckpt.pt")
     if model_config.n_shard % WORLD_SIZE:
@@ -126,7 +125,8 @@ def sample(config: Config, model: rsm.GPT, tokens: Tokens, vocab_size: int, layo
         print(f"past {block_size} tokens, a block, the window slides and each token takes longer", file=sys.stderr)
     idx = torch.tensor([prompt] * config.num_samples, device=layout.device)
     generator = torch.Generator(layout.device).manual_seed(config.seed)  # on every rank: all choose the same tokens
-    suppressed = torch.tensor(tokens.suppressed, dtype=torch.long, device=layout.device)
+    suppressed = [token for token in tokens.suppressed if token < vocab_size]
+    suppressed = torch.tensor(suppressed, dtype=torch.long, device=layout.device)
     pick = partial(choose, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, generator=generator)
 
     def pick_finite(logits):
@@ -171,7 +171,7 @@ def main(argv):
         check_config(config)
         saved, model_config, meta = load(config)
         choice = parallel.choose_device(config.device, config.dtype, config.backend)
-        tokens = Tokens(meta)
+        tokens = Tokens(meta, model_config.vocab_size)
         layout = parallel.start(*choice, tp_size=WORLD_SIZE, timeout_s=600)
         model = build(config, saved, model_config, layout)
         sample(config, model, tokens, meta["vocab_size"], layout)

@@ -14,7 +14,7 @@ from reduced_sync import preparing
 from reduced_sync.drop_log import beside_dense, cell, read_drop_log
 from reduced_sync.files import sync_folder
 from reduced_sync.run_log import read_log
-from reduced_sync.tokenizer import Tokens
+from reduced_sync.tokenizer import Tokens, write_pretrained
 from reduced_sync.weights import OURS, shards_to_dense, their_config, their_tensors
 from reduced_sync_model import GPT, GPTConfig, count_syncs, draw_pattern
 
@@ -36,7 +36,8 @@ def export(path: Path, target: Path) -> str:
     broken = [name for name, tensor in saved["model"].items() if not tensor.isfinite().all()]
     if broken:
         raise ValueError(f"checkpoint {path}: {broken[0]} is not finite: the training diverged")
-    tokenizer, ends = hugging_face_tokenizer(meta, config)
+    tokenizer, tokens = hugging_face_tokenizer(meta, config)
+    generation = generation_config(meta, config, tokenizer, tokens)
     try:
         family, hf = their_config(config)
         state = their_tensors(shards_to_dense(saved["model"], config), family, config)
@@ -44,7 +45,7 @@ def export(path: Path, target: Path) -> str:
     except ValueError as reason:
         what, keys, code = f"with its code ({reason})", our_config(config), CODE
         state = {f"model.{name}": tensor.contiguous() for name, tensor in saved["model"].items()}
-    keys |= {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    keys |= {key: getattr(generation, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = card(target.absolute().name, path, saved, config, meta, bool(code), tokenizer.pad_token is not None)
 
     temporary = target.absolute().with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -53,8 +54,7 @@ def export(path: Path, target: Path) -> str:
         (temporary / "config.json").write_text(json.dumps(keys, indent=1) + "\n", encoding="utf-8")
         write_weights(state, temporary / "model.safetensors")
         shutil.copymode(temporary / "config.json", temporary / "model.safetensors")  # its writer lets only us read it
-        generation_config(meta, config, tokenizer, ends).save_pretrained(temporary)
-        write_tokenizer(tokenizer, temporary)
+        write_pretrained(tokenizer, generation, temporary)
         (temporary / "README.md").write_text(text, encoding="utf-8")
         for file in code:
             shutil.copy(file, temporary)
@@ -89,32 +89,25 @@ def write_weights(state: dict, path: Path) -> None:
         raise OSError(error) from None
 
 
-def write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write the files of a tokenizer of transformers. Raises OSError."""
-    try:
-        tokenizer.save_pretrained(folder)
-    except OSError:
-        raise
-    except Exception as error:  # the writer of the tokenizers library raises just this
-        raise OSError(error) from None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens
 
 
-def hugging_face_tokenizer(meta: dict, config: GPTConfig) -> tuple[Any, set[int]]:
-    """(tokenizer of transformers, ids that end a text) for `meta` of Tokens, of a model of GPTConfig `config`.
+def hugging_face_tokenizer(meta: dict, config: GPTConfig) -> tuple[Any, Tokens]:
+    """(tokenizer of transformers, Tokens) for `meta` of Tokens, of a model of GPTConfig `config`.
 
     It pads on the left, as generating needs it. Raises ValueError where a tokenizer is not there.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokens = Tokens(meta)
+    tokens = Tokens(meta, config.vocab_size)
     if tokens.kind not in ("gpt2", "char"):
-        tokens.pretrained.padding_side = "left"
-        return tokens.pretrained, tokens.ends
+        tokenizer = tokens.pretrained
+        tokenizer.padding_side = "left"
+        if not tokens.has_row(tokenizer.pad_token_id):  # transformers would not load a model with that
+            tokenizer.pad_token = tokenizer.eos_token if tokens.has_row(tokenizer.eos_token_id) else None
+        return tokenizer, tokens
     options = dict(padding_side="left", model_input_names=["input_ids", "attention_mask"])
     options |= dict(clean_up_tokenization_spaces=False, model_max_length=config.block_size)
     if tokens.kind == "gpt2":
@@ -135,16 +128,25 @@ def hugging_face_tokenizer(meta: dict, config: GPTConfig) -> tuple[Any, set[int]
         pads = [pad for pad in PADS if not set(pad) <= set(chars)]  # no text looks like it
         if pads and len(chars) < config.vocab_size:  # an id to spare
             options |= dict(pad_token=pads[0])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **options), tokens.ends
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **options), tokens
 
 
-def generation_config(meta: dict, config: GPTConfig, tokenizer: Any, ends: set[int]) -> Any:
-    """What generate() needs to know: the ids that end a text, and those that no text has, never to be chosen."""
+def generation_config(meta: dict, config: GPTConfig, tokenizer: Any, tokens: Tokens) -> Any:
+    """What generate() needs to know: the ids that end a text, and those that no text has, never to be chosen.
+
+    And what the generation_config.json of a pretrained model says besides.
+    """
     from transformers import GenerationConfig
 
-    keys = dict(eos_token_id=sorted(ends) or None, bos_token_id=tokenizer.bos_token_id)
-    keys |= dict(pad_token_id=min(ends) if ends and tokenizer.pad_token_id is None else tokenizer.pad_token_id)
-    return GenerationConfig(**keys, suppress_tokens=list(range(meta["vocab_size"], config.vocab_size)) or None)
+    keys = tokens.generation.to_diff_dict() if tokens.generation else {}
+    keys.pop("_from_model_config", None)  # transformers would put the ids of config.json in place of these
+    ends = sorted(tokens.ends)
+    begins = keys.get("bos_token_id"), tokenizer.bos_token_id
+    pads = tokenizer.pad_token_id, keys.get("pad_token_id"), *ends
+    suppressed = sorted({*tokens.suppressed, *range(meta["vocab_size"], config.vocab_size)})
+    keys |= dict(eos_token_id=ends[0] if len(ends) == 1 else ends or None, suppress_tokens=suppressed or None)
+    keys |= dict(bos_token_id=next(filter(tokens.has_row, begins), None))
+    return GenerationConfig(**keys | dict(pad_token_id=next(filter(tokens.has_row, pads), None)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

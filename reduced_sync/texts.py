@@ -26,7 +26,10 @@ def read_texts(pattern: str, tokens: Tokens, key: str) -> dict[str, np.ndarray]:
             text = decode_text(path.read_bytes(), str(path))
         except OSError as error:
             raise ValueError(f"{key}={pattern!r}: {path}: {error.strerror}") from None
-        found[name] = np.array(tokens.encode(text), dtype=np.int64)
+        try:
+            found[name] = np.array(tokens.encode(text), dtype=np.int64)
+        except ValueError as error:
+            raise ValueError(f"{key}={pattern!r}: {path}: {error}") from None
     return found
 
 

@@ -21,6 +21,7 @@ from variants import VARIANTS, rough
 import sample
 from reduced_sync import checkpoint as ckpt
 from reduced_sync import decoding
+from reduced_sync.exporting import hugging_face_tokenizer
 from reduced_sync.parallel import Layout
 from reduced_sync_model import GPT, GPTConfig, KVCache
 
@@ -300,11 +301,13 @@ def test_text_appears_while_it_is_generated(out):
 
 
 def test_gpt2(tmp_path):
-    """transformers takes a folder of that name for the hub's model: the true code path, with a small random model."""
+    """A folder of that name with GPT-2's tokenizer, and a small random model."""
     shape = dict(vocab_size=50257, n_positions=32, n_embd=8, n_layer=2, n_head=2)
     torch.manual_seed(0)
     dense = GPT2LMHeadModel(GPT2Config(**shape)).eval()
     dense.save_pretrained(tmp_path / "gpt2")
+    tokenizer, _ = hugging_face_tokenizer({"tokenizer": "gpt2", "vocab_size": 50257}, GPTConfig())
+    tokenizer.save_pretrained(tmp_path / "gpt2")
     argv = [SAMPLE, "--init_from=gpt2", "--start=Hello", "--max_new_tokens=6", "--temperature=0", "--device=cpu"]
     one = succeeded(run_script(argv, cwd=tmp_path))
     assert one == succeeded(run_script([*under(2), *argv], nproc=2, cwd=tmp_path))
