@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from reduced_sync import checkpoint as ckpt
 from reduced_sync import preparing
 from reduced_sync.drop_log import beside_dense, cell, read_drop_log
-from reduced_sync.files import sync_folder
+from reduced_sync.files import sync_folder, temporary_folder
 from reduced_sync.run_log import read_log
 from reduced_sync.tokenizer import Tokens, write_pretrained
 from reduced_sync.weights import OURS, shards_to_dense, their_config, their_tensors
@@ -48,22 +47,20 @@ def export(path: Path, target: Path) -> str:
     keys |= {key: getattr(generation, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = card(target.absolute().name, path, saved, config, meta, bool(code), tokenizer.pad_token is not None)
 
-    temporary = target.absolute().with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir()
-        (temporary / "config.json").write_text(json.dumps(keys, indent=1) + "\n", encoding="utf-8")
-        write_weights(state, temporary / "model.safetensors")
-        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")  # its writer lets only us read it
-        write_pretrained(tokenizer, generation, temporary)
-        (temporary / "README.md").write_text(text, encoding="utf-8")
-        for file in code:
-            shutil.copy(file, temporary)
-        sync_folder(temporary)
-        temporary.rename(target)
+        with temporary_folder(target.absolute()) as temporary:
+            (temporary / "config.json").write_text(json.dumps(keys, indent=1) + "\n", encoding="utf-8")
+            write_weights(state, temporary / "model.safetensors")
+            # its writer lets only us read it
+            shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
+            write_pretrained(tokenizer, generation, temporary)
+            (temporary / "README.md").write_text(text, encoding="utf-8")
+            for file in code:
+                shutil.copy(file, temporary)
+            sync_folder(temporary)
+            temporary.rename(target)
     except OSError as error:
         raise OSError(f"to={str(target)!r} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # there only if something failed
     return f"{target}: {what}"
 
 

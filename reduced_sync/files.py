@@ -1,8 +1,10 @@
 """Files that are replaced whole: whatever ends the writing, under the name stands the old file or the new one."""
 
+import contextlib
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -50,10 +52,34 @@ def sync_folder(folder: str | Path) -> None:
         os.close(directory)
 
 
+@contextlib.contextmanager
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`, which may be renamed to it; it is removed at the end if it is still there.
+
+    Those that killed processes left beside `target` are removed first: unlike a live one's they are not locked. Raises
+    OSError.
+    """
+    for old in target.parent.iterdir():
+        if re.fullmatch(re.escape(f".{target.name}.") + r"\d+\.tmp", old.name):
+            with contextlib.suppress(ValueError):  # of a live one
+                lock_folder(old).close()
+                shutil.rmtree(old, ignore_errors=True)
+    folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    folder.mkdir()
+    try:
+        with lock_folder(folder):
+            yield folder
+            if not folder.exists():
+                (target / ".lock").unlink()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def lock_folder(folder: str | Path) -> IO:
     """Make an out_dir and lock it for as long as the file lives that is returned.
 
-    Raises ValueError if another run holds it, or it cannot be written.
+    The temporary files that a killed run left there are removed. Raises ValueError if another run holds it, or it
+    cannot be written.
     """
     import fcntl  # not on Windows, where the start says so
 
@@ -61,6 +87,8 @@ def lock_folder(folder: str | Path) -> IO:
         Path(folder).mkdir(parents=True, exist_ok=True)
         lock = open(Path(folder) / ".lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it when its holder dies
+        for old in [*Path(folder).glob("*.pt.tmp"), *Path(folder).glob("log.txt.tmp")]:
+            old.unlink()
     except BlockingIOError:
         raise ValueError(f"out_dir={folder!r} is in use by another live run") from None
     except OSError as error:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from reduced_sync.commands import one_line_errors
-from reduced_sync.files import replace_file
+from reduced_sync.files import replace_file, temporary_folder
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 
@@ -124,10 +124,10 @@ def pip_download(name: str, version: str, sha256: str, archive: Path, options: l
     """Let pip put NAME==VERSION, if its sha256 (hex) is this one, under the name `archive`. Raises ValueError."""
     print(f"downloading {name}=={version} from the package index", file=sys.stderr)
     archive.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=archive.parent) as temporary:
-        requirements = Path(temporary, "requirements.txt")
+    with temporary_folder(archive) as temporary:
+        requirements = temporary / "requirements.txt"
         requirements.write_text(f"{name}=={version} --hash=sha256:{sha256}\n")
-        download = Path(temporary, "download")
+        download = temporary / "download"
         command = [sys.executable, "-m", "pip", "download", "--no-deps", *options]
         command += ["--ignore-requires-python"]  # it is read, not run
         pip = subprocess.run(

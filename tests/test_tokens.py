@@ -3,12 +3,14 @@
 import contextlib
 import io
 import json
+import os
 import re
+import signal
 
 import pytest
 import torch
 from conftest import english
-from launch import status
+from launch import ending, start, status
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -26,6 +28,7 @@ import drop_syncs
 import export
 import sample
 from reduced_sync import checkpoint as ckpt
+from reduced_sync.files import lock_folder, temporary_folder
 from reduced_sync.tokenizer import KEPT, Tokens, pretrained_meta
 from reduced_sync_model import GPT, GPTConfig
 
@@ -273,3 +276,52 @@ def test_a_damaged_file_is_one_line(tmp_path, capsys, file):
         (folder / file).write_text(content)
         line = error_of(sample.main, [f"--init_from={folder}", "--device=cpu"], capsys)
         assert f"'{folder}'" in line and not line.endswith(":\n"), line
+
+
+# --- what a killed process leaves
+
+
+KILLED = """
+import os, signal, sys
+import export
+from reduced_sync import exporting
+def stop(*_):
+    print("there", flush=True)
+    signal.pause()
+exporting.write_pretrained = stop
+export.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_export_leaves_nothing_for_good(tmp_path):
+    """Fault 19: the next export to that place removes what a dead one left, and nothing of a live one."""
+    write_checkpoint(tmp_path / "out", {"tokenizer": "char", "chars": "abcd", "vocab_size": 4})
+    argv = [str(tmp_path / "out"), f"--to={tmp_path / 'a'}"]
+    with ending(start(["-c", KILLED, *argv])) as live:
+        with ending(start(["-c", KILLED, *argv])) as dead:
+            assert dead.stdout.readline() == live.stdout.readline() == "there\n"
+            dead.send_signal(signal.SIGKILL)
+            dead.wait()
+        left = {path.name for path in tmp_path.glob(".a.*.tmp")}
+        assert left == {f".a.{dead.pid}.tmp", f".a.{live.pid}.tmp"}
+        (tmp_path / ".a.b.1.tmp").mkdir()  # another's
+        export.main(argv)
+        names = {"out", "a", ".a.b.1.tmp"}
+        assert {path.name for path in tmp_path.iterdir()} == names | {f".a.{live.pid}.tmp"}
+        assert not (tmp_path / "a" / ".lock").exists() and (tmp_path / f".a.{live.pid}.tmp/model.safetensors").exists()
+        live.kill()
+    with temporary_folder(tmp_path / "a"):
+        assert {path.name for path in tmp_path.iterdir()} == names | {f".a.{os.getpid()}.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_a_runs_lock_removes_what_a_killed_run_was_writing(tmp_path):
+    """Fault 19: a checkpoint's temporary file may be as large as the checkpoint, and no later save has its name."""
+    for name in ("ckpt_best.pt.tmp", "progress.pt.tmp", "log.txt.tmp", "ckpt.pt", "mine.tmp"):
+        (tmp_path / name).touch()
+    with lock_folder(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt", "mine.tmp", ".lock"}
+        (tmp_path / "ckpt.pt.tmp").touch()
+        with pytest.raises(ValueError, match="in use"):
+            lock_folder(tmp_path)
+        assert (tmp_path / "ckpt.pt.tmp").exists()
