@@ -27,6 +27,7 @@ adds nothing; one longer than that exposes all blocking syncs, and one longer th
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import statistics
@@ -488,7 +489,8 @@ def main(argv: list[str]) -> None:
         results = job(args)
         if args.json:
             with open(args.json, "w", encoding="utf-8") as file:
-                json.dump({"settings": {"command": command} | vars(args), "results": results}, file, indent=1)
+                settings = {"command": command} | dataclasses.asdict(args)  # vars would have what is no key
+                json.dump({"settings": settings, "results": results}, file, indent=1)
 
 
 if __name__ == "__main__":
