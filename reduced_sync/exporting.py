@@ -211,6 +211,7 @@ def card(name: str, path: Path, saved: dict, config: GPTConfig, meta: dict, has_
         "weights from": "scratch" if keys.get("init_from", "scratch") == "scratch" else f"`{cell(keys['init_from'])}`",
     } | training
     trust = ", trust_remote_code=True" if has_code else ""
+    no_trust = ", trust_remote_code=False" if has_code else ""  # it needs no code: without a word transformers asks
     prompts = '["the", "a"], return_tensors="pt", padding=True' if can_pad else '"the", return_tensors="pt"'
     serve = "vLLM, transformers and lm-eval load it as any GPT-2 or Llama: `vllm serve " + name + "`."
     if has_code:
@@ -242,7 +243,7 @@ after the MLP, `1` after the MLP, `a` after the attention, `0` not at all.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
+tokenizer = AutoTokenizer.from_pretrained("{name}"{no_trust})
 model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
 prompts = tokenizer({prompts})
 print(tokenizer.batch_decode(model.generate(**prompts, max_new_tokens=50)))

@@ -6,11 +6,12 @@ import json
 import os
 import re
 import signal
+import subprocess
 
 import pytest
 import torch
 from conftest import english
-from launch import ending, start, status
+from launch import ending, run_script, start, status, succeeded
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -325,3 +326,32 @@ def test_a_runs_lock_removes_what_a_killed_run_was_writing(tmp_path):
         with pytest.raises(ValueError, match="in use"):
             lock_folder(tmp_path)
         assert (tmp_path / "ckpt.pt.tmp").exists()
+
+
+# --- an export's tokenizer needs no code
+
+
+LOADED = """
+import sys
+from transformers import AutoTokenizer
+exec(open("export/README.md").read().split("```python")[1].split("```")[0].replace("=50", "=2"))
+print("without a word:")
+print(AutoTokenizer.from_pretrained("export")("the").input_ids)
+"""
+
+
+@pytest.mark.parametrize("tokens, pattern", [("char", "11"), ("gpt2", "11"), ("char", "22")])
+def test_a_tokenizer_of_an_export_asks_nothing(tmp_path, tokens, pattern):
+    """Fault 21: loaded as its card does it. Without that word transformers asks because the model, not the tokenizer,
+    has code; where nobody can answer it goes on. A plain model has none.
+    """
+    chars = " aeht"
+    meta = {"tokenizer": "gpt2", "vocab_size": 50257}
+    if tokens == "char":
+        meta = {"tokenizer": "char", "chars": chars, "vocab_size": len(chars)}
+    write_checkpoint(tmp_path / "out", meta, n_shard=2, sync_pattern=pattern)
+    export.main([str(tmp_path / "out"), f"--to={tmp_path / 'export'}"])
+    said = succeeded(run_script(["-c", LOADED], cwd=tmp_path, stdin=subprocess.DEVNULL))
+    card, plain = said.split("without a word:\n")
+    assert "the" in card and "[y/N]" not in card
+    assert ("[y/N]" in plain) == (pattern == "11") and plain.endswith(f"{Tokens(meta).encode('the')}\n")
