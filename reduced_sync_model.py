@@ -24,7 +24,7 @@ import copy
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -478,9 +478,16 @@ class GPTConfig:
     tie_embeddings: bool = True  # lm_head and wte are one matrix
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for field in fields(self):  # which may come from a file
+            name, value = field.name, getattr(self, field.name)
+            if type(value) not in {float: (float, int), tuple: (tuple, list)}.get(field.type, (field.type,)):
+                raise ValueError(f"{name}={value!r} must be {field.type.__name__}, not {type(value).__name__}")
+            least = int(name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_shard"))
+            most = 2**16 if name == "n_layer" else 2**31  # a pattern has a character a layer
+            if field.type is int and not least <= value <= most:
+                raise ValueError(f"{name}={value} must be at least {least}, and at most {most}")
+            if name in ("norm_eps", "rope_theta") and not 0 < value < 1e18:
+                raise ValueError(f"{name}={value} must be above 0, and below 1e18")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         if not self.head_size and self.n_embd % self.n_head:
@@ -491,6 +498,12 @@ class GPTConfig:
         as_gpt2 = self.n_embd * (10 - 2 * self.n_kv_head / self.n_head) / 3
         self.n_hidden = self.n_hidden or (4 * self.n_embd if self.mlp == "gelu" else max(1, round(as_gpt2 / 48)) * 48)
         self.rope_inv_freq = tuple(self.rope_inv_freq)  # a list where it comes from JSON
+        if not all(type(speed) in (float, int) and abs(speed) < 1e30 for speed in self.rope_inv_freq):
+            raise ValueError(f"rope_inv_freq={self.rope_inv_freq!r} must be finite numbers")
+        if self.rope_inv_freq and len(self.rope_inv_freq) != self.head_size // 2:
+            raise ValueError(
+                f"rope_inv_freq has {len(self.rope_inv_freq)} numbers, not head_size/2={self.head_size // 2}"
+            )
         for name in ("n_head", "n_hidden"):
             if getattr(self, name) % self.n_shard:
                 raise ValueError(f"{name}={getattr(self, name)} is not divisible by n_shard={self.n_shard}")
@@ -565,6 +578,8 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
+        if self.lm_head.weight.is_meta:  # shapes alone: torch.normal would sample on the CPU all the same
+            return
         parameters = dict(self.named_parameters())
         with torch.no_grad():
             for name, dense in initial_weights(config):

@@ -78,11 +78,23 @@ def test_groups_must_fill_the_model():
         *(dict(merge="mean"), dict(overlap="async"), dict(sync_pattern="1a01", parallel_block=True)),
         *(dict(overlap="ladder", merge="desync"), dict(parallel_block=True, merge="desync", sync_pattern="1111")),
         dict(overlap="ladder", sync_pattern="0001"),
+        *(dict(n_layer="4"), dict(n_head=4.0), dict(n_embd=True), dict(n_hidden=-8), dict(bias="no"), dict(merge=None)),
+        *(dict(norm_eps=float("nan")), dict(norm_eps=-1e-5), dict(rope_theta="1e4"), dict(rope_theta=0)),
+        *(dict(rope_inv_freq=(1.0,)), dict(rope_inv_freq=(1.0, 0.5, 0.2, "0.1")), dict(n_layer=2**20)),
     ],
 )
 def test_impossible_shapes_are_refused(change):
+    """Fault 1, of the types: each field may come from a file, a config.json or a checkpoint."""
     with pytest.raises(ValueError, match=next(iter(change))):
         dataclasses.replace(SMALL, **change)
+
+
+def test_a_model_of_shapes_alone_samples_nothing():
+    """Fault 1: the shapes that a file must have cost no time and no memory, however large."""
+    before = torch.get_rng_state()
+    with torch.device("meta"):
+        GPT(SMALL)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # --- invariant 2, and the dropped syncs against the independent implementation
