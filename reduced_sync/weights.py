@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
+from reduced_sync.commands import one_line
 from reduced_sync_model import GPT, GPTConfig, baseline, is_sharded, role_of, shard_tensor
 
 # OpenAI's models: n_layer, n_head, n_embd. All have 1024 positions, 50257 tokens and biases.
@@ -25,6 +26,7 @@ GPT2_SHAPES = {
 }
 PRETRAINED = "init_from takes a folder or hub name of a GPT-2 or Llama"
 OURS = "reduced_sync"  # model_type of a folder of export.py that carries its code
+FLOATS = ("F32", "BF16", "F16")  # what a tensor may be, in safetensors' words
 # our name in a layer: Llama's, one or several
 LLAMA = {
     "ln_1": ["input_layernorm"],
@@ -175,9 +177,11 @@ def gpt2_fields(hf: Any) -> dict:
     expected = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     for key, value in expected.items():
         refuse_unless(hf, key, (value,))
+    refuse_unless(hf, "is_causal", (True,))
     refuse_unless(hf, "activation_function", ("gelu_new", "gelu_pytorch_tanh"))
     shape = {key: getattr(hf, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    shape |= dict(block_size=hf.n_positions, n_hidden=hf.n_inner or 0, norm_eps=hf.layer_norm_epsilon)
+    shape |= dict(n_hidden=4 * hf.n_embd if hf.n_inner is None else hf.n_inner)
+    shape |= dict(block_size=hf.n_positions, norm_eps=hf.layer_norm_epsilon)
     return shape | dict(bias=True, tie_embeddings=hf.tie_word_embeddings)
 
 
@@ -185,31 +189,34 @@ def llama_fields(hf: Any) -> dict:
     """The fields of GPTConfig that transformers' LlamaConfig gives. Raises ValueError for what our block lacks."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+    refuse_unless(hf, "is_causal", (True,))
     refuse_unless(hf, "hidden_act", ("silu", "swish"))
     refuse_unless(hf, "attention_bias", (False, None))
     refuse_unless(hf, "mlp_bias", (False, None))
     kind = hf.rope_parameters.get("rope_type", "default")
     if kind not in ("default", "linear", "llama3"):  # others change with the sequence's length, or scale attention
-        raise ValueError(f"{PRETRAINED}, with rope_type default, linear or llama3, not {kind!r}")
+        raise ValueError(f"config.json has rope_type={kind!r}; allowed are 'default', 'linear' and 'llama3'")
     if hf.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{PRETRAINED}, without partial_rotary_factor={hf.rope_parameters['partial_rotary_factor']}")
-    rotary = LlamaRotaryEmbedding(hf)
-    if rotary.attention_scaling != 1.0:
-        raise ValueError(f"{PRETRAINED}, without RoPE's attention factor {rotary.attention_scaling}")
+        raise ValueError(
+            f"config.json has partial_rotary_factor={hf.rope_parameters['partial_rotary_factor']!r}, not 1"
+        )
+    rotary = LlamaRotaryEmbedding(hf) if kind != "default" else None
+    if rotary and rotary.attention_scaling != 1.0:
+        raise ValueError(f"config.json has RoPE's attention factor {rotary.attention_scaling}, not 1")
     return dict(
         vocab_size=hf.vocab_size,
         block_size=hf.max_position_embeddings,
         n_layer=hf.num_hidden_layers,
         n_head=hf.num_attention_heads,
         n_kv_head=hf.num_key_value_heads,
-        head_size=hf.head_dim or hf.hidden_size // hf.num_attention_heads,
+        head_size=hf.head_dim,
         n_embd=hf.hidden_size,
         n_hidden=hf.intermediate_size,
         norm="rmsnorm",
         norm_eps=hf.rms_norm_eps,
         position="rope",
-        rope_theta=float(hf.rope_parameters["rope_theta"]),
-        rope_inv_freq=() if kind == "default" else tuple(rotary.inv_freq.tolist()),
+        rope_theta=hf.rope_parameters["rope_theta"],
+        rope_inv_freq=tuple(rotary.inv_freq.tolist()) if rotary else (),
         mlp="swiglu",
         bias=False,
         tie_embeddings=hf.tie_word_embeddings,
@@ -219,90 +226,158 @@ def llama_fields(hf: Any) -> dict:
 def refuse_unless(hf: Any, key: str, allowed: tuple) -> None:
     """Raise ValueError unless transformers' config `hf` has one of the values that our block computes."""
     if (value := getattr(hf, key, allowed[0])) not in allowed:
-        raise ValueError(f"{PRETRAINED} with {key}={' or '.join(map(repr, allowed))}, not {value!r}")
+        raise ValueError(f"config.json has {key}={value!r}; allowed: {key}={' or '.join(map(repr, allowed))}")
 
 
 def pretrained_fields(name: str) -> tuple[str, dict]:
     """(family, fields of GPTConfig) of a folder of save_pretrained, one of export.py, or a hub name.
 
-    The fields of our own family include n_shard and the rule of syncs. Raises ValueError or OSError for a model that
-    is not there, or that our block does not compute.
+    The fields of our own family include n_shard and the rule of syncs. Raises ValueError for a model that is not there,
+    or that our block does not compute.
     """
     from transformers import AutoConfig, PretrainedConfig
+    from transformers.utils import find_adapter_config_file
 
     if name in GPT2_SHAPES and not Path(name).is_dir():
         shape = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SHAPES[name], strict=True))
         return "gpt2", shape | dict(vocab_size=50257, block_size=1024, bias=True)
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"init_from={name!r}: the folder has no config.json")
+    families = {"gpt2": gpt2_fields, "llama": llama_fields}
     try:
         if not Path(name).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
-            raise ValueError("there is no such folder, and a name on the hub is OWNER/MODEL")
+            where = "there is no such folder, and a name on the hub is OWNER/MODEL"
+            raise ValueError(f"{PRETRAINED}, besides scratch and resume: {where}")
+        if find_adapter_config_file(str(name)) or any(Path(name).glob("adapter_model.*")):
+            raise ValueError(
+                "it has an adapter, of LoRA or another kind: merge it into the weights with "
+                "PeftModel.merge_and_unload(), and save the result with save_pretrained() to a new folder"
+            )
+        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+            raise ValueError("the folder has no config.json")
         keys, _ = PretrainedConfig.get_config_dict(name)
         if not isinstance(keys, dict):
             raise ValueError("config.json holds no object")
-        if keys.get("model_type") == OURS:
+        if keys.get("quantization_config") is not None:
+            raise ValueError("it is quantized; allowed are float32, bfloat16 and float16")
+        if keys.get("transformers_weights") is not None:
+            raise ValueError("config.json has transformers_weights: the weights must be in model.safetensors")
+        family = keys.get("model_type")
+        if family == OURS:
             names = {field.name for field in dataclasses.fields(GPTConfig)} - {"dropout"}
-            fields = dataclasses.asdict(GPTConfig(**{key: keys[key] for key in names & keys.keys()}))
-            return OURS, {key: fields[key] for key in names}
-        hf = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, TypeError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise ValueError(f"init_from={name!r}: {PRETRAINED}, besides scratch and resume: {line}") from None
-    families = {"gpt2": gpt2_fields, "llama": llama_fields}
-    if hf.model_type not in families:
-        raise ValueError(f"init_from={name!r} is a {hf.model_type} model; {PRETRAINED}")
-    if getattr(hf, "quantization_config", None) is not None:
-        raise ValueError(f"init_from={name!r} is quantized; {PRETRAINED} in float32, bfloat16 or float16")
-    return hf.model_type, families[hf.model_type](hf)
+            if missing := sorted(names - keys.keys()):
+                raise ValueError(f"config.json has no {missing[0]}")
+            fields = {key: keys[key] for key in names}
+        elif family not in list(families):
+            raise ValueError(f"it is a {family} model; {PRETRAINED}")
+        else:
+            hf = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            fields = families[family](hf)
+            for key, value in fields.items():  # 0 is another one's default in GPTConfig
+                if type(value) is int and value < 1:
+                    raise ValueError(f"config.json gives {key}={value}; it must be at least 1")
+        config = dataclasses.asdict(GPTConfig(**fields))
+    except Exception as error:  # whatever a damaged or foreign config.json provokes
+        line = " ".join(str(error).split()) or type(error).__name__
+        line = line if isinstance(error, OSError | ValueError) else f"config.json cannot be used: {line}"
+        raise ValueError(f"init_from={str(name)!r}: {line}") from None
+    return family, {key: config[key] for key in fields}
 
 
-def safetensors_files(name: str) -> dict[str, str]:
-    """{tensor: file that holds it} of a folder of save_pretrained or a hub name. Raises ValueError."""
+def safetensors_files(name: str) -> dict[str, Any]:
+    """{tensor: open file that holds it} of a folder of save_pretrained or a hub name. Raises ValueError.
+
+    As transformers does it looks for one file first: an index beside that is an older model's.
+    """
     from safetensors import SafetensorError, safe_open
     from transformers.utils import cached_file
 
-    missing, part, found = dict(_raise_exceptions_for_missing_entries=False), "model.safetensors.index.json", {}
+    missing, part, found = dict(_raise_exceptions_for_missing_entries=False), "model.safetensors", {}
     try:
-        index = cached_file(name, part, **missing)
-        if index is None:
-            parts = ["model.safetensors"]
-        else:
-            parts = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        parts = [part]
+        if cached_file(name, part, **missing) is None:
+            part = "model.safetensors.index.json"
+            if (index := cached_file(name, part, **missing)) is not None:
+                parts = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
         for part in parts:
             path = cached_file(name, part, **missing)
             if path is None:
                 raise OSError(f"there is no {part}: weights must be safetensors")
-            with safe_open(path, "pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
+            file = safe_open(path, "pt")
+            found |= dict.fromkeys(file.keys(), file)
     except OSError as error:
-        raise ValueError(f"init_from={name!r}: {error}") from None
+        raise ValueError(f"init_from={str(name)!r}: {one_line(error)}") from None
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"init_from={name!r}: {part} is damaged: {error}") from None
+        raise ValueError(f"init_from={str(name)!r}: {part} is damaged: {one_line(error)}") from None
     return found
 
 
-def dense_tensors(name: str, family: str, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (our name, dense tensor) of a folder or hub name for our `names`, one at a time, mapped from its file.
+def stored_tensors(name: str, family: str, config: GPTConfig) -> dict[str, tuple[Any, str]]:
+    """{tensor of `family`: (open file, its name there)} of a folder or hub name whose config.json gives `config`.
 
-    The tensors of our own family are sharded. Raises ValueError for a tensor that is missing.
+    Raises ValueError unless the files hold the tensors of that model and no others, of its shapes, in FLOATS. That is
+    in the files' headers: no weights are read, but an lm_head beside the embedding that it is tied to.
     """
-    from safetensors import safe_open
+    source, stored = f"init_from={str(name)!r}", {}
+    for key, file in safetensors_files(name).items():
+        # OpenAI's own files, and GPT2Model's, have no prefix
+        bare = family == "gpt2" and not key.startswith(("transformer.", "lm_head."))
+        theirs = f"transformer.{key}" if bare else key
+        if theirs in stored:
+            raise ValueError(f"{source}: its safetensors have both {key} and {stored[theirs][1]}")
+        stored[theirs] = file, key
+    if config.n_layer > len(stored):
+        raise ValueError(
+            f"{source}: its safetensors have {len(stored)} tensors; config.json has {config.n_layer} layers"
+        )
+    try:
+        with torch.device("meta"):
+            expected = dict(GPT(config).named_parameters())
+    except RuntimeError as error:  # sizes beyond any number of bytes
+        raise ValueError(f"{source}: its config.json gives no model: {one_line(error)}") from None
+    if family != OURS:
+        expected = {key: unshard_tensor(key, tensor, config) for key, tensor in expected.items()}
+    expected = {key: list(tensor.shape) for key, tensor in their_tensors(expected, family, config).items()}
+    [head], [embedding] = (their_names(key, family)[0] for key in ("lm_head.weight", "transformer.wte.weight"))
+    is_tied = config.tie_embeddings and head in stored
+    if is_tied:
+        expected[head] = expected[embedding]
+    # buffers that older versions of transformers wrote, and none reads
+    buffers = {"model.rotary_emb.inv_freq"} if family == "llama" else set()
+    for i in range(config.n_layer):
+        if family == "gpt2":
+            buffers |= {f"transformer.h.{i}.attn.bias", f"transformer.h.{i}.attn.masked_bias"}
+        elif family == "llama":
+            buffers.add(f"model.layers.{i}.self_attn.rotary_emb.inv_freq")
+    for key in sorted((stored.keys() | expected.keys()) - buffers):
+        if key not in stored:
+            raise ValueError(f"{source}: its safetensors have no {key}")
+        file, there = stored[key]
+        if key not in expected:
+            raise ValueError(f"{source}: its safetensors have {there}, which the model of its config.json has not")
+        tensor = file.get_slice(there)
+        if tensor.get_shape() != expected[key]:
+            raise ValueError(
+                f"{source}: {there} of {tensor.get_shape()} does not fit its config.json, which gives {expected[key]}"
+            )
+        if tensor.get_dtype() not in FLOATS:
+            raise ValueError(f"{source}: {there} is {tensor.get_dtype()}; allowed are {', '.join(FLOATS)}")
+    if is_tied:
+        ours, wte = (file.get_tensor(there) for file, there in (stored[head], stored[embedding]))
+        if ours.dtype != wte.dtype or not torch.equal(ours, wte):
+            raise ValueError(f"{source}: its config.json ties {head} to {embedding}, but they differ")
+    return stored
 
-    files, opened = safetensors_files(name), {}
 
-    def read(key):
-        # OpenAI's own files have no prefix
-        key = key if key in files else key.removeprefix("transformer.")
-        if key not in files:
-            raise ValueError(f"init_from={name!r}: its safetensors have no {key}")
-        if files[key] not in opened:
-            opened[files[key]] = safe_open(files[key], "pt")
-        return opened[files[key]].get_tensor(key)
+def dense_tensors(
+    stored: dict[str, tuple[Any, str]], family: str, names: list[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (our name, dense tensor) for our `names`, one at a time, mapped from the files that stored_tensors found.
 
+    The tensors of our own family are sharded.
+    """
     for ours in names:
         theirs, transposed = their_names(ours, family)
-        tensor = read(theirs[0]) if len(theirs) == 1 else torch.cat([read(key) for key in theirs])
+        parts = [file.get_tensor(there) for file, there in (stored[key] for key in theirs)]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         yield ours, tensor.t() if transposed else tensor
 
 
@@ -322,9 +397,12 @@ def from_pretrained(
     config = GPTConfig(**fields | choices | dict(block_size=block_size or fields["block_size"]))
     if family == OURS and config.n_shard != fields["n_shard"]:
         raise ValueError(f"n_shard={config.n_shard}: the weights of {name} are {fields['n_shard']} shards")
+    stored = stored_tensors(name, family, GPTConfig(**fields))
     with torch.device("meta"):
         names = [key for key, _ in GPT(config).named_parameters()]
-    return from_dense(config, dense_tensors(name, family, names), tp_group, f"init_from={name!r}", family == OURS)
+    return from_dense(
+        config, dense_tensors(stored, family, names), tp_group, f"init_from={str(name)!r}", family == OURS
+    )
 
 
 def from_dense(
@@ -349,9 +427,10 @@ def from_dense(
         for key, dense in tensors:
             dense = dense[: config.block_size] if key == "transformer.wpe.weight" else dense
             try:
-                shards = dense if sharded else shard_tensor(key, dense, config)
-                part = model.local_part(key, shards).reshape(parameters[key].shape)
+                part = model.local_part(key, dense if sharded else shard_tensor(key, dense, config))
             except RuntimeError:
-                raise ValueError(f"{source}: {key} of {tuple(dense.shape)} does not fit its config.json") from None
+                part = dense
+            if part.shape != parameters[key].shape:  # copy_ would repeat one that is smaller
+                raise ValueError(f"{source}: {key} of {tuple(dense.shape)} does not fit the model")
             parameters[key].copy_(part)
     return model
