@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # its functions keep the group that there is at its import for good: here none
 
 from reduced_sync.commands import one_line, stop_signals
 
