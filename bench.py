@@ -25,6 +25,11 @@ delay to the next, measured and by the cost model: the number of exposed syncs. 
 adds nothing; one longer than that exposes all blocking syncs, and one longer than a sublayer the hidden ones, too.
 """
 
+from reduced_sync.commands import set_up
+
+if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
+    set_up()
+
 import argparse
 import contextlib
 import dataclasses
@@ -52,7 +57,7 @@ from reduced_sync.candidates import (
     parse_candidate,
     synchronize,
 )
-from reduced_sync.commands import check_figure, check_target, one_line_errors, set_up
+from reduced_sync.commands import check_figure, check_target, one_line_errors
 from reduced_sync.config import option, parse
 from reduced_sync.decode_timing import Decoding
 from reduced_sync.figures import draw_decoding
@@ -494,5 +499,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    set_up()
     main(sys.argv[1:])

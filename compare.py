@@ -27,13 +27,18 @@ the middle of its schedule, a faster one has finished. Times from a machine that
 Works while the runs go on: an unfinished run is marked, its gap taken at the last step that the baseline has too.
 """
 
+from reduced_sync.commands import set_up
+
+if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
+    set_up()
+
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from reduced_sync.accelerators import NAMED
-from reduced_sync.commands import check_figure, one_line_errors, set_up
+from reduced_sync.commands import check_figure, one_line_errors
 from reduced_sync.comparison import report
 from reduced_sync.config import option, parse
 from reduced_sync.frontier import add_measured, add_predicted
@@ -84,5 +89,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    set_up()
     main(sys.argv[1:])

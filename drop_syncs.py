@@ -14,6 +14,11 @@ reads out_dir/ckpt.pt.
 Go on after a stop: the same command and --init_from=resume.
 """
 
+from reduced_sync.commands import set_up
+
+if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
+    set_up(goes_on=True)
+
 import dataclasses
 import datetime
 import functools
@@ -32,7 +37,7 @@ from tqdm import tqdm
 import reduced_sync_model as rsm
 from reduced_sync import arranging, dropping, parallel, texts
 from reduced_sync import checkpoint as ckpt
-from reduced_sync.commands import StopSignal, set_up
+from reduced_sync.commands import StopSignal
 from reduced_sync.config import configure, describe, option
 from reduced_sync.data import Corpus
 from reduced_sync.drop_log import perplexity_line, read_drop_log, sensitivity_line, table_of
@@ -513,5 +518,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    set_up(goes_on=True)
     main(sys.argv[1:])

@@ -11,6 +11,11 @@ $ torchrun --standalone --nproc_per_node=2 -- sample.py --out_dir=out-spd-12sync
 The first sample appears as it is generated, the others, computed in the same batch, behind it. Keys as in nanoGPT.
 """
 
+from reduced_sync.commands import set_up
+
+if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
+    set_up()
+
 import os
 import sys
 from dataclasses import dataclass
@@ -23,7 +28,6 @@ import torch.distributed as dist
 import reduced_sync_model as rsm
 from reduced_sync import checkpoint as ckpt
 from reduced_sync import parallel, preparing
-from reduced_sync.commands import set_up
 from reduced_sync.config import configure, describe, option
 from reduced_sync.decoding import cast, choose, for_decoding, generate
 from reduced_sync.parallel import RANK, WORLD_SIZE
@@ -180,5 +184,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    set_up()
     main(sys.argv[1:])

@@ -10,6 +10,11 @@ after a stop of any kind: Ctrl-C (twice ends at once), a closed terminal, a kill
 the runs.
 """
 
+from reduced_sync.commands import set_up
+
+if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
+    set_up(goes_on=True)
+
 import contextlib
 import os
 import re
@@ -23,7 +28,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from reduced_sync.commands import one_line, one_line_errors, set_up, stop_signals
+from reduced_sync.commands import one_line, one_line_errors, stop_signals
 from reduced_sync.comparison import report
 from reduced_sync.config import configure, describe, option
 from reduced_sync.data import Corpus
@@ -290,5 +295,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    set_up(goes_on=True)
     sys.exit(main(sys.argv[1:]))

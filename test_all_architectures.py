@@ -9,6 +9,11 @@ nothing) against the sync pattern; loss and gradients finite, the loss that of a
 with two real processes, that tp_size 2 computes the same loss and gradients as tp_size 1.
 """
 
+from reduced_sync.commands import set_up
+
+if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
+    set_up()
+
 import argparse
 import math
 import os
@@ -23,7 +28,7 @@ import torch.multiprocessing as mp
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from reduced_sync.commands import set_up
+from reduced_sync.commands import ctrl_c_held, one_line_errors
 from reduced_sync_model import GPT, GPTConfig, baseline, draw_pattern, grouped, selective, spd
 
 MODERN = dict(norm="rmsnorm", position="rope", mlp="swiglu")  # config/modern.py's block
@@ -126,8 +131,11 @@ def main():
     size = "small" if parser.parse_args().small else "full"
     warnings.filterwarnings("ignore", message=".*[Bb]ackward hook")  # CommDebugMode's own
     failures = 0
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(check_tp, (folder,), nprocs=2, start_method="spawn")
+    with one_line_errors(), tempfile.TemporaryDirectory() as folder:
+        with ctrl_c_held():
+            ranks = mp.start_processes(check_tp, (folder,), nprocs=2, join=False, daemon=True, start_method="spawn")
+        while not ranks.join():
+            pass
         for name, (syncs, fields) in VARIANTS.items():
             start = time.perf_counter()
             reason = ""
@@ -149,5 +157,4 @@ def main():
 
 
 if __name__ == "__main__":
-    set_up()
     sys.exit(main())

@@ -11,6 +11,11 @@ $ torchrun --standalone --nproc_per_node=2 train_reduced_sync.py config/train_sp
 Go on after a stop: the same command and --init_from=resume. Then: tail -f out-*/log.txt; python compare.py out-*
 """
 
+from reduced_sync.commands import set_up
+
+if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
+    set_up(goes_on=True)
+
 import dataclasses
 import math
 import sys
@@ -25,7 +30,7 @@ import torch.distributed as dist
 import reduced_sync_model as rsm
 from reduced_sync import checkpoint as ckpt
 from reduced_sync import parallel
-from reduced_sync.commands import StopSignal, set_up
+from reduced_sync.commands import StopSignal
 from reduced_sync.config import configure, describe
 from reduced_sync.data import Corpus, vocabulary_hash
 from reduced_sync.experiment import Config, check_config, learning_rate, sync_pattern
@@ -305,5 +310,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    set_up(goes_on=True)
     main(sys.argv[1:])

@@ -4,6 +4,7 @@ Candidates take turns, a round each, so that a slow moment of the machine hits a
 several times in another order, since the memory that a process gets can be slow.
 """
 
+import contextlib
 import os
 import re
 import tempfile
@@ -19,6 +20,7 @@ from torch import nn
 
 import reduced_sync_model as rsm
 from reduced_sync import parallel
+from reduced_sync.commands import ctrl_c_held
 
 RIVALS = {
     "parallel": dict(parallel_block=True),
@@ -124,7 +126,8 @@ def start(candidate: Candidate, job: Callable, store: str, args: Any) -> list[Co
     ranks = []
     for rank in range(candidate.tp_size):
         ours, theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, rank, candidate, job, store, args), daemon=True).start()
+        with ctrl_c_held():
+            context.Process(target=serve, args=(theirs, rank, candidate, job, store, args), daemon=True).start()
         theirs.close()
         ranks.append(ours)
     return ranks
@@ -149,11 +152,12 @@ def serve(pipe: Connection, rank: int, candidate: Candidate, job: Callable, stor
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     layout = parallel.start(device, dtype, backend, candidate.tp_size, timeout_s=1800, spawned=(rank, store))
     measured = job(candidate, layout, args)
-    while pipe.recv() == "measure":
-        pipe.send(measured())
+    with contextlib.suppress(EOFError, ConnectionError):  # whoever started it has gone
+        while pipe.recv() == "measure":
+            pipe.send(measured())
+        pipe.send("ended")
     if candidate.tp_size > 1:
         dist.destroy_process_group()
-    pipe.send("ended")
 
 
 def config_of(keys: dict, args: Any) -> rsm.GPTConfig:

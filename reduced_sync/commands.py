@@ -25,7 +25,10 @@ def one_line_errors(interrupted: str = "interrupted") -> Iterator[None]:
 
     For Ctrl-C the line is `interrupted`, and the status 130. Commands that may have ranks use parallel.clear_errors.
     """
+    silent = signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # as set_up leaves it
     try:
+        if silent:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
@@ -33,6 +36,9 @@ def one_line_errors(interrupted: str = "interrupted") -> Iterator[None]:
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        if silent:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def check_figure(path: str) -> None:
@@ -56,6 +62,19 @@ def stop_signals() -> list[signal.Signals]:
     """
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     return numbers if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [*numbers, signal.SIGHUP]
+
+
+@contextlib.contextmanager
+def ctrl_c_held() -> Iterator[None]:
+    """Processes that start inside never hear Ctrl-C, whose traceback they would print: who started them ends them."""
+    from multiprocessing import resource_tracker  # here: what a command imports first should take no time
+
+    resource_tracker.ensure_running()  # a process's start does, and would let go what is held here
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class StopSignal:
@@ -103,8 +122,12 @@ class Output(io.FileIO):
 def set_up(goes_on: bool = False) -> None:
     """Let output work on every terminal, where a character that it does not have is a `?`, and in a broken pipe.
 
-    A command that `goes_on` does its work without a reader, too. Ends with one line on systems that are not supported.
+    A command that `goes_on` does its work without a reader, too. Ctrl-C ends the process at once, as it ends other
+    programs: while Python imports or waits in C++ it would be a traceback, or unheard. one_line_errors and StopSignal
+    make more of it. Ends with one line on systems that are not supported.
     """
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.name != "posix":
         sys.exit("error: Linux and macOS are supported; on Windows use WSL")
     for name, errors in (("stdout", "replace"), ("stderr", "backslashreplace")):

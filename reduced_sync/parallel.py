@@ -275,10 +275,8 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
         return
-    except KeyboardInterrupt:
-        line, status, shared, lost = "interrupted", 130, True, False
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        line, status = one_line(error), 1
+        line = one_line(error)
         shared = isinstance(error, SameOnAllRanks) or not dist.is_initialized()
         lost = False
         if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
@@ -301,4 +299,4 @@ def clear_errors() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
         time.sleep(20 if LOCAL_RANK == 0 else 30)
     print(f"rank {RANK}: {line}" if not shared else f"error: {line}", file=sys.stderr, flush=True)
-    sys.exit(status)
+    sys.exit(1)

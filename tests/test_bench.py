@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import os
+import signal
 import statistics
 import time
 from functools import partial
@@ -10,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from launch import ROOT, run_script, status, succeeded
+from launch import ROOT, ending, run_script, start, status, succeeded
 from spawn import run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -396,6 +398,45 @@ def test_published_no_communication_bounds(tp_size, published):
     tpot = partial(latency.forward_seconds, config, ACCELERATORS["H100"], tp_size=tp_size, itemsize=2)
     with_link, without = (tpot(link, batch_size=1, tokens=1, context=1024) for link in (LINKS["nvlink"], None))
     assert with_link / without == pytest.approx(published, rel=0.03)
+
+
+# --- processes
+
+MEASURED = """import multiprocessing, os, time
+from multiprocessing.util import Finalize
+from reduced_sync.commands import one_line_errors, set_up
+
+if __name__ == "__mp_main__" and os.path.exists("wait"):
+    open("importing", "w").close()
+    time.sleep(60)
+
+def job(candidate, layout, args):
+    lock = multiprocessing.Lock()  # as torch.compile's workers have them
+    Finalize(None, time.sleep, [1], exitpriority=100)  # before the lock is removed
+    return lambda: lock and 7
+
+if __name__ == "__main__":
+    set_up()
+    from types import SimpleNamespace
+    from reduced_sync.candidates import measure, parse_candidate
+    args = dict(device="cpu", dtype=None, launches=1, rounds=1, modern=False)
+    args |= dict(block_size=8, vocab_size=64, n_layer=2, n_head=2, n_embd=16)
+    with one_line_errors():
+        print(measure([parse_candidate("spd@2", 2, tp_size=2)], job, SimpleNamespace(**args)))
+"""
+
+
+def test_ctrl_c_while_processes_start(tmp_path):
+    """Fault 20a: a terminal sends it to all of them, and one line comes out."""
+    (tmp_path / "script.py").write_text(MEASURED)
+    (tmp_path / "wait").touch()
+    with ending(start([tmp_path / "script.py"], cwd=tmp_path)) as process:
+        while not (tmp_path / "importing").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
 
 
 # --- the recorded measurement

@@ -5,12 +5,13 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 import torch._inductor.config
-from launch import ROOT, status
+from launch import ROOT, ending, start, status
 
 import bench
 import compare
@@ -18,6 +19,16 @@ from reduced_sync import parallel
 from reduced_sync.commands import Output, check_figure, one_line, one_line_errors, stop_signals
 
 pytestmark = pytest.mark.timeout(60)
+SCRIPTS = {path for pattern in ("*.py", "data/*/*.py", "models/*/*.py") for path in ROOT.glob(pattern)}
+SCRIPTS = sorted(SCRIPTS - {ROOT / "reduced_sync_model.py"})
+IMPORTED = """import time
+open("importing", "w").close()
+while True:
+    try:
+        time.sleep(60)
+    except BaseException:  # as of some modules of numpy and torch
+        pass
+"""
 
 
 def test_one_line_is_one_and_short():
@@ -102,6 +113,20 @@ def test_a_hangup_asks_for_a_stop_unless_it_is_ignored():
         assert {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1} == set(stop_signals())
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_ctrl_c_during_the_imports(tmp_path, path):
+    """Fault 20a: it ends every command at once and in silence, whatever an import makes of a KeyboardInterrupt."""
+    for name in ("argparse", "dataclasses"):  # each command imports one of them at first
+        (tmp_path / f"{name}.py").write_text(IMPORTED)
+    with ending(start([path], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})) as process:
+        while not (tmp_path / "importing").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (-signal.SIGINT, "", "")  # to a shell that is 130
 
 
 @pytest.mark.parametrize("encoding, text", [("ascii", b"? ? | caf?\n"), ("latin-1", b"? ? | caf\xe9\n")])

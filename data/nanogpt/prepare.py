@@ -7,15 +7,21 @@ token id is; where there is none, the tokens are GPT-2's. A pickle can run code 
 read, and may hold dicts, ints and strings. meta.json is written beside these files, which are not changed.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from reduced_sync.commands import set_up
+
+if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
+    set_up()
+
 import argparse
 import pickletools
-import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from reduced_sync import preparing
 
 

@@ -30,6 +30,15 @@ Your own files are .parquet, .jsonl or .json (a list of objects), the last two a
 order given; other columns are left out.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from reduced_sync.commands import set_up
+
+if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
+    set_up()
+
 import argparse
 import contextlib
 import ctypes
@@ -40,13 +49,10 @@ import math
 import os
 import shutil
 import signal
-import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from reduced_sync import preparing
 
 HUB, REVISION = "Skylion007/openwebtext", "refs/convert/parquet"

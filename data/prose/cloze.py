@@ -9,14 +9,20 @@ gets 25 %. No sentence of a question stands in the text's calibration part. The 
 is the harness's task; README.md has the command.
 """
 
-import argparse
-import json
-import random
-import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from reduced_sync.commands import set_up
+
+if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
+    set_up()
+
+import argparse
+import json
+import random
+import re
+
 from reduced_sync import preparing
 from reduced_sync.files import replace_file
 

@@ -13,13 +13,19 @@ downloads; they are unpacked, never installed or run. Sizes and licences: README
 there and does nothing.
 """
 
-import argparse
-import hashlib
-import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from reduced_sync.commands import set_up
+
+if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
+    set_up()
+
+import argparse
+import hashlib
+import re
+
 from reduced_sync import preparing
 from reduced_sync.files import replace_file
 

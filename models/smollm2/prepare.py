@@ -18,15 +18,21 @@ transformers loads it: AutoModelForCausalLM.from_pretrained(folder), AutoTokeniz
 call finds everything there and does nothing.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from reduced_sync.commands import set_up
+
+if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
+    set_up()
+
 import argparse
 import json
 import os
 import shutil
-import sys
 import zipfile
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from reduced_sync import preparing
 from reduced_sync.files import replace_file
 
