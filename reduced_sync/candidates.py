@@ -117,6 +117,8 @@ def measure(candidates: list[Candidate], job: Callable, args: Any) -> list[list[
                     results[i].append(answers(launched[i], "measure"))
             for ranks in launched.values():
                 answers(ranks, "end")
+            for process in mp.active_children():  # killed in its tear-down, it would leave semaphores to the system
+                process.join()
     return results
 
 
