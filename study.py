@@ -208,11 +208,10 @@ def slots(processes: int) -> tuple[list[list[str]], bool]:
 def run_missing(runs: list[Run], free: list[list[str]], gpus: bool) -> bool:
     """Train what has not finished. Returns whether it was interrupted; failures are the runs' own.
 
-    Raises ValueError for data and devices that are not there.
+    Raises ValueError for data and devices that are not there. Whatever it raises, no run goes on.
     """
     interrupts = []
-    for number in stop_signals():
-        signal.signal(number, lambda number, frame: interrupts.append(number))
+    before = {n: signal.signal(n, lambda number, frame: interrupts.append(number)) for n in stop_signals()}
     for run in runs:
         run.look()
     waiting = [run for run in runs if not run.finished]
@@ -235,28 +234,39 @@ def run_missing(runs: list[Run], free: list[list[str]], gpus: bool) -> bool:
     trained, evaluated = (sum(tokens) for tokens in zip(*plan, strict=True)) if plan else (0, 0)
     print(f"to train on {trained:,} tokens, to evaluate on {evaluated:,}", flush=True)
     bar = tqdm(total=1, initial=past / total, disable=None, bar_format="{percentage:5.1f}% |{bar}| {postfix}")
-    while waiting or running:
-        for run in [run for run in running if run.ended()]:
-            running.remove(run)
-            free.append(run.slot)
-            run.look()
-            bar.write(f"{_outcome(run, runs)}{left()}", file=sys.stdout)
-            sys.stdout.flush()
-        for run in list(waiting) if not interrupts else ():
-            if free and not run.is_held():
-                waiting.remove(run)
-                run.start(free.pop(0), gpus)
-                running.append(run)
-        if interrupts and not running:
-            break
-        for run in running:
-            run.pass_on(interrupts)
-            run.look()
-        bar.n = _work_done(runs) / total
-        names = ", ".join(f"{run.name} {run.step}/{run.keys['max_iters']}" for run in running)
-        bar.set_postfix_str(f"{names or 'waiting for another study.py'}{left()}")
-        time.sleep(1)
-    bar.close()
+    try:
+        while waiting or running:
+            for run in list(running):
+                if not run.ended():
+                    continue
+                running.remove(run)
+                free.append(run.slot)
+                run.look()
+                bar.write(f"{_outcome(run, runs)}{left()}", file=sys.stdout)
+                sys.stdout.flush()
+            for run in list(waiting) if not interrupts else ():
+                if free and not run.is_held():
+                    waiting.remove(run)
+                    run.start(free.pop(0), gpus)
+                    running.append(run)
+            if interrupts and not running:
+                break
+            for run in running:
+                run.pass_on(interrupts)
+                run.look()
+            bar.n = _work_done(runs) / total
+            names = ", ".join(f"{run.name} {run.step}/{run.keys['max_iters']}" for run in running)
+            bar.set_postfix_str(f"{names or 'waiting for another study.py'}{left()}")
+            time.sleep(1)
+    finally:
+        while running := [run for run in running if run.process.poll() is None]:  # after an error of our own
+            interrupts = interrupts or [signal.SIGINT]  # so they save
+            for run in running:
+                run.pass_on(interrupts)
+            time.sleep(0.1)
+        bar.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return bool(interrupts)
 
 

@@ -109,6 +109,22 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(small_dataset, tmp_path):
     assert "good: finished (1 of 2)" in process.stdout
 
 
+def test_an_error_of_its_own_stops_the_runs(small_dataset, tmp_path):
+    """Fault 20b: they went on unseen. Now they save as at a Ctrl-C, and the error is one line."""
+    path = write(tmp_path, small_dataset, dict(name="long", max_iters=20_000, eval_interval=20_000))
+    log = tmp_path / "out/long/log.txt"
+    with ending(start([STUDY, path], cwd=tmp_path)) as process:
+        while not (log.exists() and "iter 20:" in log.read_text()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        log.rename(tmp_path / "log.txt")  # where the run writes on
+        log.mkdir()
+        out, err = process.communicate(timeout=60)
+    one_line_error(subprocess.CompletedProcess([], process.returncode, out, err), f"{log}: Is a directory")
+    assert not study.Run(study.Study(out_dir=str(tmp_path / "out")), dict(TINY, name="long")).is_held()
+    assert "stopped at step" in (tmp_path / "out/long/output.txt").read_text()
+
+
 def test_under_torchrun(small_dataset, tmp_path):
     path = write(tmp_path, small_dataset, dict(name="two", gradient_accumulation_steps=2, tp_size=2), processes=2)
     succeeded(run_script([STUDY, path], cwd=tmp_path))
