@@ -3,21 +3,21 @@
 $ python bench.py train                          # training steps against transformers' GPT-2, at the 124M shape
 $ python bench.py traffic                        # the memory traffic of a training step, counted and not measured
 $ python bench.py decode --png=decode.png        # TTFT and TPOT for every sync pattern, tensor-parallel and not
-$ python bench.py decode baseline baseline+ladder grouped:3 3x1280 --tp_sizes 2 --added_delay_us 0 1000 2000
+$ python bench.py decode baseline baseline+ladder grouped-4 3x1280 --tp_sizes 2 --added_delay_us 0 1000 2000
 $ python bench.py predict --n_shard=8            # the cost model of latency.py with public figures of links
 
-A candidate is VARIANT[+RIVAL][@N_SHARD]. VARIANT: baseline, spd, grouped:LAYERS, a pattern, or LAYERSxWIDTH, a dense
-control with standard TP. RIVAL: parallel, desync, ladder or delayed. What is timed takes turns, in processes of its own
-(candidates.py), and figures are medians over all rounds.
+A candidate is RULE[@N_SHARD]. RULE is a sync rule as everywhere (baseline, spd, grouped-4, 110111011101, spd+ladder),
+or LAYERSxWIDTH, a dense control with standard TP. What is timed takes turns, in processes of its own (candidates.py),
+and figures are medians over all rounds.
 
 decode prints, in milliseconds: TTFT, the time to the first token; TPOT, the time of each token after it; `syncs`, with
-overlap those that block and those that it hides, 1+23; `run` and `bytes`, the all-reduces that really ran in a decode
-step and the size of each; `in-syncs`, the time spent in them; `no-syncs`, TPOT of the same model whose all-reduces send
-nothing (timing only: the no-communication bound); `bound/TPOT`, where bound is the time in which a rank reads its
-weights and cache once, at the bandwidth with which it sums its weights; `residual`, what a least-squares fit TPOT =
-compute + syncs x all_reduce leaves of the models of the first one's size without hidden syncs; `measured`, how far that
-line is off with both constants measured, as no-syncs and in-syncs; `model`, how far latency.py is off. `exposed` is
-what a hidden sync still costs, TPOT less no-syncs and the blocking syncs, and the model's figure of it.
+hidden ones those that block and those that are hidden, 1+23; `run` and `bytes`, the all-reduces that really ran in a
+decode step and the size of each; `in-syncs`, the time spent in them; `no-syncs`, TPOT of the same model whose
+all-reduces send nothing (timing only: the no-communication bound); `bound/TPOT`, where bound is the time in which a
+rank reads its weights and cache once, at the bandwidth with which it sums its weights; `residual`, what a least-squares
+fit TPOT = compute + syncs x all_reduce leaves of the models of the first one's size without hidden syncs; `measured`,
+how far that line is off with both constants measured, as no-syncs and in-syncs; `model`, how far latency.py is off.
+`exposed` is what a hidden sync still costs, TPOT less no-syncs and the blocking syncs, and the model's figure of it.
 
 With --added_delay_us every all-reduce takes at least so long from its start on, waited for where its result is used:
 real ranks and real all-reduces on a slower link. Each delay has its tables. A last one has the slopes of TPOT from each
@@ -153,7 +153,7 @@ def traffic(args: "Counted") -> list[dict]:
     streams shows; the others are matrix products and attention. Ratios are to the first candidate.
     """
     if "gpt2" in args.candidates:
-        raise ValueError("candidate 'gpt2': only our own candidates are counted, VARIANT@N_SHARD such as grouped:3@2")
+        raise ValueError("candidate 'gpt2': only our own candidates are counted, RULE@N_SHARD such as grouped-4@2")
     candidates = [parse_candidate(text, args.n_layer) for text in args.candidates]
     configs = [config_of(candidate.keys, args) for candidate in candidates]
     from reduced_sync.traffic import training_traffic  # here: it needs parts of Inductor that are not public
@@ -397,7 +397,7 @@ def predict(args: "Predict") -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 # options
 
-EVERY = ("baseline", "spd", "110111011101", "grouped:2", "grouped:3", "grouped:4", "grouped:6", "grouped:12")
+EVERY = ("baseline", "spd", "110111011101", "grouped-6", "grouped-4", "grouped-3", "grouped-2", "grouped-1")
 
 
 @dataclass
@@ -426,16 +426,14 @@ class Timed(Options):
 
 @dataclass
 class Counted(Options):
-    candidates: tuple[str, ...] = option(("baseline@1", "spd@2", "grouped:3@2", "grouped:3@4"), "VARIANT@N_SHARD")
+    candidates: tuple[str, ...] = option(("baseline@1", "spd@2", "grouped-4@2", "grouped-4@4"), "RULE@N_SHARD")
     block_size: int = option(1024, "tokens of a sequence", least=1)
     batch_size: int = option(12, "sequences of a step", least=1)
 
 
 @dataclass
 class Train(Timed):
-    candidates: tuple[str, ...] = option(
-        ("gpt2", "baseline@1", "grouped:3@2", "grouped:3@4"), "gpt2, VARIANT[+RIVAL]@N_SHARD"
-    )
+    candidates: tuple[str, ...] = option(("gpt2", "baseline@1", "grouped-4@2", "grouped-4@4"), "gpt2, RULE@N_SHARD")
     mode: str = option("both", "with torch.compile or without", allowed=("eager", "compiled", "both"))
     tp_size: int = option(1, "ranks of our candidates", least=1)
     batch_size: int = option(4, "sequences of a step", least=1)
@@ -445,7 +443,7 @@ class Train(Timed):
 
 @dataclass
 class Decode(Timed):
-    candidates: tuple[str, ...] = option(EVERY, "VARIANT[+RIVAL][@N_SHARD]")
+    candidates: tuple[str, ...] = option(EVERY, "RULE[@N_SHARD]")
     n_shard: int = option(2, "shards that the transformer is cut into", least=1)
     tp_sizes: tuple[int, ...] = option((1, 2), "tensor-parallel ranks", least=1)
     batch_sizes: tuple[int, ...] = option((1,), "sequences decoded at once", least=1)
@@ -458,9 +456,7 @@ class Decode(Timed):
 
 @dataclass
 class Predict(Options):
-    candidates: tuple[str, ...] = option(
-        tuple(variant for variant in EVERY if not variant.isdecimal()), "VARIANT[+RIVAL]"
-    )
+    candidates: tuple[str, ...] = option(("baseline", "spd", *(f"grouped-{n}" for n in (12, 8, 6, 4, 2))), "RULE")
     n_layer: int = option(24, "layers", least=1)
     n_embd: int = option(2048, "width of the residual stream", least=1)
     n_head: int = option(32, "attention heads", least=1)

@@ -15,7 +15,7 @@ Whatever runs of one size differ in, besides the architecture, is named in a war
 on other windows of it, have no gap. Below 10 tokens a parameter a verdict is no answer, and says so.
 
 --latency takes each run's time per token from what `bench.py decode --json=decode.json` measured of the same model:
-n_layer, n_embd, vocab_size, sync_pattern, block, and n_head and n_shard, which of a dense model make no difference.
+n_layer, n_embd, vocab_size, sync, block, and n_head and n_shard, which of a dense model make no difference.
 --link predicts it by latency.py for the model of the run's log, in bfloat16 and behind a full context. Either adds
 columns, a panel and a verdict. A run, variant, rival or control, is on the frontier unless it is dominated: another one
 is as good or better in loss and time.

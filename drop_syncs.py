@@ -84,7 +84,7 @@ class Config:
         40, "windows to measure sensitivity on; 0: blocks are dropped last to first", least=0
     )
     drop: int | None = option(None, "how many blocks lose a sync; None: all", least=0)
-    sync_pattern: str | None = option(None, "the pattern to drop to, of 2 and 1, in place of `drop`")
+    sync: str | None = option(None, "the pattern to drop to, of 2 and 1, in place of `drop`")
     max_loss_percent: float | None = option(
         None, "in place of `drop`: as many as raise the perplexity by no more", least=0
     )
@@ -118,7 +118,7 @@ class Progress:
     groups: list = dataclasses.field(default_factory=list)  # the order of each layer's KV groups,
     neurons: list = dataclasses.field(default_factory=list)  # and of its neurons
     order: list = dataclasses.field(default_factory=list)  # layers, the least sensitive first
-    sync_pattern: str = ""
+    sync: str = ""  # the rule that was chosen
 
 
 class Source:
@@ -137,7 +137,7 @@ class Source:
         else:
             self.saved, trained, self.meta = ckpt.load_with_tokens(path)
             self.dense = shards_to_dense(self.saved["model"], trained)
-            self.fields = dataclasses.asdict(trained) | {"sync_pattern": ""}
+            self.fields = dataclasses.asdict(trained) | {"sync": "baseline"}
 
     def build(self, n_shard: int, tp_group: dist.ProcessGroup | None = None) -> rsm.GPT:
         """The model with all syncs, on the CPU. Raises ValueError where it cannot be cut so."""
@@ -190,8 +190,8 @@ def prepare(config: Config) -> tuple[tuple, Source, dict | None, dict, dict, dic
         raise ValueError("out_dir is empty: it must name a folder")
     if not config.init_from:
         raise ValueError("init_from is empty: it must name a trained model")
-    if [config.drop, config.sync_pattern, config.max_loss_percent].count(None) < 2:
-        raise ValueError("drop, sync_pattern and max_loss_percent are alternatives: choose one of them")
+    if [config.drop, config.sync, config.max_loss_percent].count(None) < 2:
+        raise ValueError("drop, sync and max_loss_percent are alternatives: choose one of them")
     source = Source(config.init_from)
     shape = rsm.GPTConfig(**source.fields | {"n_shard": config.n_shard})
     L, dp_size = shape.n_layer, WORLD_SIZE // config.tp_size
@@ -199,8 +199,10 @@ def prepare(config: Config) -> tuple[tuple, Source, dict | None, dict, dict, dic
         raise ValueError(f"block_size={config.block_size} is above the {shape.block_size} positions of the model")
     if (config.drop or 0) > L or any(not isinstance(n, int) or not 0 <= n <= L for n in config.curve):
         raise ValueError(f"drop={config.drop}, curve={config.curve}: the model has {L} blocks")
-    if config.sync_pattern is not None and set(rsm.selective(L, config.sync_pattern)) - set("12"):
-        raise ValueError(f"sync_pattern={config.sync_pattern!r}: allowed are 2 and, for a dropped block, 1")
+    if config.sync is not None:
+        rule = rsm.SyncRule.parse(config.sync, L)
+        if rule.rival or set(rule.pattern) - set("12"):
+            raise ValueError(f"sync={config.sync!r}: allowed are 2 and, for a dropped block, 1, one per layer")
     if config.n_shard % config.tp_size or WORLD_SIZE % config.tp_size:
         raise ValueError(f"tp_size={config.tp_size} must divide n_shard={config.n_shard} and {WORLD_SIZE} processes")
     for key in ("calibration_windows", "distil_batch_size", "finetune_batch_size"):
@@ -280,11 +282,11 @@ class Dropping:
 
     def evaluate(self, stage: str, pattern: str) -> None:
         """Say the perplexities of all evaluation texts under a pattern."""
-        model, found = self.model.with_pattern(pattern), {}
+        model, found = self.model.with_sync(pattern), {}
         for name, windows in self.evaluation.items():
             loss = dropping.mean_loss(model, windows, self.config.batch_size, self.layout)
             found[name] = math.exp(min(loss, 700.0))
-        self.say(perplexity_line(stage, model.num_syncs, 2 * len(pattern), found))
+        self.say(perplexity_line(stage, model.config.rule.syncs, 2 * len(pattern), found))
 
     def save(self, final: bool = False) -> None:
         """Write progress.pt, and at the end ckpt.pt, which sample.py reads. Raises SameOnAllRanks where that fails."""
@@ -299,7 +301,7 @@ class Dropping:
             out_dir = Path(self.config.out_dir)
             try:
                 if final:
-                    model_args = dataclasses.asdict(self.model.config) | {"sync_pattern": self.progress.sync_pattern}
+                    model_args = dataclasses.asdict(self.model.with_sync(self.progress.sync).config)
                     state |= {"model_args": model_args, "data": self.source.meta, "scaler": {}, "step": 0}
                     state |= {"evaluated": -1, "best_val_loss": math.inf, "skipped": 0, "bad_steps": 0}
                     if self.source.meta["tokenizer"] not in ("gpt2", "char"):
@@ -353,7 +355,7 @@ class Dropping:
     @property
     def pattern(self) -> str:
         """Where the model syncs, once that is decided."""
-        return self.progress.sync_pattern
+        return rsm.SyncRule.parse(self.progress.sync, self.model.config.n_layer).pattern
 
     def dropped(self, n: int) -> str:
         """The pattern with the n blocks dropped that are first in order."""
@@ -394,7 +396,7 @@ class Dropping:
                 if self.step_done(i + 1):
                     return None
             with self.layout.autocast():
-                batches = [dropping.run_blocks(model, x, rope, i, i + 1) for x in batches]
+                batches = [model.run_blocks(x, rope, range(i, i + 1)) for x in batches]
         return windows.numel()
 
     def sensitivity(self) -> int:
@@ -413,20 +415,20 @@ class Dropping:
     def drop(self) -> int:
         """The pattern."""
         config, L = self.config, self.model.config.n_layer
-        self.progress.sync_pattern = config.sync_pattern or self.dropped(L if config.drop is None else config.drop)
+        self.progress.sync = config.sync or self.dropped(L if config.drop is None else config.drop)
         if config.max_loss_percent is not None:
             low, high = 0, L  # the largest number within the limit, taken to grow with the number
             limit = self.calibration_loss(0) + math.log(1 + config.max_loss_percent / 100)
             while low < high:
                 middle = (low + high + 1) // 2
                 low, high = (middle, high) if self.calibration_loss(middle) <= limit else (low, middle - 1)
-            self.progress.sync_pattern = self.dropped(low)
+            self.progress.sync = self.dropped(low)
         self.say(f"pattern: {self.pattern}, order {' '.join(map(str, self.progress.order))}")
         return 0 if config.max_loss_percent is None else self.windows.numel()
 
     def calibration_loss(self, n: int) -> float:
         """Mean loss on the calibration windows with n blocks dropped."""
-        model = self.model.with_pattern(self.dropped(n))
+        model = self.model.with_sync(self.dropped(n))
         return dropping.mean_loss(model, self.windows, self.config.batch_size, self.layout)
 
     def distil(self) -> int | None:
@@ -442,7 +444,7 @@ class Dropping:
         inputs = exact
         for i in self.bar(range(model.config.n_layer)):
             before = exact
-            exact = self.through(teacher if i < done else model, i, before, rope, "2")
+            exact = self.through(teacher if i < done else model, i, before, rope, "baseline")
             given = before if config.distil_inputs == "teacher" else inputs
             if i >= done:
                 if self.pattern[i] == "1":
@@ -451,16 +453,16 @@ class Dropping:
                 if self.step_done(i + 1):
                     return None
             if config.distil_inputs == "student":
-                inputs = self.through(model, i, inputs, rope, self.pattern[i])
+                inputs = self.through(model, i, inputs, rope, "baseline" if self.pattern[i] == "2" else "spd")
         return self.windows.numel() * config.distil_epochs
 
     @torch.no_grad()
-    def through(self, model: rsm.GPT, i: int, x: torch.Tensor, rope: tuple | None, character: str) -> torch.Tensor:
-        """All windows x (windows, T, C) through layer i, under this character of a pattern; on the CPU."""
-        pattern, done = character * model.config.n_layer, []
+    def through(self, model: rsm.GPT, i: int, x: torch.Tensor, rope: tuple | None, sync: str) -> torch.Tensor:
+        """All windows x (windows, T, C) through layer i, under another sync rule; on the CPU."""
+        model, done = model.with_sync(sync), []
         for part in x.split(self.config.batch_size):
             with self.layout.autocast():
-                done.append(dropping.run_blocks(model, part.to(self.layout.device), rope, i, i + 1, pattern).cpu())
+                done.append(model.run_blocks(part.to(self.layout.device), rope, range(i, i + 1)).cpu())
         return torch.cat(done)
 
     def finetune(self) -> int | None:
@@ -479,7 +481,7 @@ class Dropping:
             idx = self.draw(config.finetune_batch_size, generator)[layout.dp_rank * share :][:share].to(layout.device)
             n = int(torch.randint(len(dropped) + 1, (), generator=generator)) if config.elastic else len(dropped)
             pattern = "".join("1" if i in dropped[:n] else "2" for i in range(model.config.n_layer))
-            loss = dropping.divergence(model.with_pattern(pattern), teacher, idx, layout)
+            loss = dropping.divergence(model.with_sync(pattern), teacher, idx, layout)
             peak, steps = config.finetune_learning_rate, config.finetune_steps
             dropping.descend(model, loss, self.optimizer, peak, step, steps, layout, model.tp_group)
             if step % 10 == 0:

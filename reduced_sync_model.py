@@ -2,7 +2,7 @@
 
 The transformer is cut into `n_shard` shards, each with n_head/n_shard heads and 4*n_embd/n_shard MLP neurons of every
 layer. Standard tensor parallelism (TP, Megatron-LM, arXiv 1909.08053) all-reduces the shards' outputs after every
-attention and every MLP. Here a sync pattern, one character per layer, says where it is done:
+attention and every MLP. Here a SyncRule says where: `baseline`, `spd`, `grouped-4`, or one character per layer,
 
     2  after attention and after the MLP (standard TP)
     1  after the MLP only (sync-point drop, SPD, arXiv 2502.20727)
@@ -11,13 +11,10 @@ attention and every MLP. Here a sync pattern, one character per layer, says wher
 
 Between two sync points a shard sees the last synced stream x plus its own local delta d; a sync adds the sum of all
 deltas to x. That is Stream.sync, and with it every all-reduce of the forward pass. Those of the backward pass come from
-Stream.read: the gradient of x, which all shards have read, is the sum of theirs.
-
-Other ways to wait less, each an option of GPTConfig: parallel_block (attention and MLP read the same stream), merge
-(what a sync makes of the deltas) and overlap (an all-reduce is in flight while the next sublayer runs).
+Stream.start: the gradient of x, which all shards read, is the sum of theirs.
 
 Shapes: B batch, T time, C n_embd, S shards on this rank (n_shard / tp_size), D head size. A tensor with a leading S is
-per shard. `model = GPT(GPTConfig(n_shard=2, sync_pattern=spd(12)))` needs no launcher and no process group.
+per shard. `model = GPT(GPTConfig(n_shard=2, sync="spd"))` needs no launcher and no process group.
 """
 
 import copy
@@ -34,11 +31,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sync patterns
+# Sync rules
 
 
 def baseline(n_layer: int) -> str:
-    """Standard TP: 2 syncs a layer, 24 for 12 layers."""
+    """The pattern of standard TP: 2 syncs a layer, 24 for 12 layers."""
     return "2" * n_layer
 
 
@@ -47,45 +44,160 @@ def spd(n_layer: int) -> str:
     return "1" * n_layer
 
 
-def grouped(n_layer: int, layers_per_group: int) -> str:
-    """`layers_per_group` layers on rank-local streams, then one sync. Raises ValueError if they do not fit."""
-    if layers_per_group < 1 or n_layer % layers_per_group:
-        divisors = [n for n in range(1, n_layer + 1) if n_layer % n == 0]
-        raise ValueError(f"layers_per_group={layers_per_group} does not divide n_layer={n_layer}; allowed: {divisors}")
-    return ("0" * (layers_per_group - 1) + "1") * (n_layer // layers_per_group)
+def grouped(n_layer: int, n_syncs: int) -> str:
+    """`n_syncs` groups of layers on rank-local streams, each ended by a sync. Raises ValueError if they do not fit."""
+    if n_syncs < 1 or n_layer % n_syncs:
+        fitting = ", ".join(f"grouped-{n}" for n in range(1, n_layer + 1) if n_layer % n == 0)
+        raise ValueError(f"grouped-{n_syncs} does not divide n_layer={n_layer} into equal groups; allowed: {fitting}")
+    return ("0" * (n_layer // n_syncs - 1) + "1") * n_syncs
 
 
 def selective(n_layer: int, pattern: str) -> str:
     """Any pattern of one character per layer. Raises ValueError unless it is valid for `n_layer` layers."""
-    if not isinstance(pattern, str) or set(pattern) - set("210a"):
-        raise ValueError(f"sync_pattern={pattern!r}: allowed are the characters 2, 1, 0 and a, one per layer")
+    if not pattern or set(pattern) - set("210a"):
+        raise ValueError(f"sync={pattern!r}: a pattern has one of 2 1 0 a per layer")
     if len(pattern) != n_layer:
-        raise ValueError(f"sync_pattern={pattern!r} has {len(pattern)} characters; it needs n_layer={n_layer} of them")
-    if not pattern or pattern[-1] not in "12":
-        raise ValueError(f"sync_pattern={pattern!r}: the last layer must end in a sync, so its character is 1 or 2")
+        raise ValueError(f"sync={pattern!r} has {len(pattern)} characters; it needs n_layer={n_layer} of them")
+    if pattern[-1] not in "12":
+        raise ValueError(f"sync={pattern!r}: the last layer must end in a sync, so its character is 1 or 2")
     return pattern
 
 
-def parse_pattern(text: str, n_layer: int) -> str:
-    """The pattern that `baseline`, `spd`, `grouped:LAYERS` or a pattern itself names. Raises ValueError."""
-    name, _, layers = text.partition(":")
-    if name == "grouped" and layers.isdecimal():
-        return grouped(n_layer, int(layers))
-    if text in ("baseline", "spd"):
-        return baseline(n_layer) if text == "baseline" else spd(n_layer)
-    if not set(text) <= set("210a"):
-        raise ValueError(f"{text!r}: allowed are baseline, spd, grouped:LAYERS and a pattern of 2, 1, 0 and a")
-    return selective(n_layer, text)
+@dataclass(frozen=True)
+class SyncRule:
+    """When and how shards synchronise: a pattern, one character per layer, and at most one of the RIVALS' ways.
+
+    Its text is PATTERN or PATTERN+RIVAL: `spd`, `grouped-4` (4 syncs in all), `110111011101`, `baseline+ladder`.
+    """
+
+    pattern: str
+    rival: str = ""
+
+    @classmethod
+    def parse(cls, text: str, n_layer: int) -> "SyncRule":
+        """The rule that `text` names for `n_layer` layers. Raises ValueError."""
+        name, plus, rival = text.partition("+")
+        if (plus or rival) and rival not in RIVALS:
+            raise ValueError(f"sync={text!r}: what follows the + is one of {', '.join(RIVALS)}")
+        if name in ("baseline", "spd"):
+            pattern = baseline(n_layer) if name == "baseline" else spd(n_layer)
+        elif re.fullmatch(r"grouped-[0-9]{1,4}", name):
+            pattern = grouped(n_layer, int(name.removeprefix("grouped-")))
+        elif name and set(name) <= set("210a"):
+            pattern = selective(n_layer, name)
+        else:
+            known = "baseline, spd, grouped-N (N syncs in all) and one of 2 1 0 a per layer"
+            raise ValueError(f"sync={text!r}: allowed are {known}, each with or without +{', +'.join(RIVALS)}")
+        rule = cls(pattern, rival)
+        if rival == "parallel" and set(pattern) - set("10"):
+            raise ValueError(f"sync={text!r}: a parallel block has one sync or none, so its characters are 1 and 0")
+        if rival in HIDING and rule.syncs < 2:
+            raise ValueError(f"sync={text!r}: a single sync, the last, has nothing to hide behind")
+        return rule
+
+    def __str__(self):
+        n_layer, n_syncs = len(self.pattern), self.syncs
+        name = self.pattern
+        if self.pattern in (baseline(n_layer), spd(n_layer)):
+            name = "baseline" if self.pattern == baseline(n_layer) else "spd"
+        elif n_layer % n_syncs == 0 and self.pattern == grouped(n_layer, n_syncs):
+            name = f"grouped-{n_syncs}"
+        return f"{name}+{self.rival}" if self.rival else name
+
+    @property
+    def syncs(self) -> int:
+        """All-reduces of one forward pass."""
+        return sum({"2": 2, "1": 1, "a": 1, "0": 0}[character] for character in self.pattern)
+
+    @property
+    def hidden(self) -> int:
+        """Those of them behind which a sublayer runs: of ladder and delayed all but the last one."""
+        return self.syncs - 1 if self.rival in HIDING else 0
+
+    @property
+    def drawing(self) -> str:
+        """A attention, M MLP, | an all-reduce: of the pattern 21 it is `A|M| AM|`."""
+        return " ".join({"2": "A|M|", "1": "AM|", "a": "A|M", "0": "AM"}[character] for character in self.pattern)
+
+    def layers(self) -> list[tuple[bool, bool]]:
+        """For each layer, whether there is a sync after its attention, and whether there is one after its MLP."""
+        return [(character in "2a", character in "21") for character in self.pattern]
+
+    def stream(self, x: Tensor, n_shard: int, tp_group: dist.ProcessGroup | None) -> "Stream":
+        """The Stream of a forward pass that begins with x (B, T, C)."""
+        return RIVALS.get(self.rival, Stream)(x, n_shard, tp_group)
 
 
-def count_syncs(pattern: str) -> int:
-    """All-reduces of one forward pass: the pattern's digit sum, with a = 1."""
-    return sum({"2": 2, "1": 1, "a": 1, "0": 0}[character] for character in pattern)
+# ---------------------------------------------------------------------------------------------------------------------
+# The stream and the block
 
 
-def draw_pattern(pattern: str) -> str:
-    """The pattern as a drawing: A attention, M MLP, | an all-reduce. `draw_pattern('21')` is 'A|M| AM|'."""
-    return " ".join({"2": "A|M|", "1": "AM|", "a": "A|M", "0": "AM"}[character] for character in pattern)
+class Stream:
+    """The residual stream of a forward pass.
+
+    x (B, T, C): as last synced. d (S, B, T, C): what each shard has added since, or None. h: what the shards see, x
+    itself after a sync, else x + d, (S, B, T, C). Under bfloat16 autocast d and h are bfloat16 and x is float32.
+    """
+
+    def __init__(self, x: Tensor, n_shard: int, tp_group: dist.ProcessGroup | None):
+        self.n_shard, self.tp_group = n_shard, tp_group
+        self.start(x)
+
+    def start(self, x: Tensor) -> None:
+        """All shards see x. copy_to_ranks adds up what they send back in the backward pass."""
+        self.x, self.d, self.h = x, None, copy_to_ranks(x, self.tp_group)
+
+    def read(self) -> Tensor:
+        """What the shards see: (B, T, C) where all see the same, else (S, B, T, C) per shard."""
+        return self.h
+
+    def keep(self, y: Tensor) -> None:
+        """No sync: y (S, B, T, C) stays with its shard."""
+        y = y.to(self.x.dtype) if y.dtype == torch.float16 else y  # a stream can be beyond float16's range
+        self.d = y if self.d is None else self.d + y
+        self.h = self.h.to(y.dtype) + y
+
+    def sync(self, y: Tensor) -> None:
+        """A sync point: x plus the sum of all shards' deltas, of which y (S, B, T, C) is the last."""
+        self.start(self.x + sum_over_ranks(self.total(y), self.tp_group))
+
+    def total(self, y: Tensor) -> Tensor:
+        """What a sync adds to x, before it is summed over the ranks: (B, T, C)."""
+        return (y if self.d is None else self.d + y).sum(0, dtype=self.x.dtype)
+
+    def end(self) -> Tensor:
+        """x (B, T, C) behind the last layer."""
+        return self.x
+
+
+class Block(nn.Module):
+    """One layer."""
+
+    def __init__(self, config: "GPTConfig", n_local: int):
+        super().__init__()
+        self.ln_1 = Norm(config, n_local)
+        self.attn = CausalSelfAttention(config, n_local)
+        self.ln_2 = Norm(config, n_local)
+        self.mlp = MLP(config, n_local)
+
+    def forward(self, stream: Stream, syncs: tuple[bool, bool], rope=None, past=None, mask: Tensor | None = None):
+        """Add this layer to the stream. syncs: whether to sync after attention, and after the MLP.
+
+        past: this layer's part of a KVCache.
+        """
+        after_attention, after_mlp = syncs
+
+        y = self.attn(self.ln_1(stream.read()), rope, past, mask)
+        if after_attention:
+            stream.sync(y)
+        else:
+            stream.keep(y)
+
+        y = self.mlp(self.ln_2(stream.read()))
+        if after_mlp:
+            stream.sync(y)
+        else:
+            stream.keep(y)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,87 +382,77 @@ class MLP(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The stream and the block
+# Rivals: other ways to wait less. Each differs from the plain stream, or the plain block, in what it overrides.
 
 
-class Stream:
-    """The residual stream of a forward pass: what was synced, and what each shard has added to it since.
+class ParallelBlock(Block):
+    """Attention and MLP read the same stream (GPT-J; PaLM, arXiv 2204.02311). Its layers sync at their end or not."""
 
-    x (B, T, C) is the synced stream and x_in what the shards read of it, f(x); d (S, B, T, C) are their local deltas
-    and seen their streams x_in + d, both None where d is zero; late is the sum of a sync in flight, None where there is
-    none. d and seen grow by what is added to them, and under bfloat16 autocast they are bfloat16 while x is float32: a
-    GPU moves the fewest bytes so.
+    def forward(self, stream: Stream, syncs: tuple[bool, bool], rope=None, past=None, mask: Tensor | None = None):
+        """As Block.forward."""
+        h = stream.read()
+        y = self.attn(self.ln_1(h), rope, past, mask) + self.mlp(self.ln_2(h))
+        if syncs[1]:
+            stream.sync(y)
+        else:
+            stream.keep(y)
+
+
+class Desync(Stream):
+    """A sync adds the mean of the shards' earlier deltas, and the sum of the last ones (arXiv 2501.06589v1)."""
+
+    def total(self, y: Tensor) -> Tensor:
+        """As Stream.total."""
+        return (y if self.d is None else self.d / self.n_shard + y).sum(0, dtype=self.x.dtype)
+
+
+class Ladder(Stream):
+    """The all-reduce of a sync is in flight while the next sublayer runs, which sees nothing of it (arXiv 2501.06589).
+
+    late: a sync in flight, or None. before: what the shards see of the x before it.
     """
 
-    def __init__(self, x: Tensor, config: "GPTConfig", tp_group: dist.ProcessGroup | None):
-        self.x, self.tp_group, self.overlap = x, tp_group, config.overlap
-        self.desync, self.n_shard = config.merge == "desync", config.n_shard
-        self.x_in = self.d = self.seen = self.late = None
-
-    def read(self) -> Tensor:
-        """What the shards see: (B, T, C) where all see the same, else (S, B, T, C) per shard."""
-        if self.x_in is None:
-            self.x_in = copy_to_ranks(self.x, self.tp_group)
-        return self.x_in if self.seen is None else self.seen
+    def start(self, x: Tensor) -> None:
+        """As Stream.start."""
+        super().start(x)
+        self.before, self.late = self.h, None
 
     def keep(self, y: Tensor) -> None:
-        """No sync: y (S, B, T, C) stays with its shard."""
+        """As Stream.keep, once a sync in flight is there."""
         self.arrive()
-        y = y.to(self.x.dtype) if y.dtype == torch.float16 else y  # a stream can be beyond float16's range
-        self.d = y if self.d is None else self.d + y
-        self.seen = self.read().to(y.dtype) + y
+        super().keep(y)
 
     def sync(self, y: Tensor) -> None:
-        """A sync point: x plus the sum of all shards' deltas, of which y (S, B, T, C) is the last.
-
-        With merge="desync" the deltas before y count by their mean (arXiv 2501.06589v1). With overlap x has the sum one
-        sublayer later: until then a shard sees nothing of it ("ladder", arXiv 2501.06589) or its own part ("delayed").
-        """
+        """A sync point, which ends when the next sublayer has run."""
         self.arrive()
-        if self.desync and self.d is not None:
-            self.d = self.d / self.n_shard
-        d = y if self.d is None else self.d + y
-        delta = d.sum(0, dtype=self.x.dtype)  # (B, T, C): of this rank's shards
-        self.d, self.seen = (d, self.read().to(y.dtype) + y) if self.overlap == "delayed" else (None, None)
-        if self.overlap:
-            self.late = start_sum_over_ranks(delta, self.tp_group)
-        else:
-            self.x, self.x_in = self.x + sum_over_ranks(delta, self.tp_group), None
+        self.late = start_sum_over_ranks(self.total(y), self.tp_group)
+        self.d, self.h = None, self.meanwhile(y)
+
+    def meanwhile(self, y: Tensor) -> Tensor:
+        """What the shards see while the sync of y is in flight."""
+        return self.before
 
     def arrive(self) -> None:
-        """Where a sync is in flight, wait for it; its sum takes the place of the shards' own parts."""
+        """Wait for the sync in flight, if any. Its sum takes the place of the shards' own parts."""
         if self.late is not None:
-            self.x, self.x_in = self.x + finish_sum_over_ranks(*self.late), None
-            self.d = self.seen = self.late = None
+            self.start(self.x + finish_sum_over_ranks(*self.late))
+
+    def end(self) -> Tensor:
+        """As Stream.end."""
+        self.arrive()
+        return self.x
 
 
-class Block(nn.Module):
-    """One layer."""
+class Delayed(Ladder):
+    """As Ladder, but meanwhile each shard sees its own part of the sum."""
 
-    def __init__(self, config: "GPTConfig", n_local: int):
-        super().__init__()
-        self.parallel = config.parallel_block
-        self.ln_1 = Norm(config, n_local)
-        self.attn = CausalSelfAttention(config, n_local)
-        self.ln_2 = Norm(config, n_local)
-        self.mlp = MLP(config, n_local)
+    def meanwhile(self, y: Tensor) -> Tensor:
+        """As Ladder.meanwhile."""
+        return self.h.to(y.dtype) + y
 
-    def forward(self, stream: Stream, character: str, rope=None, past=None, mask: Tensor | None = None) -> None:
-        """Add this layer to the Stream: `character` is its place in the sync pattern, `past` its part of a KVCache."""
-        h = stream.read()
-        y = self.attn(self.ln_1(h), rope, past, mask)
-        if character in "2a":
-            stream.sync(y)
-        else:
-            stream.keep(y)
 
-        if not self.parallel:  # else the MLP reads what the attention has read
-            h = stream.read()
-        y = self.mlp(self.ln_2(h))
-        if character in "21":
-            stream.sync(y)
-        else:
-            stream.keep(y)
+RIVALS = dict(parallel=Stream, desync=Desync, ladder=Ladder, delayed=Delayed)  # the streams; parallel is another block
+HIDING = ("ladder", "delayed")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -462,17 +564,14 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # in the linear layers and layer norms, as in GPT-2
     n_shard: int = 1
-    sync_pattern: str = ""  # one of 2 1 0 a per layer; empty: the baseline
-    parallel_block: bool = False  # attention and MLP read the same stream (GPT-J; PaLM, arXiv 2204.02311)
-    merge: str = "sum"  # of the deltas at a sync; or desync: the mean of those before the last sublayer
-    overlap: str = ""  # ladder or delayed: a sync's all-reduce is in flight while the next sublayer runs
+    sync: str = "baseline"  # the SyncRule: baseline, spd, grouped-N or one of 2 1 0 a per layer, and +RIVAL
     norm: str = "layernorm"  # or rmsnorm; this and what follows: Llama's family beside GPT-2's
     norm_eps: float = 1e-5
     position: str = "learned"  # or rope
     rope_theta: float = 10000.0
     rope_inv_freq: tuple = ()  # radians a position of each of the D/2 pairs; empty: by rope_theta
     mlp: str = "gelu"  # or swiglu
-    n_hidden: int = 0  # neurons of an MLP; 0: 4*n_embd, of swiglu as many as make the parameters those of GPT-2's block
+    n_hidden: int = 0  # neurons of an MLP; 0: 4*n_embd
     n_kv_head: int = 0  # heads of keys and values; 0: n_head
     head_size: int = 0  # 0: n_embd/n_head
     tie_embeddings: bool = True  # lm_head and wte are one matrix
@@ -494,9 +593,7 @@ class GPTConfig:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         self.head_size = self.head_size or self.n_embd // self.n_head
         self.n_kv_head = self.n_kv_head or self.n_head
-        # GPT-2's block has 12*n_embd^2 parameters, 4 of them in the attention; a multiple of 48 fits up to 16 shards
-        as_gpt2 = self.n_embd * (10 - 2 * self.n_kv_head / self.n_head) / 3
-        self.n_hidden = self.n_hidden or (4 * self.n_embd if self.mlp == "gelu" else max(1, round(as_gpt2 / 48)) * 48)
+        self.n_hidden = self.n_hidden or 4 * self.n_embd
         self.rope_inv_freq = tuple(self.rope_inv_freq)  # a list where it comes from JSON
         if not all(type(speed) in (float, int) and abs(speed) < 1e30 for speed in self.rope_inv_freq):
             raise ValueError(f"rope_inv_freq={self.rope_inv_freq!r} must be finite numbers")
@@ -514,18 +611,12 @@ class GPTConfig:
             )
         if self.position == "rope" and self.head_size % 2:
             raise ValueError(f"head_size={self.head_size} must be even for position='rope': it turns pairs")
-        self.sync_pattern = selective(self.n_layer, self.sync_pattern or baseline(self.n_layer))
-        choices = {"merge": ("sum", "desync"), "overlap": ("", "ladder", "delayed")}
-        choices |= {"norm": ("layernorm", "rmsnorm"), "position": ("learned", "rope"), "mlp": ("gelu", "swiglu")}
+        choices = {"norm": ("layernorm", "rmsnorm"), "position": ("learned", "rope"), "mlp": ("gelu", "swiglu")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(map(repr, allowed))}")
-        if self.parallel_block and set(self.sync_pattern) - set("10"):
-            raise ValueError(f"sync_pattern={self.sync_pattern}: with parallel_block only 1 and 0, one sync a layer")
-        if self.parallel_block + (self.merge != "sum") + (self.overlap != "") > 1:
-            raise ValueError("parallel_block, merge='desync' and overlap are alternatives: choose one of them")
-        if self.overlap and count_syncs(self.sync_pattern) < 2:
-            raise ValueError(f"overlap={self.overlap!r}: a single sync, the last, has nothing to hide behind")
+        self.rule = SyncRule.parse(self.sync, self.n_layer)
+        self.sync = str(self.rule)
 
 
 class KVCache:
@@ -569,7 +660,8 @@ class GPT(nn.Module):
         if config.position == "learned":
             layers |= dict(wpe=nn.Embedding(config.block_size, config.n_embd))
         layers |= dict(drop=nn.Dropout(config.dropout))
-        layers |= dict(h=nn.ModuleList([Block(config, n_local) for _ in range(config.n_layer)]))
+        block = ParallelBlock if config.rule.rival == "parallel" else Block
+        layers |= dict(h=nn.ModuleList([block(config, n_local) for _ in range(config.n_layer)]))
         if config.norm == "rmsnorm":
             layers |= dict(ln_f=nn.RMSNorm(config.n_embd, config.norm_eps))
         else:
@@ -603,41 +695,49 @@ class GPT(nn.Module):
         loss = F.cross_entropy(exact.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
         return logits, loss
 
-    def hidden_states(self, idx: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self, idx: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Token ids (B, T) -> the synced stream behind the last layer (B, T, C), which ln_f and lm_head make logits of.
 
-        padding (B,): so many of a row's first ids are no tokens. Nothing sees them, and positions are counted behind
-        them. With it, and with nothing but zeros in it, several tokens may follow those in a cache.
+        For rows of unlike length: positions (B, T) of the ids, and mask (B, T, held + T), what each of them sees. Only
+        with a mask may several tokens follow those in a cache.
         """
         T, held = idx.size(1), 0 if cache is None else cache.length
         if held + T > self.config.block_size:
             raise ValueError(f"a sequence of {held + T} tokens is longer than block_size={self.config.block_size}")
-        if held and T > 1 and padding is None:
+        if held and T > 1 and mask is None:
             raise ValueError(f"{T} tokens behind the {held} in the cache: decoding takes one at a time")
-        x, rope = self.embed(idx, held, padding)
-        mask = None
-        if padding is not None:
-            key = torch.arange(held + T, device=idx.device)
-            query, start = key[held:, None], padding[:, None, None]
-            mask = (key <= query) & (key >= start) | (key == query)  # (B, T, held+T); padding has to see something
+        if mask is not None:
             mask = mask.repeat(self.config.n_shard // self.tp_size, 1, 1)[:, None]  # (S*B, 1, T, held+T)
-        stream = Stream(self.transformer.drop(x), self.config, self.tp_group)
-        for i, (block, character) in enumerate(zip(self.transformer.h, self.config.sync_pattern, strict=True)):
-            block(stream, character, rope, None if cache is None else (*cache.layers[i], held), mask)
-        stream.arrive()
+        x, rope = self.embed(idx, held, positions)
+        x = self.run_blocks(self.transformer.drop(x), rope, cache=cache, mask=mask)
         if cache is not None:
             cache.length += T
-        return stream.x
+        return x
 
-    def embed(self, idx: Tensor, held: int = 0, padding: Tensor | None = None) -> tuple[Tensor, tuple | None]:
+    def embed(self, idx: Tensor, held: int = 0, positions: Tensor | None = None) -> tuple[Tensor, tuple | None]:
         """Token ids (B, T) behind `held` others -> x (B, T, C), and what rotate() takes or None."""
         x, T = self.transformer.wte(idx), idx.size(1)
-        if self.config.position == "rope":  # only differences of positions count: padding changes none
+        if self.config.position == "rope":  # only differences of positions count
             return x, self.rope(held, T)
-        place = slice(held, held + T)
-        if padding is not None:
-            place = (torch.arange(held, held + T, device=idx.device) - padding[:, None]).clamp(min=0)  # (B, T)
-        return x + self.transformer.wpe.weight[place], None
+        return x + self.transformer.wpe.weight[slice(held, held + T) if positions is None else positions], None
+
+    def run_blocks(
+        self,
+        x: Tensor,
+        rope: tuple | None = None,
+        layers: range | None = None,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, T, C), a synced stream, through all layers, or through `layers`, the last of which syncs; (B, T, C)."""
+        stream = self.config.rule.stream(x, self.config.n_shard, self.tp_group)
+        syncs = self.config.rule.layers()
+        for i in range(self.config.n_layer) if layers is None else layers:
+            past = None if cache is None else (*cache.layers[i], cache.length)
+            self.transformer.h[i](stream, syncs[i], rope, past, mask)
+        return stream.end()
 
     def rope(self, first: int, T: int) -> tuple[Tensor, Tensor]:
         """cos and sin, each (T, D/2), of inv_freq times position, of the T positions from `first` on."""
@@ -650,21 +750,11 @@ class GPT(nn.Module):
         angles = torch.arange(first, first + T, **exact)[:, None] * inv_freq
         return angles.cos(), angles.sin()
 
-    def with_pattern(self, sync_pattern: str) -> "GPT":
-        """This model under another sync pattern. It shares all weights. Raises ValueError for an impossible pattern."""
+    def with_sync(self, sync: str) -> "GPT":
+        """This model under another pattern of syncs. It shares all weights. Raises ValueError for an impossible one."""
         model = copy.copy(self)
-        model.config = replace(self.config, sync_pattern=sync_pattern)
+        model.config = replace(self.config, sync=sync)
         return model
-
-    @property
-    def num_syncs(self) -> int:
-        """All-reduces of one forward pass."""
-        return count_syncs(self.config.sync_pattern)
-
-    @property
-    def num_hidden_syncs(self) -> int:
-        """Those of them behind which a sublayer runs: all but the last one, with overlap."""
-        return self.num_syncs - 1 if self.config.overlap else 0
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Parameters of the whole model, all ranks together; like nanoGPT's count, without the position embedding."""

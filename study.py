@@ -32,10 +32,11 @@ from reduced_sync.commands import one_line, one_line_errors, stop_signals
 from reduced_sync.comparison import report
 from reduced_sync.config import configure, describe, option
 from reduced_sync.data import Corpus
-from reduced_sync.experiment import Config, sync_pattern
+from reduced_sync.experiment import Config
 from reduced_sync.parallel import choose_device
 from reduced_sync.run_log import read_log
 from reduced_sync.runs import load_runs
+from reduced_sync_model import SyncRule
 
 HERE = Path(__file__).parent
 
@@ -89,7 +90,7 @@ class Run:
         self.arguments = [f"--{key}={value}" for key, value in settled.items()]
         try:
             self.config = configure(Config, self.arguments)
-            sync_pattern(self.config)
+            SyncRule.parse(self.config.sync, self.config.n_layer)
         except ValueError as error:
             raise ValueError(f"run {self.name!r}: {error}") from None
         self.process = self.slot = self.failure = None

@@ -29,23 +29,24 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from reduced_sync.commands import ctrl_c_held, one_line_errors
-from reduced_sync_model import GPT, GPTConfig, baseline, draw_pattern, grouped, selective, spd
+from reduced_sync.experiment import model_keys
+from reduced_sync_model import GPT, GPTConfig
 
 MODERN = dict(norm="rmsnorm", position="rope", mlp="swiglu")  # config/modern.py's block
-VARIANTS = {  # name: (syncs, GPTConfig fields); grouped ones are named by their syncs
-    "Baseline": (24, dict(sync_pattern=baseline(12))),
-    "SPD": (12, dict(sync_pattern=spd(12))),
-    "Selective": (9, dict(sync_pattern=selective(12, "110111011101"))),
-    "Grouped-6": (6, dict(sync_pattern=grouped(12, 2))),
-    "Grouped-4": (4, dict(sync_pattern=grouped(12, 3))),
-    "Grouped-3": (3, dict(sync_pattern=grouped(12, 4))),
-    "Grouped-2": (2, dict(sync_pattern=grouped(12, 6))),
-    "Parallel": (12, dict(sync_pattern=spd(12), parallel_block=True)),
-    "Desync-6": (6, dict(sync_pattern=grouped(12, 2), merge="desync")),
-    "Ladder": (24, dict(sync_pattern=baseline(12), overlap="ladder")),
-    "Delayed": (24, dict(sync_pattern=baseline(12), overlap="delayed")),
-    "Modern": (24, dict(sync_pattern=baseline(12)) | MODERN),
-    "Modern-SPD": (12, dict(sync_pattern=spd(12)) | MODERN),
+VARIANTS = {  # sync rule, of Llama's kind of block where `modern`: syncs
+    "baseline": 24,
+    "spd": 12,
+    "110111011101": 9,
+    "grouped-6": 6,
+    "grouped-4": 4,
+    "grouped-3": 3,
+    "grouped-2": 2,
+    "spd+parallel": 12,
+    "grouped-6+desync": 6,
+    "baseline+ladder": 24,
+    "baseline+delayed": 24,
+    "baseline modern": 24,
+    "spd modern": 12,
 }
 SIZES = {  # GPTConfig fields and the number of parameters, in millions
     "full": (dict(block_size=1024, vocab_size=50304, n_head=12, n_embd=768), (123.0, 126.0)),
@@ -58,17 +59,18 @@ def batch(vocab_size, B=2, T=32):
     return idx[:, :-1], idx[:, 1:]
 
 
-def config_of(size, fields):
+def config_of(size, name):
     """The GPTConfig of a variant, without biases, in two shards."""
-    shape = SIZES[size][0]
-    kv_heads = dict(n_kv_head=shape["n_head"] // (3 if size == "full" else 2)) if "mlp" in fields else {}
-    return GPTConfig(**shape, bias=False, n_shard=2, **kv_heads, **fields)
+    shape, (sync, _, modern) = SIZES[size][0], name.partition(" ")
+    if modern:
+        shape = model_keys(shape | MODERN | dict(n_kv_head=shape["n_head"] // (3 if size == "full" else 2)))
+    return GPTConfig(**shape, bias=False, n_shard=2, sync=sync)
 
 
-def check_variant(syncs, fields, size):
-    """Raise AssertionError unless the variant has the right size, executes `syncs` all-reduces, and is trainable."""
-    least, most = SIZES[size][1]
-    config = config_of(size, fields)
+def check_variant(name, size):
+    """Raise AssertionError unless the variant has the right size, makes its all-reduces, and is trainable."""
+    (least, most), syncs = SIZES[size][1], VARIANTS[name]
+    config = config_of(size, name)
     x, y = batch(config.vocab_size)
 
     model = GPT(config)
@@ -93,11 +95,11 @@ def check_variant(syncs, fields, size):
     finally:
         dist.destroy_process_group()
     executed = forward.get_total_counts(), backward.get_total_counts()
-    assert model.num_syncs == syncs, f"the pattern has {model.num_syncs} syncs, expected {syncs}"
-    # with overlap no shard reads what arrives behind the last sublayer
-    expected = (syncs, syncs - 1 if config.overlap else syncs)
+    assert config.rule.syncs == syncs, f"the rule has {config.rule.syncs} syncs, expected {syncs}"
+    # of hidden ones no shard reads what arrives behind the last sublayer
+    expected = (syncs, syncs - 1 if config.rule.hidden else syncs)
     assert executed == expected, f"all-reduces forward, backward: {executed}, expected {expected}"
-    return n_params, model.num_hidden_syncs
+    return n_params
 
 
 def check_tp(rank, folder):
@@ -105,8 +107,8 @@ def check_tp(rank, folder):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for name, (_, fields) in VARIANTS.items():
-        config = config_of("small", fields)
+    for name in VARIANTS:
+        config = config_of("small", name)
         x, y = batch(config.vocab_size)
         models = []
         for group in (None, dist.group.WORLD):
@@ -136,11 +138,11 @@ def main():
             ranks = mp.start_processes(check_tp, (folder,), nprocs=2, join=False, daemon=True, start_method="spawn")
         while not ranks.join():
             pass
-        for name, (syncs, fields) in VARIANTS.items():
+        for name in VARIANTS:
             start = time.perf_counter()
-            reason = ""
+            reason, rule = "", config_of(size, name).rule
             try:
-                n_params, hidden = check_variant(syncs, fields, size)
+                n_params = check_variant(name, size)
                 if os.path.exists(f"{folder}/{name}"):
                     with open(f"{folder}/{name}") as file:
                         reason = file.read()
@@ -148,10 +150,11 @@ def main():
                 reason = f"{type(error).__name__}: {error}"
             seconds = time.perf_counter() - start
             failures += bool(reason)
-            print(f"{name:10} {draw_pattern(fields['sync_pattern'])}")
-            count = f"{syncs} all-reduces" + (f", {hidden} of them hidden" if hidden else " forward and backward")
+            print(f"{name:16} {rule.drawing}")
+            end = f", {rule.hidden} of them hidden" if rule.hidden else " forward and backward"
+            count = f"{rule.syncs} all-reduces{end}"
             detail = reason or f"{n_params:.2f}M parameters, {count}, tp 2 = tp 1"
-            print(f"{'':10} {detail}, {seconds:.1f} s  {'✗ FAIL' if reason else '✓ PASS'}", flush=True)
+            print(f"{'':16} {detail}, {seconds:.1f} s  {'✗ FAIL' if reason else '✓ PASS'}", flush=True)
     print(f"{len(VARIANTS) - failures} of {len(VARIANTS)} variants pass (A attention, M MLP, | all-reduce)")
     return 1 if failures else 0
 

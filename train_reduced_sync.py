@@ -33,17 +33,15 @@ from reduced_sync import parallel
 from reduced_sync.commands import StopSignal
 from reduced_sync.config import configure, describe
 from reduced_sync.data import Corpus, vocabulary_hash
-from reduced_sync.experiment import Config, check_config, learning_rate, sync_pattern
+from reduced_sync.experiment import Config, check_config, learning_rate, model_keys
 from reduced_sync.files import lock_folder
 from reduced_sync.parallel import RANK, RESTART_COUNT, WORLD_SIZE
 from reduced_sync.recording import Recorder
 from reduced_sync.run_log import changes, step_line
 from reduced_sync.weights import GPT2_SHAPES, from_pretrained, pretrained_fields
 
-# what says where shards sync
-RULE = "architecture layers_per_group sync_pattern parallel_block merge overlap".split()
 # what is chosen of a pretrained model: its weights fit any
-CHOICES = "block_size dropout n_shard sync_pattern parallel_block merge overlap".split()
+CHOICES = "block_size dropout n_shard sync".split()
 
 
 def check_shape(config: Config, theirs: rsm.GPTConfig, keys: set[str]) -> None:
@@ -89,23 +87,18 @@ def prepare(config: Config) -> tuple[tuple, Corpus, dict, rsm.GPTConfig, dict | 
         )
     saved = ckpt.load(path) if config.init_from == "resume" else None
     origin = saved["config"]["init_from"] if saved else config.init_from
-    shape, own_rule, notes = {}, {}, {}
+    shape, notes = {}, {}
     if origin not in ("scratch", "resume"):  # what the user does not write is the pretrained model's
         fields = saved["model_args"] if saved else pretrained_fields(origin)[1]
-        own_rule = {key: fields[key] for key in RULE if key in fields}
-        if own_rule and not config.given.intersection(RULE):
-            known = saved["config"] if saved else own_rule | {"architecture": "selective"}
-            vars(config).update({key: known[key] for key in RULE if key in known})
-        theirs = None if saved else rsm.GPTConfig(**fields)
-        free = {"block_size", "dropout", *RULE} | {"n_shard"} - fields.keys()  # a dense model is cut into any number
-        shape = {key: value for key, value in (fields if saved else vars(theirs)).items() if key not in free}
+        theirs = rsm.GPTConfig(**fields)
+        free = {"block_size", "dropout"} | {"n_shard", "sync"} - fields.keys()  # a dense model takes any rule
+        shape = {key: value for key, value in dataclasses.asdict(theirs).items() if key not in free}
         keys = shape.keys() & vars(config).keys()
         if not saved:  # check_model sees to a checkpoint's
-            check_shape(config, theirs, keys)
+            check_shape(config, theirs, keys - {"sync"})
         vars(config).update({key: shape[key] for key in keys - config.given})
     check_config(config)
-    keys = [field.name for field in dataclasses.fields(rsm.GPTConfig) if hasattr(config, field.name)]
-    shape |= {key: getattr(config, key) for key in keys} | dict(sync_pattern=sync_pattern(config))
+    shape |= model_keys(vars(config))
     corpus = Corpus(config.dataset, config.block_size)
     choice = parallel.choose_device(config.device, config.dtype, config.backend)
     # a multiple of 64 is fast on GPUs: GPT-2's 50257 tokens become 50304
@@ -117,9 +110,10 @@ def prepare(config: Config) -> tuple[tuple, Corpus, dict, rsm.GPTConfig, dict | 
         ckpt.check_model(saved, model_config, path)
         ckpt.check_data(saved, corpus.meta, path)
     elif origin != "scratch":
-        rule = {key: getattr(model_config, key) for key in own_rule}
-        if differing := [f"{key} {own_rule[key]!r} -> {rule[key]!r}" for key in rule if rule[key] != own_rule[key]]:
-            notes["converted"] = f"init_from={origin!r} was trained by another rule of syncs: {', '.join(differing)}"
+        if "sync" in fields and model_config.sync != theirs.sync:
+            notes["converted"] = (
+                f"init_from={origin!r} was trained with sync={theirs.sync!r}, now {model_config.sync!r}"
+            )
         if unknown := check_tokens(config, corpus.meta):
             notes["tokens"] = unknown
     if RANK == 0:

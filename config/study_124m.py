@@ -16,11 +16,11 @@ out_dir = "out-124m"
 processes = 8  # all GPUs a run, each a data-parallel replica; 1: eight runs at once
 
 _base = dict(max_iters=20000, n_layer=12, n_head=12, n_embd=768, n_shard=2, eval_iters=0, seed=1, device="cuda")
-_grouped = {f"grouped-{12 // n}sync": dict(architecture="grouped", layers_per_group=n) for n in (2, 3, 4, 6, 12)}
+_grouped = {f"grouped-{n}sync": dict(sync=f"grouped-{n}") for n in (6, 4, 3, 2, 1)}
 _headline = dict(
-    baseline=dict(architecture="baseline"),
-    spd=dict(architecture="spd"),
-    parallel=dict(architecture="spd", parallel_block=True),
+    baseline=dict(sync="baseline"),
+    spd=dict(sync="spd"),
+    parallel=dict(sync="spd+parallel"),
     **_grouped,
 )
 _controls = {  # dense, all syncs made, the parameters of 12 x 768 within 2 %
@@ -30,10 +30,10 @@ _controls = {  # dense, all syncs made, the parameters of 12 x 768 within 2 %
     "1x1728": dict(n_layer=1, n_embd=1728, n_head=24),
 }
 _rivals = {
-    "ladder": dict(overlap="ladder"),
-    "delayed": dict(overlap="delayed"),
-    "grouped-6sync-desync": dict(**_grouped["grouped-6sync"], merge="desync"),
-    "grouped-4sync-desync": dict(**_grouped["grouped-4sync"], merge="desync"),
+    "ladder": dict(sync="baseline+ladder"),
+    "delayed": dict(sync="baseline+delayed"),
+    "grouped-6sync-desync": dict(sync="grouped-6+desync"),
+    "grouped-4sync-desync": dict(sync="grouped-4+desync"),
 }
 _selective = {  # where twelve, nine, six and four syncs go
     "9-even": "110111011101",
@@ -73,6 +73,6 @@ runs = [
         for run in _runs({"baseline": {}, "grouped-4sync": _grouped["grouped-4sync"]}, f"-seed{seed}", seed=seed)
     ),
     *_runs(_rivals),
-    *_runs({f"selective-{name}": dict(architecture="selective", sync_pattern=p) for name, p in _selective.items()}),
+    *_runs({f"selective-{name}": dict(sync=p) for name, p in _selective.items()}),
     *_runs({name: _headline[name] for name in ("baseline", "spd", "grouped-4sync")}, "-nshard8", n_shard=8, n_head=16),
 ]

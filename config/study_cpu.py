@@ -31,10 +31,6 @@ def _run(size, name, lr, **keys):
     return run | dict(name=f"{size}-{name}{shards}{dtype}-lr{lr:g}-seed{run['seed']}")
 
 
-def _grouped(n):
-    return dict(architecture="grouped", layers_per_group=n)
-
-
 def _control(size, lr, **more):
     keys = _CONTROLS[size]
     return _run(size, "control-{n_layer}x{n_embd}".format(**keys), lr, n_shard=1, **keys, **more)
@@ -42,51 +38,49 @@ def _control(size, lr, **more):
 
 def _tuning(size, lrs):
     """Learning rates for the baseline, the most desynced variant and the control."""
-    n_layer = _DEEP[size][0]
     for lr in lrs:
         yield _run(size, "baseline", lr)
         yield _control(size, lr)
-        yield _run(size, "1sync", lr, **_grouped(n_layer))
+        yield _run(size, "1sync", lr, sync="grouped-1")
 
 
 def _headline(size, lr, **keys):
     """SPD, parallel blocks and every grouping."""
     n_layer = _DEEP[size][0]
-    yield _run(size, "spd", lr, architecture="spd", **keys)
-    yield _run(size, "parallel-spd", lr, architecture="spd", parallel_block=True, **keys)
-    for n in (n for n in range(2, n_layer + 1) if n_layer % n == 0):
-        yield _run(size, f"{n_layer // n}sync", lr, **_grouped(n), **keys)
-        yield _run(size, f"parallel-{n_layer // n}sync", lr, **_grouped(n), parallel_block=True, **keys)
+    yield _run(size, "spd", lr, sync="spd", **keys)
+    yield _run(size, "parallel-spd", lr, sync="spd+parallel", **keys)
+    for n in (n for n in range(1, n_layer) if n_layer % n == 0):
+        yield _run(size, f"{n}sync", lr, sync=f"grouped-{n}", **keys)
+        yield _run(size, f"parallel-{n}sync", lr, sync=f"grouped-{n}+parallel", **keys)
 
 
 def _rivals(size, lr, **keys):
     """Desync merge, Ladder and delayed."""
-    n_layer = _DEEP[size][0]
-    yield _run(size, "1sync-desync", lr, **_grouped(n_layer), merge="desync", **keys)
-    yield _run(size, "baseline-ladder", lr, overlap="ladder", **keys)
-    yield _run(size, "baseline-delayed", lr, overlap="delayed", **keys)
+    yield _run(size, "1sync-desync", lr, sync="grouped-1+desync", **keys)
+    yield _run(size, "baseline-ladder", lr, sync="baseline+ladder", **keys)
+    yield _run(size, "baseline-delayed", lr, sync="baseline+delayed", **keys)
 
 
 def _placement(size, lr, **keys):
     """Selective: where more or other syncs go than SPD's, late, early and after the attention."""
     n_layer = _DEEP[size][0]
     for name, first, last in (("late", "1", "2"), ("early", "2", "1"), ("after-attention", "a", "1")):
-        yield _run(size, name, lr, architecture="selective", sync_pattern=first * (n_layer - 1) + last, **keys)
+        yield _run(size, name, lr, sync=first * (n_layer - 1) + last, **keys)
 
 
 def _spd_rivals(size, lr, **keys):
     """The rivals with SPD's syncs."""
-    for name, rival in (("desync", "merge"), ("ladder", "overlap"), ("delayed", "overlap")):
-        yield _run(size, f"spd-{name}", lr, architecture="spd", **{rival: name}, **keys)
+    for rival in ("desync", "ladder", "delayed"):
+        yield _run(size, f"spd-{rival}", lr, sync=f"spd+{rival}", **keys)
 
 
 def _deeper(lr):
     """What the second size compares; study_pypi.py goes on from there."""
     yield _run("3x192", "baseline", lr)
     for n_shard in (2, 4):
-        yield _run("3x192", "spd", lr, architecture="spd", n_shard=n_shard)
-    yield _run("3x192", "1sync", lr, **_grouped(3))
-    yield _run("3x192", "after-attention", lr, architecture="selective", sync_pattern="aa1")
+        yield _run("3x192", "spd", lr, sync="spd", n_shard=n_shard)
+    yield _run("3x192", "1sync", lr, sync="grouped-1")
+    yield _run("3x192", "after-attention", lr, sync="aa1")
     yield _control("3x192", lr)
 
 
@@ -94,8 +88,8 @@ def _modern(lr):
     """Llama's block, config/modern.py's: does the answer depend on GPT-2's?"""
     block = dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=2)
     yield _run("2x128", "modern-baseline", lr, **block)  # in two shards: four would have four KV heads
-    yield _run("2x128", "modern-spd", lr, architecture="spd", **block)
-    yield _run("2x128", "modern-1sync", lr, **_grouped(2), **block)
+    yield _run("2x128", "modern-spd", lr, sync="spd", **block)
+    yield _run("2x128", "modern-1sync", lr, sync="grouped-1", **block)
     # heads of an even size, which RoPE needs
     control = block | dict(n_layer=1, n_embd=180, n_hidden=540, n_head=2, n_kv_head=1, n_shard=1)
     yield _run("2x128", "modern-control-1x180", lr, **control)
@@ -103,13 +97,12 @@ def _modern(lr):
 
 def _many(size, seed):
     """What is compared with several seeds."""
-    n_layer = _DEEP[size][0]
     yield _run(size, "baseline", 4e-3, seed=seed)
     yield _run(size, "baseline", 8e-3, seed=seed)
     yield _control(size, 4e-3, seed=seed)
-    yield _run(size, "spd", 4e-3, architecture="spd", seed=seed)
-    yield _run(size, "1sync", 4e-3, **_grouped(n_layer), seed=seed)
-    yield _run(size, "1sync", 4e-3, **_grouped(n_layer), seed=seed, n_shard=4)
+    yield _run(size, "spd", 4e-3, sync="spd", seed=seed)
+    yield _run(size, "1sync", 4e-3, sync="grouped-1", seed=seed)
+    yield _run(size, "1sync", 4e-3, sync="grouped-1", seed=seed, n_shard=4)
 
 
 _planned = [
@@ -127,6 +120,6 @@ _planned = [
     *_deeper(4e-3),  # half an hour for two runs on two cores
     # on another machine, in float32, with a baseline of its own
     _run("3x192", "baseline", 4e-3, dtype="float32"),
-    _run("3x192", "1sync", 4e-3, **_grouped(3), n_shard=4, dtype="float32"),
+    _run("3x192", "1sync", 4e-3, sync="grouped-1", n_shard=4, dtype="float32"),
 ]
 runs = list({run["name"]: run for run in _planned}.values())  # what two lists have is one run

@@ -42,20 +42,19 @@ def _controls(size, **keys):
 
 def _grouped(size, syncs, prefix="", **keys):
     """`syncs` in all, each behind as many layers."""
-    return _run(size, f"{prefix}{syncs}sync", architecture="grouped", layers_per_group=_SIZES[size][0] // syncs, **keys)
+    return _run(size, f"{prefix}{syncs}sync", sync=f"grouped-{syncs}", **keys)
 
 
 def _after_attention(size, **keys):
     """A sync after every attention, and the last one."""
-    pattern = "a" * (_SIZES[size][0] - 1) + "1"
-    return _run(size, "after-attention", architecture="selective", sync_pattern=pattern, **keys)
+    return _run(size, "after-attention", sync="a" * (_SIZES[size][0] - 1) + "1", **keys)
 
 
 def _compared(size, seed):
     """The baseline, half the syncs in two ways, one in all, and dense controls."""
     yield _run(size, "baseline", seed=seed)
     for n_shard in (2, 4):
-        yield _run(size, "spd", architecture="spd", seed=seed, n_shard=n_shard)
+        yield _run(size, "spd", sync="spd", seed=seed, n_shard=n_shard)
         yield _grouped(size, 1, seed=seed, n_shard=n_shard)
         yield _after_attention(size, seed=seed, n_shard=n_shard)
     yield from _controls(size, seed=seed)
@@ -63,15 +62,15 @@ def _compared(size, seed):
 
 def _delayed(size, seed):
     """One sync that blocks, the others hidden."""
-    yield _run(size, "baseline-delayed", overlap="delayed", seed=seed, n_shard=4)
-    yield _run(size, "spd-delayed", architecture="spd", overlap="delayed", seed=seed, n_shard=4)
+    yield _run(size, "baseline-delayed", sync="baseline+delayed", seed=seed, n_shard=4)
+    yield _run(size, "spd-delayed", sync="spd+delayed", seed=seed, n_shard=4)
 
 
 def _modern():
     """Llama's block, config/modern.py's: does the answer depend on GPT-2's?"""
     block = dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=2)  # four shards would have four KV heads
     yield _run("3x192", "modern-baseline", **block)
-    yield _run("3x192", "modern-spd", architecture="spd", **block)
+    yield _run("3x192", "modern-spd", sync="spd", **block)
     yield _grouped("3x192", 1, "modern-", **block)
     control = block | dict(n_layer=2, n_embd=236, n_hidden=3 * 236, n_head=2, n_kv_head=1, n_shard=1)
     yield _run("3x192", "modern-control-2x236", **control)
@@ -90,7 +89,7 @@ _planned = [
     _run("6x384", "baseline"),
     _grouped("6x384", 1),
     _grouped("6x384", 3),
-    _run("6x384", "spd", architecture="spd"),
+    _run("6x384", "spd", sync="spd"),
     *_controls("6x384"),
     *_compared("4x256", 1),
     *(_grouped("4x256", 2, n_shard=n_shard) for n_shard in (2, 4)),
@@ -100,7 +99,7 @@ _planned = [
     _run("3x192", "baseline", 1e-3),
     _grouped("3x192", 1, lr=1e-3),
     # at the rate that is best there
-    *(_run("3x192", "spd", 2e-3, architecture="spd", n_shard=n_shard) for n_shard in (2, 4)),
+    *(_run("3x192", "spd", 2e-3, sync="spd", n_shard=n_shard) for n_shard in (2, 4)),
     _grouped("3x192", 1, lr=2e-3, n_shard=4),
     *(run for seed in (1, 2, 3) for run in _compared("2x128", seed)),
 ]

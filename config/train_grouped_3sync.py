@@ -10,6 +10,5 @@ $ torchrun --standalone --nproc_per_node=8 train_reduced_sync.py config/train_gr
 
 out_dir = "out-grouped-3sync"
 wandb_run_name = "grouped-3sync"
-architecture = "grouped"
-layers_per_group = 4
+sync = "grouped-3"
 device = "cuda"  # never by mistake on the CPU

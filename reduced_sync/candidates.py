@@ -21,15 +21,9 @@ from torch import nn
 import reduced_sync_model as rsm
 from reduced_sync import parallel
 from reduced_sync.commands import ctrl_c_held
+from reduced_sync.experiment import model_keys
 
-RIVALS = {
-    "parallel": dict(parallel_block=True),
-    "desync": dict(merge="desync"),
-    "ladder": dict(overlap="ladder"),
-    "delayed": dict(overlap="delayed"),
-}
-SPELLING = re.compile(rf"(?P<variant>[^+@]+)(?:\+(?P<rival>{'|'.join(RIVALS)}))?(?:@(?P<n_shard>[1-9]\d*))?", re.ASCII)
-CONTROL = re.compile(r"([1-9]\d*)x([1-9]\d*)", re.ASCII)
+CANDIDATE = re.compile(r"(?:([1-9][0-9]*)x([1-9][0-9]*)|[^+@]+)(\+[a-z]+)?(?:@([1-9][0-9]*))?")
 
 
 @dataclass
@@ -50,27 +44,26 @@ class Candidate:
 
 
 def keys_of(text: str, n_layer: int, n_shard: int | None = None) -> dict:
-    """The keys of GPTConfig that VARIANT[+RIVAL][@N_SHARD] names. Raises ValueError.
+    """The keys of GPTConfig that RULE[@N_SHARD] names. Raises ValueError.
 
-    VARIANT is baseline, spd, grouped:LAYERS, a pattern, or a dense control LAYERSxWIDTH: a baseline of that size. Its
-    head size is even, makes heads divisible by n_shard, is a multiple of 8 where one does, and of those the nearest to
-    64, the larger of two. RIVAL is parallel, desync, ladder or delayed. `n_shard` counts where the text has none.
+    RULE is that of SyncRule.parse, or LAYERSxWIDTH, a dense control: a baseline of that size, with a +RIVAL if one
+    follows. Its head size is even, makes heads divisible by n_shard, is a multiple of 8 where one does, and of those
+    the nearest to 64, the larger of two. `n_shard` counts where the text has none.
     """
-    found = SPELLING.fullmatch(text)
-    n_shard = int(found["n_shard"] or n_shard or 0) if found else 0
+    found = CANDIDATE.fullmatch(text)
+    n_shard = int(found[4] or n_shard or 0) if found else 0
     if not n_shard:
-        wanted = "gpt2 or VARIANT@N_SHARD, such as grouped:3@2, spd+parallel@2 or 3x1280@2"
-        raise ValueError(f"{text!r}: a candidate is {wanted}; a rival is one of {', '.join(RIVALS)}")
-    keys = dict(n_shard=n_shard) | RIVALS.get(found["rival"], {})
-    control = CONTROL.fullmatch(found["variant"])
-    if not control:
-        return keys | dict(sync_pattern=rsm.parse_pattern(found["variant"], n_layer))
-    n_layer, n_embd = map(int, control.groups())
+        wanted = "gpt2 or RULE@N_SHARD, such as grouped-4@2, spd+delayed@2 or 3x1280@2"
+        raise ValueError(f"{text!r}: a candidate is {wanted}")
+    if not found[1]:
+        return dict(n_shard=n_shard, sync=str(rsm.SyncRule.parse(text.partition("@")[0], n_layer)))
+    n_layer, n_embd = int(found[1]), int(found[2])
     sizes = [size for size in range(2, n_embd + 1, 2) if n_embd % size == 0 and n_embd // size % n_shard == 0]
     if not sizes:
         raise ValueError(f"{text!r}: no even head size makes heads divisible by n_shard={n_shard}")
     n_head = n_embd // min(sizes, key=lambda size: (size % 8 > 0, abs(size - 64), -size))
-    return keys | dict(n_layer=n_layer, n_embd=n_embd, n_head=n_head, sync_pattern=rsm.baseline(n_layer))
+    sync = str(rsm.SyncRule.parse("baseline" + (found[3] or ""), n_layer))
+    return dict(n_shard=n_shard, n_layer=n_layer, n_embd=n_embd, n_head=n_head, sync=sync)
 
 
 def parse_candidate(text: str, n_layer: int, tp_size: int = 1, compiled: bool = False) -> Candidate:
@@ -87,11 +80,10 @@ def configs_of(args: Any) -> dict[str, rsm.GPTConfig]:
 
 def describe(config: rsm.GPTConfig) -> dict:
     """What a row of results says of its model: pattern, all-reduces of a forward pass and how many are hidden, keys."""
-    names = "n_layer n_embd n_head n_shard sync_pattern parallel_block merge overlap norm position mlp n_hidden "
-    names += "n_kv_head head_size vocab_size"
-    syncs = rsm.count_syncs(config.sync_pattern)
-    row = {"pattern": config.sync_pattern, "syncs": syncs, "hidden": syncs - 1 if config.overlap else 0}
-    return row | {"model": {name: getattr(config, name) for name in names.split()}}
+    rule = config.rule
+    names = "n_layer n_embd n_head n_shard sync norm position mlp n_hidden n_kv_head head_size vocab_size".split()
+    row = {"pattern": rule.pattern, "syncs": rule.syncs, "hidden": rule.hidden}
+    return row | {"model": {name: getattr(config, name) for name in names}}
 
 
 def measure(candidates: list[Candidate], job: Callable, args: Any) -> list[list[list]]:
@@ -168,7 +160,7 @@ def config_of(keys: dict, args: Any) -> rsm.GPTConfig:
     shape = {name: vars(args)[name] for name in names if name in vars(args)}
     if args.modern:
         shape |= dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=args.n_kv_head, bias=False)
-    return rsm.GPTConfig(**shape | keys)
+    return rsm.GPTConfig(**model_keys(shape | keys))
 
 
 def build(candidate: Candidate, layout: parallel.Layout, args: Any) -> nn.Module:

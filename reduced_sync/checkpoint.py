@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from reduced_sync.commands import one_line
 from reduced_sync.files import link_file, replace_file, sync_folder
+from reduced_sync.old_keys import with_sync
 from reduced_sync.tokenizer import KEPT
 from reduced_sync_model import GPT, GPTConfig, is_sharded
 
@@ -104,6 +105,8 @@ def load(path: str | Path, kinds: dict = KINDS) -> dict:
                 raise ValueError(f"its {key} is {type(checkpoint[key]).__name__}, not {kind.__name__}")
         for key in kinds.keys() & {"model_args", "config", "data"}:
             json.dumps(checkpoint[key])  # no tensor where the header has plain values
+        for key in kinds.keys() & {"model_args", "config", "progress"}:
+            checkpoint[key] = with_sync(checkpoint[key])
     except FileNotFoundError:
         raise ValueError(f"no checkpoint {path}") from None
     except Exception as error:  # whatever a damaged or foreign file provokes

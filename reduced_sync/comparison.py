@@ -31,10 +31,9 @@ def table(arms: list[Arm], equal_time: bool = False) -> str:
     several = max((len(arm.seeds) for arm in arms), default=1) > 1
     columns = {  # heading: (aligned to the left, shown, cell of an arm and its gap)
         "run": (True, True, lambda a, g: a.names[0] + (f" and {len(a.names) - 1} more" if len(a.names) > 1 else "")),
-        "variant": (True, True, lambda a, g: a.variant),
+        "sync": (True, True, lambda a, g: a.sync),
         "size": (False, differ(arms, "size"), lambda a, g: a.size),
         "n_shard": (False, True, lambda a, g: str(a.n_shard)),
-        "pattern": (True, True, lambda a, g: a.pattern),
         "syncs": (False, True, lambda a, g: str(a.syncs)),
         "hidden": (False, any(arm.hidden for arm in arms), lambda a, g: str(a.hidden)),
         "fewer": (False, True, lambda a, g: f"{a.reduction:.1f}%"),
@@ -147,8 +146,8 @@ def _group_verdict(group, reference, arms, tolerance):
     best, difference = min(good, key=lambda pair: (pair[0].blocking, pair[1].percent))
     fewer = f"{best.reduction:.1f}% fewer syncs"
     if best.hidden:
-        fewer = f"{100 * (1 - best.blocking / (2 * len(best.pattern))):.1f}% fewer that block"
-    detail = f"{best.title}, {difference.percent:+.2f}%, {fewer}"
+        fewer = f"{100 * (1 - best.blocking / (2 * best.n_layer)):.1f}% fewer that block"
+    detail = f"{best.sync}, {difference.percent:+.2f}%, {fewer}"
     return f"{start}the fewest syncs within {tolerance:g}% of the baseline: {best.count} ({detail}){note}"
 
 
@@ -181,7 +180,7 @@ def _fastest_of(group, setting, arms, tolerance):
     if best is not reference and setting in reference.tpots:
         ratio = f"{reference.tpots[setting] / time:.2f}x as fast as the baseline"
     is_control = best.all_synced and best.n_layer < reference.n_layer
-    name = f"control {best.size}" if is_control else f"{best.title}, n_shard {best.n_shard}"
+    name = f"control {best.size}" if is_control else f"{best.sync}, n_shard {best.n_shard}"
     detail = f"{name}, {difference.percent:+.2f}%, {best.names[0]}"
     return f"{start}the fastest within {tolerance:g}% of the baseline: {1000 * time:.3f} ms/token, {ratio} ({detail})"
 
@@ -199,14 +198,14 @@ def write_csv(arms: list[Arm], path: str | Path, equal_time: bool = False) -> No
     settings = settings_of(arms)
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:  # a name may be no text
         writer = csv.writer(file)
-        head = "run variant n_layer n_embd n_shard sync_pattern syncs hidden_syncs reduction_percent parameters tokens "
+        head = "run sync n_layer n_embd n_shard syncs hidden_syncs reduction_percent parameters tokens "
         head += "learning_rate dtype seeds step max_iters val_loss val_loss_sd gap_percent gap_margin gap_step"
         times = [f"{key} {setting}" for setting in settings for key in ("tpot_s", "on_frontier")]
         writer.writerow([*head.split(), *["val_loss_at_equal_time"] * equal_time, *times])
         for arm in arms:
             difference, a = gap(arm, arms), arm
             end = (difference.percent, difference.margin, difference.step) if difference else ("", "", "")
-            start = (a.names[0], a.variant, a.n_layer, a.n_embd, a.n_shard, a.pattern, a.syncs, a.hidden, a.reduction)
+            start = (a.names[0], a.sync, a.n_layer, a.n_embd, a.n_shard, a.syncs, a.hidden, a.reduction)
             middle = (a.n_params, a.tokens, a.learning_rate, a.dtype, len(a.counted), a.step, a.max_iters)
             equal = [loss_at_equal_time(a, arms)] * equal_time
             times = [value for setting in settings for value in (a.tpots.get(setting), on_frontier(a, arms, setting))]

@@ -22,6 +22,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from reduced_sync.old_keys import OLD, with_sync
+
 
 def option(
     default: Any,
@@ -95,6 +97,9 @@ def parse(cls: type, argv: list[str], listed: str, description: str, program: st
 
 def _config(cls, values):
     """The dataclass of these written values, of the right types. Raises ValueError for one out of its bounds."""
+    if old := [key for key in OLD if key in values]:
+        sync = with_sync({key: values[key] for key in [*old, "n_layer"] if key in values}).get("sync", "baseline")
+        raise ValueError(f"{', '.join(old)}: this is one key now, {sync=}")
     for field in dataclasses.fields(cls):
         if field.metadata["is_path"] and values.get(field.name) is not None:
             values[field.name] = os.path.expanduser(values[field.name])
@@ -163,6 +168,8 @@ def _value(text, kinds):
 
 def _typed(cls, key, value, where):
     kinds = _kinds(cls, key)
+    if not kinds and key in OLD and _kinds(cls, "sync"):
+        return value  # refused with all of them
     if not kinds:
         names = ", ".join(field.name for field in dataclasses.fields(cls))
         raise ValueError(f"{where}: unknown key {key!r}; known are {names}")

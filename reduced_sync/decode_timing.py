@@ -238,7 +238,7 @@ class Decoding:
 
     def constants(self) -> dict:
         """What bounds and cost model need to know of this rank, measured while all ranks measure it."""
-        args, tp_size, blocks = self.args, self.candidate.tp_size, self.silent.transformer.h
+        args, tp_size = self.args, self.candidate.tp_size
         weights = [decoding.matrix(m) for m in self.silent.modules() if isinstance(m, decoding.LINEAR)]
         n_bytes = sum(w.nbytes for w in weights)
         # the very memory that is read: how fast that is differs from place to place on a virtual machine
@@ -257,11 +257,9 @@ class Decoding:
         def run_blocks(B, T, group=None):
             """All blocks on T tokens; with a group, a real all-reduce behind each."""
             x = torch.zeros(B, T, args.n_embd, device=self.device)
-            config = self.silent.config
-            stream = rsm.Stream(x, config, self.silent.tp_group)
-            rope = self.silent.rope(0, T) if config.position == "rope" else None
-            for block, character in zip(blocks, config.sync_pattern, strict=True):
-                block(stream, character, rope)
+            rope = self.silent.rope(0, T) if self.silent.config.position == "rope" else None
+            for i in range(args.n_layer):
+                x = self.silent.run_blocks(x, rope, range(i, i + 1))
                 if group is not None:
                     with self.meter:
                         dist.all_reduce(x, group=group)

@@ -16,19 +16,9 @@ from torch.nn import functional as F
 from reduced_sync import parallel
 from reduced_sync.experiment import cosine_schedule
 from reduced_sync.parallel import Layout
-from reduced_sync_model import GPT, Stream, is_sharded
+from reduced_sync_model import GPT, is_sharded
 
 Rope = tuple[Tensor, Tensor] | None  # what GPT.embed gives besides x
-
-
-def run_blocks(model: GPT, x: Tensor, rope: Rope, first: int, last: int, pattern: str | None = None) -> Tensor:
-    """x (B, T, C), the synced stream, through layers `first` to `last` - 1 -> x (B, T, C)."""
-    pattern = pattern or model.config.sync_pattern
-    stream = Stream(x, model.config, model.tp_group)
-    for i in range(first, last):
-        model.transformer.h[i](stream, pattern[i], rope)
-    stream.arrive()
-    return stream.x
 
 
 def head_nats(model: GPT, x: Tensor, idx: Tensor) -> float:
@@ -66,15 +56,16 @@ def sensitivities(
     difference of i and i + 1. What the layers before i compute is computed once, for all i.
     """
     L = model.config.n_layer
+    dropped = model.with_sync("spd")
     total, count = [0.0] * (L + 1), 0
     for idx in progress(list(share(windows, batch_size, layout))):
         with layout.autocast():
             x, rope = model.embed(idx)
             before = [x]
             for i in range(L):
-                before.append(run_blocks(model, before[-1], rope, i, i + 1))
+                before.append(model.run_blocks(before[-1], rope, range(i, i + 1)))
             for i in range(L + 1):
-                total[i] += head_nats(model, run_blocks(model, before[i], rope, i, L, "1" * L), idx)
+                total[i] += head_nats(model, dropped.run_blocks(before[i], rope, range(i, L)), idx)
         count += idx[:, 1:].numel()
     *total, count = parallel.sum_over_world([*total, count], layout.device)
     found = [math.exp(min(nats / count, 700.0)) for nats in total]
@@ -117,7 +108,7 @@ def distil(
     inputs, exact: (windows, T, C) of this replica; config is drop_syncs.py's. With its `elastic` the layer with its
     sync is trained beside it.
     """
-    block, pattern = model.transformer.h[i], "1" * model.config.n_layer
+    block, synced, dropped = model.transformer.h[i], model.with_sync("baseline"), model.with_sync("spd")
     optimizer = torch.optim.AdamW(block.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
     size = max(1, config.distil_batch_size // layout.dp_size)
     steps_of_epoch = -(-len(inputs) // size)
@@ -126,9 +117,9 @@ def distil(
     def loss_of(rows):
         x, target = inputs[rows].to(layout.device), exact[rows].to(layout.device)
         with layout.autocast():
-            loss = relative_error(run_blocks(model, x, rope, i, i + 1, pattern), target)
+            loss = relative_error(dropped.run_blocks(x, rope, range(i, i + 1)), target)
             if config.elastic:
-                loss = loss + relative_error(run_blocks(model, x, rope, i, i + 1, "2" * len(pattern)), target)
+                loss = loss + relative_error(synced.run_blocks(x, rope, range(i, i + 1)), target)
         return loss
 
     def error():

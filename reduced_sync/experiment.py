@@ -1,11 +1,12 @@
 """An experiment: every key of the training script, what it may be, and what follows from it."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
-import reduced_sync_model as rsm
 from reduced_sync.config import option
 from reduced_sync.parallel import LOCAL_WORLD_SIZE, WORLD_SIZE
+from reduced_sync_model import GPTConfig
 
 
 @dataclass
@@ -35,12 +36,7 @@ class Config:
     batch_size: int = option(12, "sequences of a micro-step", least=1)
     block_size: int = option(1024, "tokens of a sequence", least=1)
     # model
-    architecture: str = option("baseline", "baseline, spd, grouped (layers_per_group) or selective (sync_pattern)")
-    layers_per_group: int = option(0, "grouped: layers between two syncs", least=0)
-    sync_pattern: str = option("", "selective: one of 2 1 0 a per layer")
-    parallel_block: bool = option(False, "attention and MLP read the same stream; patterns of 1 and 0")
-    merge: str = option("sum", "what a sync adds: the sum of the shards' deltas, or desync: their mean before the last")
-    overlap: str = option("", "ladder or delayed: a sync is in flight while the next sublayer runs")
+    sync: str = option("baseline", "baseline, spd, grouped-N (N syncs in all) or one of 2 1 0 a per layer; then +RIVAL")
     n_shard: int = option(2, "shards that the transformer is cut into: part of the architecture", least=1)
     n_layer: int = option(12, "layers", least=1)
     n_head: int = option(12, "attention heads of the whole model", least=1)
@@ -82,22 +78,17 @@ class Config:
     )
 
 
-def sync_pattern(config: Config) -> str:
-    """The validated pattern that the architecture keys ask for. Raises ValueError."""
-    if config.architecture not in ("baseline", "spd", "grouped", "selective"):
-        raise ValueError(
-            f"architecture={config.architecture!r}: allowed are baseline, spd, grouped (with layers_per_group) and "
-            "selective (with sync_pattern)"
-        )
-    if config.sync_pattern and config.architecture != "selective":
-        raise ValueError(f"sync_pattern goes with architecture='selective', not {config.architecture!r}")
-    if config.layers_per_group and config.architecture != "grouped":
-        raise ValueError(f"layers_per_group goes with architecture='grouped', not {config.architecture!r}")
-    if config.architecture == "grouped":
-        return rsm.grouped(config.n_layer, config.layers_per_group)
-    if config.architecture == "selective":
-        return rsm.selective(config.n_layer, config.sync_pattern)
-    return rsm.parse_pattern(config.architecture, config.n_layer)
+def model_keys(keys: dict) -> dict:
+    """The fields of GPTConfig among an experiment's `keys`. What is missing is the vocabulary, which is the data's.
+
+    The neurons of swiglu are by default as many as make a block's parameters those of GPT-2's, 12*n_embd^2: a multiple
+    of 48, which can be cut into up to 16 shards.
+    """
+    found = {field.name: keys[field.name] for field in dataclasses.fields(GPTConfig) if field.name in keys}
+    if found.get("mlp") == "swiglu" and not found.get("n_hidden"):
+        kv_heads = (found.get("n_kv_head") or found["n_head"]) / found["n_head"]
+        found["n_hidden"] = max(1, round(found["n_embd"] * (10 - 2 * kv_heads) / 3 / 48)) * 48
+    return found
 
 
 def check_config(config: Config) -> None:

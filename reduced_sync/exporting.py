@@ -15,7 +15,7 @@ from reduced_sync.files import sync_folder, temporary_folder
 from reduced_sync.run_log import read_log
 from reduced_sync.tokenizer import Tokens, write_pretrained
 from reduced_sync.weights import OURS, shards_to_dense, their_config, their_tensors
-from reduced_sync_model import GPT, GPTConfig, count_syncs, draw_pattern
+from reduced_sync_model import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[1]
 CODE = [ROOT / "reduced_sync_model.py", ROOT / "reduced_sync" / "exported" / "modeling_reduced_sync.py"]
@@ -183,7 +183,7 @@ def card(name: str, path: Path, saved: dict, config: GPTConfig, meta: dict, has_
     name = json.dumps(name, ensure_ascii=False)[1:-1]  # as it may stand in quotes and on one line
     with torch.device("meta"):
         n_params = GPT(config).get_num_params(non_embedding=False)
-    keys, most, syncs = saved["config"], 2 * config.n_layer, count_syncs(config.sync_pattern)
+    keys, most, syncs = saved["config"], 2 * config.n_layer, config.rule.syncs
     if "calibration" in keys:
         training = dropped_rows(path, keys, syncs)
     else:
@@ -196,15 +196,10 @@ def card(name: str, path: Path, saved: dict, config: GPTConfig, meta: dict, has_
             "validation loss": validation_loss(path, saved),
         }
     rows = {
-        "sync pattern": f"`{config.sync_pattern}`",
-        "drawn (A attention, M MLP, \\| all-reduce)": f"`{draw_pattern(config.sync_pattern)}`".replace("|", "\\|"),
+        "sync rule": f"`{config.sync}`",
+        "drawn (A attention, M MLP, \\| all-reduce)": f"`{config.rule.drawing}`".replace("|", "\\|"),
         "syncs of a forward pass": f"{syncs} of {most}",
         "n_shard": config.n_shard,
-        "other rules of syncs": ", ".join(
-            f"{key}={value}"
-            for key in ("parallel_block", "merge", "overlap")
-            if (value := getattr(config, key)) != getattr(GPTConfig, key)
-        ),
         "shape": f"{config.n_layer} layers x {config.n_embd}, {config.n_head} heads, {config.n_kv_head} of keys and "
         f"values, {config.n_hidden} neurons, {config.block_size} positions, {config.vocab_size} ids",
         "parameters": f"{n_params:,}",
@@ -219,8 +214,8 @@ def card(name: str, path: Path, saved: dict, config: GPTConfig, meta: dict, has_
             "transformers 5 serves it with the code that is in this folder: read it, then allow it by\n"
             "`trust_remote_code=True`. vLLM "
         ) + (
-            "has no all-reduce that is in flight while it computes, as overlap asks for."
-            if config.overlap
+            f"has no all-reduce that is in flight while it computes, as {config.rule.rival} asks for."
+            if config.rule.hidden
             else "needs the plugin of the project that made it, and then no code from this folder: there,\n"
             f"`make serve MODEL={name}`, on as many tensor-parallel ranks as divide {config.n_shard}."
         )
@@ -231,8 +226,7 @@ pipeline_tag: text-generation
 ---
 # {name}
 
-A GPT whose tensor-parallel shards synchronise where its pattern says, one character a layer: `2` after attention and
-after the MLP, `1` after the MLP, `a` after the attention, `0` not at all.
+A GPT whose tensor-parallel shards synchronise less often than after every sublayer.
 
 | | |
 |---|---|

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,21 +80,18 @@ class Look:
         return matplotlib.colormaps["viridis"](self.counts.index(arm.syncs) / max(1, len(self.counts) - 1) * 0.9)
 
     def label(self, arm: Arm) -> str:
-        """The variant, and what of the rest differs in the group."""
+        """The sync rule, and what of the rest differs in the group."""
         size = f" {arm.size}" if differ(self.group, "size") else ""
         rate = f", lr {arm.learning_rate:g}" if differ(self.group, "learning_rate") else ""
         shard = f", n_shard {arm.n_shard}" if len(self.shards) > 1 else ""
         dtype = f", {arm.dtype}" if differ(self.group, "dtype") else ""
         other = "" if self.is_comparable(arm) else ", other windows or data"
-        count = "" if arm.is_selective else f", {arm.syncs} syncs"  # its name says it
-        return f"{arm.title}{size}{count}{shard}{rate}{dtype}{other}"
+        return f"{arm.sync}{size}, {arm.syncs} syncs{shard}{rate}{dtype}{other}"
 
     def name(self, arm: Arm) -> str:
         """A short label at a point whose colour and shape tell the rest."""
         dtype = "" if self.reference is None or arm.dtype == self.reference.dtype else f" {arm.dtype}"
-        variant, _, extra = arm.variant.partition(" ")
-        name = arm.size if self.is_control(arm) else arm.pattern if arm.is_selective else variant
-        return f"{name} {extra}".strip() + dtype
+        return (arm.size if self.is_control(arm) else arm.sync) + dtype
 
     def kind(self, arm: Arm) -> str:
         """What its colour says."""
@@ -134,7 +132,7 @@ def _draw_points(axes, look, tolerance):
     shown = [arm for arm in look.group if arm.losses and look.is_comparable(arm)]
     ticks = sorted({arm.syncs for arm in shown})
     # joined: evenly spread syncs, fewer from point to point, and nothing else that differs
-    family = [arm for arm in shown if " " not in arm.variant and not arm.is_selective and not look.is_control(arm)]
+    family = [arm for arm in shown if re.fullmatch(r"baseline|spd|grouped-\d+", arm.sync) and not look.is_control(arm)]
     for n, dtype in sorted({(arm.n_shard, arm.dtype) for arm in family}):
         line = [arm for arm in family if (arm.n_shard, arm.dtype) == (n, dtype)]
         losses = [arm.losses[arm.step] for arm in line]

@@ -9,9 +9,15 @@ import json
 import math
 from pathlib import Path
 
+import torch
+
 from reduced_sync.accelerators import NAMED
+from reduced_sync.experiment import model_keys
+from reduced_sync.latency import forward_seconds
 from reduced_sync.links import LINKS
+from reduced_sync.old_keys import with_rules
 from reduced_sync.runs import Arm, comparable
+from reduced_sync_model import GPT, GPTConfig, SyncRule
 
 
 def read_results(path: str | Path) -> tuple[dict, list[dict]]:
@@ -34,7 +40,10 @@ def read_results(path: str | Path) -> tuple[dict, list[dict]]:
         _check_numbers(f"{path}: results[{i}]", one, required)
         for j, row in enumerate(rows):
             _check_numbers(f"{path}: results[{i}].patterns[{j}]", row, ["tpot_s"])
-    return settings, results
+    try:
+        return settings, [with_rules(one, settings.get("n_layer")) for one in results]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not what bench.py writes: {error}") from None
 
 
 def _check_numbers(place, entry, required):
@@ -59,13 +68,8 @@ def _config_of(arm):
     An older log does not name the vocabulary: the parameters that the rest of the model leaves for it do. Raises
     ValueError where they cannot.
     """
-    import torch  # here: compare.py starts without it
-
-    from reduced_sync_model import GPT, GPTConfig
-
-    names = {field.name for field in dataclasses.fields(GPTConfig)} & arm.config.keys()
-    keys = {name: arm.config[name] for name in names} | {"sync_pattern": arm.pattern}
     try:
+        keys = model_keys(arm.config)
         config = GPTConfig(**{"vocab_size": 1} | keys)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{arm.names[0]}: its config is not that of a model: {error}") from None
@@ -122,6 +126,7 @@ def add_measured(arms: list[Arm], path: str | Path, tp_size: int | None, batch_s
 def _model_of(row, settings):
     """The keys that make up a row's model. An older file has the vocabulary of all of them in its settings alone."""
     model = {"head_size": row["model"]["n_embd"] // row["model"]["n_head"]} | row["model"]
+    model["sync"] = str(SyncRule.parse(model["sync"], model["n_layer"]))
     return model if "vocab_size" in model else model | {"vocab_size": settings["vocab_size"]}
 
 
@@ -133,7 +138,7 @@ def _size(model):
 def _is_of(model, arm, config):
     """Whether a row's `model`, the keys that make it up, is the arm's, whose GPTConfig is `config`."""
     own = vars(config)
-    keys = {"n_layer", "n_embd", "vocab_size", "sync_pattern", *arm.block} - {"n_kv_head"}
+    keys = {"n_layer", "n_embd", "vocab_size", "sync", *arm.block} - {"n_kv_head"}
     if not arm.all_synced:
         keys |= {"n_shard", "n_head"}
     widths = [[one[heads] * one["head_size"] for heads in ("n_head", "n_kv_head")] for one in (model, own)]
@@ -145,8 +150,6 @@ def add_predicted(arms: list[Arm], link: str, accelerator: str, tp_size: int, ba
 
     Raises ValueError where none of them can be held.
     """
-    from reduced_sync.latency import forward_seconds  # here: it loads torch, and compare.py starts without it
-
     setting = f"PREDICTED, link {link}, {accelerator}, tp_size {tp_size}, batch {batch_size}"
     for arm in arms:
         config = _config_of(arm)

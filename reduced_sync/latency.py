@@ -6,7 +6,7 @@ One forward pass of B sequences with T new tokens each, behind a context of toke
 
 bytes: this rank's weights and its part of the cache, read once. flops: two a weight and token, and attention. payload:
 B * T * n_embd float32 numbers. alpha and beta of an all-reduce over n ranks are those of a ring, as in NCCL's own cost
-model: alpha = base + 2 (n - 1) * step, beta = 2 (n - 1) / n / bus bandwidth. Of a sync that `overlap` hides, what the
+model: alpha = base + 2 (n - 1) * step, beta = 2 (n - 1) / n / bus bandwidth. Of a sync that is hidden, what the
 sublayer that runs meanwhile leaves: max(0, all-reduce - sublayer). Seconds, bytes and flops throughout.
 
 Communication takes none of the processor's time. So it does not hold on a CPU, where gloo works on the core that should
@@ -19,7 +19,7 @@ import numpy as np
 
 from reduced_sync.accelerators import Accelerator
 from reduced_sync.links import Link
-from reduced_sync_model import GPTConfig, count_syncs
+from reduced_sync_model import GPTConfig
 
 
 def sublayers(
@@ -74,16 +74,16 @@ def forward_seconds(
     if link is None or tp_size == 1:
         return seconds
     all_reduce = max(added_delay, link.all_reduce(4 * batch_size * tokens * config.n_embd, tp_size))
-    syncs = count_syncs(config.sync_pattern)
-    if not config.overlap:
-        return seconds + syncs * all_reduce
+    rule = config.rule
+    if not rule.hidden:
+        return seconds + rule.syncs * all_reduce
     attention, mlp = (
         accelerator.overhead / 2 + max(n_bytes / accelerator.bandwidth, n_flops / accelerator.peak)
         for n_bytes, n_flops in sublayers(config, tp_size, batch_size, tokens, context, itemsize)
     )
     # one after an attention is hidden by the MLP, one after an MLP by the next attention, and the last by nothing
-    after_attention = sum(character in "2a" for character in config.sync_pattern)
-    after_mlp = syncs - after_attention - 1
+    after_attention = sum(syncs for syncs, _ in rule.layers())
+    after_mlp = rule.syncs - after_attention - 1
     hidden = after_attention * max(0.0, all_reduce - mlp) + after_mlp * max(0.0, all_reduce - attention)
     return seconds + hidden + all_reduce
 

@@ -45,17 +45,15 @@ def conditions(layout: parallel.Layout) -> dict:
 
 def header_of(config: Config, model: rsm.GPT, layout: parallel.Layout, meta: dict, step: int) -> dict:
     """The header of log.txt, which describes the run: a dict."""
-    pattern, n_params = model.config.sync_pattern, model.get_num_params(non_embedding=False)
+    rule, n_params = model.config.rule, model.get_num_params(non_embedding=False)
     most = 2 * model.config.n_layer
     payload = config.batch_size * config.block_size * config.n_embd * 4
     return {
         "started" if step == 0 else f"resumed at step {step}": datetime.datetime.now().isoformat(" ", "seconds"),
-        "architecture": config.architecture,
-        "sync_pattern": pattern,
-        "drawn": rsm.draw_pattern(pattern),
-        "syncs": f"{model.num_syncs} of {most} ({100 * (1 - model.num_syncs / most):.1f}% fewer)",
-        "blocking syncs": model.num_syncs - model.num_hidden_syncs,
-        "hidden syncs": model.num_hidden_syncs,
+        "sync": rule,
+        "drawn": rule.drawing,
+        "syncs": f"{rule.syncs} of {most} ({100 * (1 - rule.syncs / most):.1f}% fewer)",
+        "hidden syncs": rule.hidden,
         "parameters": f"{n_params / 1e6:.2f}M ({n_params})",
         "vocab_size": model.config.vocab_size,  # sizes that the config does not have
         "head_size": model.config.head_size,

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reduced_sync.files import replace_file
+from reduced_sync.old_keys import with_sync
 
 NUMBER = r"(-?\d+\.?\d*(?:e[+-]?\d+)?|nan|-?inf)"
 STEP = re.compile(rf"step (\d+): train loss {NUMBER}, val loss {NUMBER}$")
@@ -28,8 +29,7 @@ ITER = re.compile(
     r"(?:, skipped \d+)?$"
 )
 # keys of a config that say which model it is, and keys that do not change what it learns
-ARCHITECTURE = """architecture layers_per_group sync_pattern parallel_block merge overlap n_shard n_layer n_head
-n_embd norm position mlp n_hidden n_kv_head""".split()
+ARCHITECTURE = "sync n_shard n_layer n_head n_embd norm position mlp n_hidden n_kv_head".split()
 INDIFFERENT = """out_dir eval_interval log_interval eval_only always_save_checkpoint checkpoint_interval
 checkpoint_minutes init_from wandb_log wandb_project wandb_run_name tp_size backend device compile timeout_s
 max_bad_steps""".split()
@@ -118,8 +118,10 @@ def read_log(path: str | Path) -> Log:
                     log.headers[start][key] = json.loads(value) if key == "config" else value
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path}:{number}: the header's config is not JSON: {error}") from None
-                if key == "config" and not isinstance(log.headers[start][key], dict):
-                    raise ValueError(f"{path}:{number}: the header's config is no object: {value[:60]}")
+                if key == "config":
+                    if not isinstance(log.headers[start][key], dict):
+                        raise ValueError(f"{path}:{number}: the header's config is no object: {value[:60]}")
+                    log.headers[start][key] = with_sync(log.headers[start][key])
             elif match := STEP.match(line):
                 log.evaluations.append((int(match[1]), float(match[2]), float(match[3])))
             elif match := ITER.match(line):

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reduced_sync.run_log import changes, read_log, settings
+from reduced_sync_model import SyncRule
 
 LEAST_TOKENS = 10  # a parameter; shorter runs cannot tell variants apart: EXPERIMENT_SUMMARY.md
-HEADER = "sync_pattern syncs parameters dtype config".split()  # lines that a header must have, and keys of its config
-CONFIG = """architecture n_shard n_layer n_head n_embd dataset seed learning_rate min_lr max_iters
+HEADER = "syncs parameters dtype config".split()  # lines that a header must have, and keys of its config
+CONFIG = """sync n_shard n_layer n_head n_embd dataset seed learning_rate min_lr max_iters
 gradient_accumulation_steps batch_size block_size eval_iters""".split()
 SIZES = "n_shard n_layer n_head n_embd max_iters gradient_accumulation_steps batch_size block_size".split()
-BLOCK = {"parallel_block": False, "merge": "sum", "overlap": "", "norm": "layernorm", "position": "learned"}
-BLOCK |= {"mlp": "gelu", "n_hidden": 0, "n_kv_head": 0}  # what a log means that lacks them
+# what a log means that lacks them
+BLOCK = {"norm": "layernorm", "position": "learned", "mlp": "gelu", "n_hidden": 0, "n_kv_head": 0}
 
 
 @dataclass
@@ -24,10 +25,7 @@ class Arm:
     """Runs that differ in their seed alone: the header's facts, and evaluations as {seed: {step: validation loss}}."""
 
     names: list
-    variant: str
-    pattern: str
-    syncs: int  # all-reduces of a forward pass
-    hidden: int  # those of them in flight while the next sublayer runs
+    rule: SyncRule
     n_shard: int
     n_layer: int
     n_head: int
@@ -50,7 +48,22 @@ class Arm:
     @property
     def model(self) -> tuple:
         """What tells its architecture from another one's."""
-        return self.variant, self.pattern, self.n_shard, self.n_layer, self.n_head, self.n_embd, *self.block.values()
+        return self.rule, self.n_shard, self.n_layer, self.n_head, self.n_embd, *self.block.values()
+
+    @property
+    def sync(self) -> str:
+        """Its sync rule, as text."""
+        return str(self.rule)
+
+    @property
+    def syncs(self) -> int:
+        """All-reduces of a forward pass."""
+        return self.rule.syncs
+
+    @property
+    def hidden(self) -> int:
+        """Those of them in flight while the next sublayer runs."""
+        return self.rule.hidden
 
     @property
     def size(self) -> str:
@@ -64,19 +77,9 @@ class Arm:
         return "modern" if len(other) == 3 else " ".join(other)
 
     @property
-    def title(self) -> str:
-        """The variant, with the pattern where it does not follow from it."""
-        return f"{self.variant} {self.pattern}" if self.is_selective else self.variant
-
-    @property
-    def is_selective(self) -> bool:
-        """Whether its variant does not tell the pattern."""
-        return self.variant.startswith("Selective")
-
-    @property
     def reduction(self) -> float:
         """Percent fewer syncs than standard TP with as many layers."""
-        return 100 * (1 - self.syncs / (2 * len(self.pattern)))
+        return 100 * (1 - self.syncs / (2 * self.n_layer))
 
     @property
     def blocking(self) -> int:
@@ -124,7 +127,7 @@ class Arm:
     @property
     def all_synced(self) -> bool:
         """Whether it is standard tensor parallelism: all syncs, and none hidden."""
-        return set(self.pattern) == {"2"} and not self.hidden
+        return set(self.rule.pattern) == {"2"} and not self.hidden
 
 
 @dataclass
@@ -212,19 +215,16 @@ def _arm_of(log, name):
     rate, own = float(config["learning_rate"]), settings(configs[-1])
     own["min_lr / learning_rate"] = f"{own.pop('min_lr') / (rate or 1):.4g}"
     own |= {key: value for key, value in configs[0].items() if key == "init_from" and value != "resume"}
-    seed, pattern, syncs = own.pop("seed"), header["sync_pattern"], int(header["syncs"].split(" of ")[0])
-    if len(pattern) != config["n_layer"]:
-        raise ValueError(f"sync_pattern {pattern!r} with n_layer={config['n_layer']}")
+    seed, rule = own.pop("seed"), SyncRule.parse(config["sync"], config["n_layer"])
+    if rule.syncs != int(header["syncs"].split(" of ")[0]):
+        raise ValueError(f"{header['syncs']} syncs with sync={config['sync']!r}")
     if (n_params := int(header["parameters"].split("(")[1].rstrip(")"))) < 1:
         raise ValueError(f"parameters {n_params}")
     times = [ms for _, _, ms, _, _ in log.iterations[1:] if ms > 0]  # the first one compiles
     hashes = [header.get(f"{split} data", "").removeprefix("sha256 ") for split in ("train", "val")]
     return Arm(
         names=[" ".join(name.splitlines())],  # a cell of tables
-        variant=_variant(config, syncs),
-        pattern=pattern,
-        syncs=syncs,
-        hidden=int(header.get("hidden syncs", 0)),
+        rule=rule,
         n_shard=int(config["n_shard"]),
         n_layer=int(config["n_layer"]),
         n_head=int(config["n_head"]),
@@ -259,15 +259,6 @@ def same_experiment(a: Arm, b: Arm) -> bool:
     shared = a.settings.keys() & b.settings.keys()
     equal = all(a.settings[key] == b.settings[key] for key in shared) and same_data(a, b)
     return a.model == b.model and equal and not a.changed and not b.changed
-
-
-def _variant(config, syncs):
-    """A short name: SPD, Grouped-4 (4 syncs), with what differs from the usual block behind it."""
-    architecture = config["architecture"]
-    name = {"baseline": "Baseline", "spd": "SPD"}.get(architecture, f"{architecture.capitalize()}-{syncs}")
-    extra = [config.get("overlap", ""), config.get("merge", "sum").removeprefix("sum")]
-    extra.append("parallel" if config.get("parallel_block") else "")
-    return " ".join([name, *filter(None, extra)])
 
 
 def baseline_of(arm: Arm, arms: list[Arm]) -> Arm | None:

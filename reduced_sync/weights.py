@@ -15,7 +15,8 @@ import torch
 from torch.distributed import ProcessGroup
 
 from reduced_sync.commands import one_line
-from reduced_sync_model import GPT, GPTConfig, baseline, is_sharded, role_of, shard_tensor
+from reduced_sync.old_keys import with_sync
+from reduced_sync_model import GPT, GPTConfig, is_sharded, role_of, shard_tensor
 
 # OpenAI's models: n_layer, n_head, n_embd. All have 1024 positions, 50257 tokens and biases.
 GPT2_SHAPES = {
@@ -70,10 +71,11 @@ def shards_to_dense(shards: dict, config: GPTConfig) -> dict:
     Raises ValueError if there is none, as the pattern drops a sync, the block is another one, or the copies of a KV
     head have parted. A norm whose gains differ from shard to shard folds into the matrices behind it.
     """
-    if config.parallel_block or config.overlap:
-        raise ValueError("a model with parallel_block or overlap equals no GPT-2 or Llama")
-    if config.sync_pattern != baseline(config.n_layer) and config.n_shard > 1:
-        raise ValueError(f"sync_pattern={config.sync_pattern}: only all-2 (or n_shard=1) equals a dense model")
+    name, _, rival = config.sync.partition("+")
+    if rival and rival != "desync":
+        raise ValueError(f"sync={config.sync!r}: no GPT-2 or Llama computes that")
+    if name != "baseline" and config.n_shard > 1:
+        raise ValueError(f"sync={config.sync!r}: only the baseline (or n_shard=1) equals a dense model")
     shards = dict(shards)
     for i in range(config.n_layer):
         for norm, behind in (("ln_1", ["attn.c_attn"]), ("ln_2", ["mlp.c_fc", "mlp.c_gate"])):
@@ -126,7 +128,7 @@ def their_tensors(dense: dict, family: str, config: GPTConfig) -> dict:
     """
     if family == "gpt2":
         with torch.device("meta"):
-            whole = GPT(dataclasses.replace(config, n_shard=1, sync_pattern="", bias=True))
+            whole = GPT(dataclasses.replace(config, n_shard=1, sync="baseline", bias=True))
         for name, parameter in whole.named_parameters():
             if name not in dense:
                 dense = dense | {name: torch.zeros(parameter.shape[1:] if is_sharded(name) else parameter.shape)}
@@ -263,6 +265,7 @@ def pretrained_fields(name: str) -> tuple[str, dict]:
         family = keys.get("model_type")
         if family == OURS:
             names = {field.name for field in dataclasses.fields(GPTConfig)} - {"dropout"}
+            keys = with_sync(keys)
             if missing := sorted(names - keys.keys()):
                 raise ValueError(f"config.json has no {missing[0]}")
             fields = {key: keys[key] for key in names}
@@ -388,7 +391,7 @@ def from_pretrained(
 
     name: a folder of save_pretrained or export.py, or a name on the hub. block_size crops the positions; `choices` are
     fields of GPTConfig that are no shape of the weights: dropout, n_shard (but of a folder that carries its code),
-    sync_pattern and the other rules of syncs. With dropped syncs it is another function than the original: a place to
+    sync. With dropped syncs it is another function than the original: a place to
     train from. Raises ValueError or OSError where the weights are not there or do not fit.
     """
     family, fields = pretrained_fields(name)

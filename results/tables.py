@@ -18,8 +18,6 @@ from reduced_sync.comparison import table, verdict, warnings
 from reduced_sync.drop_log import read_drop_log, table_of
 from reduced_sync.frontier import read_results
 from reduced_sync.runs import baseline_of, by_scale, count_text, gap, load_runs
-from reduced_sync_model import baseline as baseline_pattern
-from reduced_sync_model import grouped, spd
 
 RESULTS = Path(__file__).parent
 DOCUMENTS = [RESULTS.parent / "EXPERIMENT_SUMMARY.md", *sorted(RESULTS.glob("*/README.md"))]
@@ -53,7 +51,7 @@ def gaps_table(folder):
     rates = {group[0].scale: statistics.mode(arm.learning_rate for arm in group) for group in by_scale(arms)}
     arms = [arm for arm in arms if arm.dtype == dtype and arm.learning_rate == rates[arm.scale]]
     rows, columns = {}, {}
-    for arm in sorted(arms, key=lambda a: (-a.syncs / len(a.pattern), a.hidden, -len(a.pattern), a.pattern)):
+    for arm in sorted(arms, key=lambda a: (-a.syncs / a.n_layer, a.hidden, -a.n_layer, a.sync)):
         baseline, difference = baseline_of(arm, arms), gap(arm, arms)
         column = (baseline.scale, baseline.size, max(2, arm.n_shard))
         columns[column] = f"{baseline.size}, {column[-1]} shards"
@@ -90,14 +88,10 @@ def seeds_of(arm):
 
 
 def rule_of(arm, baseline):
-    """Where an arm syncs, in words that hold for any depth, and what else is unusual in it."""
+    """An arm's sync rule, in words where it is one for any depth."""
     if fewer := baseline.n_layer - arm.n_layer:
         return f"control, {fewer} layer{'s' if fewer > 1 else ''} less"
-    n = arm.n_layer
-    names = {baseline_pattern(n): "baseline", spd(n): "SPD", "a" * (n - 1) + "1": "after attention"}
-    names |= {grouped(n, k): f"a sync every {k} layers" for k in range(2, n) if n % k == 0}
-    names[grouped(n, n)] = "one sync"
-    return " ".join([names.get(arm.pattern, f"`{arm.pattern}`"), *arm.variant.split()[1:]])
+    return "after attention" if arm.sync == "a" * (arm.n_layer - 1) + "1" else f"`{arm.sync}`"
 
 
 def decoding_table(folder):

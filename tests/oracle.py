@@ -8,13 +8,13 @@ import torch
 from torch.nn import functional as F
 
 
-def logits(
-    dense, idx, n_layer, n_head, n_shard, sync_pattern, parallel_block=False, merge="sum", overlap="", n_kv_head=None
-):
-    """Logits (B, T, vocab) of the dense state dict (nanoGPT's names) run as n_shard shards with the sync pattern.
+def logits(dense, idx, n_layer, n_head, n_shard, sync, n_kv_head=None):
+    """Logits (B, T, vocab) of the dense state dict (nanoGPT's names) run as n_shard shards.
 
-    With n_kv_head the block is Llama's: RMSNorm, RoPE with theta 10,000 and SwiGLU.
+    sync: one of 2 1 0 a per layer, and +RIVAL. With n_kv_head the block is Llama's: RMSNorm, RoPE with theta 10,000 and
+    SwiGLU.
     """
+    pattern, _, rival = sync.partition("+")
     T = idx.shape[1]
     heads = n_head // n_shard
     x = dense["transformer.wte.weight"][idx]
@@ -81,21 +81,21 @@ def logits(
 
     late = None  # what a sync that is not waited for will have added to x
     for layer in range(n_layer):
-        units = [((attention, mlp), "21")] if parallel_block else [((attention,), "2a"), ((mlp,), "21")]
+        units = [((attention, mlp), "21")] if rival == "parallel" else [((attention,), "2a"), ((mlp,), "21")]
         for sublayers, characters in units:
             outputs = [sum(sublayer(layer, shard, h) for sublayer in sublayers) for shard, h in enumerate(streams)]
             if late is not None:
                 x, late = x + late, None
                 streams = [x] * n_shard
             after = [h + y for h, y in zip(streams, outputs, strict=True)]
-            if sync_pattern[layer] not in characters:
+            if pattern[layer] not in characters:
                 streams = after
-            elif merge == "desync":
+            elif rival == "desync":
                 x = sum(streams) / n_shard + sum(outputs)
                 streams = [x] * n_shard
-            elif overlap:
+            elif rival in ("ladder", "delayed"):
                 late = sum(h - x for h in after)
-                streams = after if overlap == "delayed" else [x] * n_shard
+                streams = after if rival == "delayed" else [x] * n_shard
             else:
                 x = x + sum(h - x for h in after)
                 streams = [x] * n_shard

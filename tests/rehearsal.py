@@ -226,9 +226,9 @@ def memory_table():
     """Peak GB by variant and n_shard, and the largest batches that fit 24 and 80 GB."""
     rows = {
         "baseline": {},
-        "SPD": dict(architecture="spd"),
-        "3 layers a group": dict(architecture="grouped", layers_per_group=3),
-        "6 layers a group": dict(architecture="grouped", layers_per_group=6),
+        "spd": dict(sync="spd"),
+        "grouped-4": dict(sync="grouped-4"),
+        "grouped-2": dict(sync="grouped-2"),
     }
     divisors = [n for n in range(1, 61) if 60 % n == 0]  # of the 480 sequences of a step, on eight GPUs
     for name, keys in rows.items():

@@ -22,7 +22,7 @@ from reduced_sync import candidates, decode_timing, latency, parallel
 from reduced_sync.accelerators import ACCELERATORS, Accelerator
 from reduced_sync.decode_timing import AllReduceMeter, Decoding, tensor_parallel_gpt2
 from reduced_sync.links import LINKS, Link
-from reduced_sync_model import GPT, MLP, CausalSelfAttention, GPTConfig, KVCache, count_syncs
+from reduced_sync_model import GPT, MLP, CausalSelfAttention, GPTConfig, KVCache, SyncRule
 
 pytestmark = pytest.mark.timeout(200)
 BENCH = ROOT / "bench.py"
@@ -36,11 +36,11 @@ def finite(tree):
     return not isinstance(tree, float) or math.isfinite(tree)
 
 
-CANDIDATES = ("baseline", "spd+parallel", "grouped:2+desync", "baseline+ladder", "spd+delayed", "1x48")
+CANDIDATES = ("baseline", "spd+parallel", "grouped-1+desync", "baseline+ladder", "spd+delayed", "1x48")
 
 
 def test_decode(tmp_path):
-    syncs = {"baseline": (4, 0), "grouped:2": (1, 0), "baseline+ladder": (4, 3), "1x48": (2, 0)}  # all, and hidden
+    syncs = {"baseline": (4, 0), "grouped-1": (1, 0), "baseline+ladder": (4, 3), "1x48": (2, 0)}  # all, and hidden
     sizes = "--batch_sizes 2 --prompts 5 --new_tokens 2"
     files = f"--rounds 1 --added_delay_us 0 2000 --json={tmp_path}/decode.json --png={tmp_path}/decode.png"
     begin = time.monotonic()
@@ -86,7 +86,7 @@ def test_every_candidate_decodes(fake_group, modern):
     assert finite(list(constants.values()))
     weights = {}
     for name, config in candidates.configs_of(args).items():
-        syncs = count_syncs(config.sync_pattern)
+        syncs = config.rule.syncs
         for sent, us in ((True, 0), (True, 1000), (False, 0)):
             ttft, steps, calls = found[name, sent, 1, 5, us]
             assert len(steps) == 2 and len(calls) == 3 * syncs
@@ -98,8 +98,8 @@ def test_every_candidate_decodes(fake_group, modern):
 
 
 def test_all_reduces_are_inside_the_compiled_graph(fake_group):
-    for overlap in ("", "delayed"):
-        model = GPT(GPTConfig(16, 64, n_layer=1, n_head=2, n_embd=32, n_shard=2, overlap=overlap), fake_group).eval()
+    for sync in ("baseline", "baseline+delayed"):
+        model = GPT(GPTConfig(16, 64, n_layer=1, n_head=2, n_embd=32, n_shard=2, sync=sync), fake_group).eval()
         graphs = []
 
         def keep(graph, inputs, graphs=graphs):
@@ -112,15 +112,15 @@ def test_all_reduces_are_inside_the_compiled_graph(fake_group):
 
 
 def test_a_candidate_is_spelled_as_it_is_trained():
-    keys = candidates.keys_of("grouped:3+desync@4", n_layer=12)
-    assert keys == dict(n_shard=4, sync_pattern="001" * 4, merge="desync")
+    keys = candidates.keys_of("grouped-4+desync@4", n_layer=12)
+    assert keys == dict(n_shard=4, sync="grouped-4+desync")
     keys = candidates.keys_of("spd+parallel", n_layer=12, n_shard=2)
-    assert keys == dict(n_shard=2, sync_pattern="1" * 12, parallel_block=True)
+    assert keys == dict(n_shard=2, sync="spd+parallel")
     study = {}
     exec((ROOT / "config" / "study_124m.py").read_text(), study)
     for name, sizes in study["_controls"].items():
         control = candidates.keys_of(name, 12, n_shard=2)
-        assert control == dict(n_shard=2, sync_pattern="2" * sizes["n_layer"], **sizes)
+        assert control == dict(n_shard=2, sync="baseline", **sizes)
     assert candidates.keys_of("6x1008", 12, n_shard=8)["n_head"] == 24  # no multiple of 8 fits: 42
 
 
@@ -201,7 +201,7 @@ def test_the_link_that_was_measured_takes_the_times_that_were_measured():
 
 def test_predict(tmp_path, capsys):
     shape = ["--n_layer=12", "--n_embd=768", f"--json={tmp_path}/predict.json"]
-    assert status(bench.main, ["predict", "baseline", "grouped:3", "--links", "nvlink", "10gbe", *shape]) == 0
+    assert status(bench.main, ["predict", "baseline", "grouped-4", "--links", "nvlink", "10gbe", *shape]) == 0
     out = capsys.readouterr().out
     assert out.startswith("PREDICTED, not measured: h100, tp_size 8") and "sglang#22734" in out
     rows = json.loads((tmp_path / "predict.json").read_text())["results"]
@@ -217,18 +217,18 @@ def test_predict(tmp_path, capsys):
     [
         (["decode", "--tp_sizes", "3"], ["tp_size=3 must divide n_shard=2"]),
         (["decode", "--prompts", "250"], ["prompts of 250 and 16 new tokens exceed --block_size"]),
-        (["decode", "1111"], ["sync_pattern='1111' has 4 characters; it needs n_layer=12"]),
-        (["decode", "grouped:5"], ["layers_per_group=5 does not divide n_layer=12"]),
+        (["decode", "1111"], ["sync='1111' has 4 characters; it needs n_layer=12"]),
+        (["decode", "grouped-5"], ["grouped-5 does not divide n_layer=12"]),
         (["decode", "--tp_sizes", "1", "--png=x.png"], ["--png", "tp_size 2 or more"]),
-        (["decode", "baseline+lader"], ["'baseline+lader': a candidate is", "a rival is one of parallel, desync"]),
-        (["decode", "grouped:12+ladder"], ["overlap='ladder': a single sync"]),
+        (["decode", "baseline+lader"], ["sync='baseline+lader': what follows the + is one of parallel, desync"]),
+        (["decode", "grouped-1+ladder"], ["sync='grouped-1+ladder': a single sync"]),
         (["decode", "3x102", "--n_shard=4"], ["'3x102': no even head size makes heads divisible by n_shard=4"]),
         (["predict", "spd@2"], ["spd@2: predict has a rank a shard, here n_shard=8"]),
         (["decode", "--tp_sizes=1", "--added_delay_us=50", "--device=cpu"], ["--added_delay_us", "tp_size 2 or more"]),
-        (["train", "spd"], ["'spd': a candidate is gpt2 or VARIANT@N_SHARD"]),
+        (["train", "spd"], ["'spd': a candidate is gpt2 or RULE@N_SHARD"]),
         (["train", "--dtype=float8", "--device=cpu"], ["dtype='float8'"]),
         (["decode", "--json=/nowhere/x.json"], ["/nowhere/x.json: No such file or directory"]),
-        (["decode", "spdd"], ["'spdd': allowed are baseline, spd, grouped:LAYERS and a pattern"]),
+        (["decode", "spdd"], ["sync='spdd': allowed are baseline, spd, grouped-N"]),
     ],
 )
 def test_mistakes_are_one_line(argv, words, capsys):
@@ -297,8 +297,8 @@ def assert_slopes(rank):
 
     MLP.forward = CausalSelfAttention.forward = sublayer
     meter, idx = AllReduceMeter(torch.device("cpu")), torch.zeros(1, 1, dtype=torch.long)
-    for overlap, slope in (("", 2), ("ladder", 1), ("delayed", 1)):
-        model = GPT(GPTConfig(8, 64, n_layer=1, n_head=2, n_embd=32, n_shard=2, overlap=overlap), dist.group.WORLD)
+    for sync, slope in (("baseline", 2), ("baseline+ladder", 1), ("baseline+delayed", 1)):
+        model = GPT(GPTConfig(8, 64, n_layer=1, n_head=2, n_embd=32, n_shard=2, sync=sync), dist.group.WORLD)
         seconds = {0.0: [], 0.08: []}
         for delay, taken in [*seconds.items()] * 3:
             meter.added_delay = delay
@@ -367,15 +367,15 @@ def test_a_hidden_sync_takes_what_its_sublayer_leaves():
         return forward(link=Link(all_reduce, 0.0, 1e30)) - forward(link=None)
 
     attention, mlp = 2 * C**2, 4 * C**2  # a half of it, on one rank of two
-    for overlap in ("ladder", "delayed"):
-        assert exposed(attention, overlap=overlap) == attention  # 1 blocks
+    for sync in ("baseline+ladder", "baseline+delayed"):
+        assert exposed(attention, sync=sync) == attention  # 1 blocks
         between = attention + 100
-        assert exposed(between, overlap=overlap) == between + 2 * 100  # 2 hide behind an attention, 3 behind an MLP
+        assert exposed(between, sync=sync) == between + 2 * 100  # 2 hide behind an attention, 3 behind an MLP
         beyond = mlp + 100
-        assert exposed(beyond, overlap=overlap) == beyond + 2 * (beyond - attention) + 3 * 100
-        assert exposed(1, beyond, overlap=overlap) == exposed(beyond, overlap=overlap)
-        assert exposed(between, sync_pattern="a11", overlap=overlap) == between + 100
-    assert exposed(between) == 6 * between and exposed(between, sync_pattern="111", parallel_block=True) == 3 * between
+        assert exposed(beyond, sync=sync) == beyond + 2 * (beyond - attention) + 3 * 100
+        assert exposed(1, beyond, sync=sync) == exposed(beyond, sync=sync)
+        assert exposed(between, sync=sync.replace("baseline", "a11")) == between + 100
+    assert exposed(between) == 6 * between and exposed(between, sync="111+parallel") == 3 * between
 
 
 def test_fit_finds_the_line():
@@ -463,7 +463,7 @@ def test_recorded_measurement(capsys):
     )
     assert two["patterns"][0]["pattern"] == "2" * 12 and two["patterns"][0]["tpot_s"] <= two["rival_tpot_s"]
     for row in two["patterns"]:
-        assert row["all_reduces"] == row["syncs"] == count_syncs(row["pattern"])
+        assert row["all_reduces"] == row["syncs"] == SyncRule(row["pattern"]).syncs
     worst = max(abs(row["line_s"] / row["tpot_s"] - 1) for row in two["patterns"])
     rows = [row for case in cases.values() for row in case["patterns"]]
     good = sum(row["model_tpot_s"] == pytest.approx(row["tpot_s"], rel=0.15) for row in rows)

@@ -16,7 +16,7 @@ from reduced_sync import checkpoint as ckpt
 from reduced_sync_model import GPT, GPTConfig
 
 pytestmark = pytest.mark.timeout(60)
-CONFIG = dict(block_size=8, vocab_size=64, n_layer=2, n_head=2, n_embd=32, n_shard=2, sync_pattern="01", bias=True)
+CONFIG = dict(block_size=8, vocab_size=64, n_layer=2, n_head=2, n_embd=32, n_shard=2, sync="01", bias=True)
 
 
 def trained(seed=0):
@@ -246,8 +246,8 @@ def damaged(path):
 def test_another_model_names_the_fields(path):
     saved = ckpt.load(path)
     ckpt.check_model(saved, GPTConfig(**CONFIG), path)
-    with pytest.raises(ValueError, match="n_shard=2, not 4; sync_pattern='01', not '11'") as error:
-        ckpt.check_model(saved, GPTConfig(**CONFIG | {"n_head": 4, "n_shard": 4, "sync_pattern": "11"}), path)
+    with pytest.raises(ValueError, match="n_shard=2, not 4; sync='grouped-1', not 'spd'") as error:
+        ckpt.check_model(saved, GPTConfig(**CONFIG | {"n_head": 4, "n_shard": 4, "sync": "11"}), path)
     assert str(path) in str(error.value) and "n_embd" not in str(error.value)
     assert "norm" not in saved["model_args"]  # written before there was such a field
     for field in ("depth", "a\nb"):  # written after

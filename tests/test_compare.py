@@ -17,17 +17,17 @@ from scipy import stats
 import compare
 from reduced_sync.accelerators import NAMED
 from reduced_sync.comparison import fastest, table, verdict, warnings, write_csv
+from reduced_sync.experiment import model_keys
 from reduced_sync.figures import draw_comparison
 from reduced_sync.frontier import add_measured, add_predicted, on_frontier
 from reduced_sync.latency import forward_seconds
 from reduced_sync.links import LINKS
 from reduced_sync.run_log import RunLog, iter_line, step_line
 from reduced_sync.runs import baseline_of, gap, load_runs, loss_at_equal_time, noise
-from reduced_sync_model import GPT, GPTConfig
+from reduced_sync_model import GPT, GPTConfig, SyncRule
 
 # of training; drop_syncs.py's have another form
 RECORDED = sorted(log for log in (ROOT / "results").glob("*/*/log.txt") if "\nstep 0: " in log.read_text())
-ARCHITECTURES = {"2": "baseline", "1": "spd"}
 SIZES = {"vocab_size": 128}
 
 
@@ -37,7 +37,6 @@ def make(
     pattern,
     losses,
     n_params=609344,
-    hidden=0,
     dtype="float32",
     data=None,
     resumed=None,
@@ -50,16 +49,22 @@ def make(
     `data` is the sha256 of its data, `resumed` the keys that are other ones from step 10 on, `seconds` the times of
     the updates that have a line, `sizes` those of the model that the header has beside its config.
     """
-    architecture = ARCHITECTURES.get(pattern[0], "grouped") if len(set(pattern)) == 1 else "grouped"
-    config = {"architecture": architecture, "n_shard": 2, "max_iters": 20, "dataset": "text"}
+    config = {"sync": pattern, "n_shard": 2, "max_iters": 20, "dataset": "text"}
     config |= {"block_size": 8, "batch_size": 16, "gradient_accumulation_steps": 4000, "eval_iters": 5}
-    config |= {"n_layer": len(pattern), "n_head": 4, "n_embd": 64, "learning_rate": 1e-3, "min_lr": 1e-4, "seed": 1}
+    rule = SyncRule.parse(pattern, len(pattern.partition("+")[0]))
+    config |= {
+        "n_layer": len(rule.pattern),
+        "n_head": 4,
+        "n_embd": 64,
+        "learning_rate": 1e-3,
+        "min_lr": 1e-4,
+        "seed": 1,
+    }
     config |= {"dtype": None} | changes  # the header says what that came to
     (folder / name).mkdir()
     log = RunLog(folder / name / "log.txt")
-    header = {"architecture": architecture, "sync_pattern": pattern, "parameters": f"0.61M ({n_params})"} | sizes
-    syncs = sum(int(character) for character in pattern)
-    header |= {"syncs": f"{syncs} of {2 * len(pattern)}", "hidden syncs": hidden, "dtype": dtype}
+    header = {"sync": rule, "parameters": f"0.61M ({n_params})"} | sizes
+    header |= {"syncs": f"{rule.syncs} of {2 * len(rule.pattern)}", "dtype": dtype}
     if data is not None:
         header |= {"train data": f"sha256 {data}", "val data": f"sha256 {data}"}
     log.header({"started": "today", **header, "config": config})
@@ -89,12 +94,12 @@ def test_table_and_verdict(runs):
     loaded = load(runs)
     assert [run.syncs for run in loaded] == [24, 12, 6, 3]
     lines = [line.split() for line in table(loaded).splitlines()]
-    assert lines[1] == "out-base Baseline 2 222222222222 24 0.0% 0.61M 17 2.0000 +0.00% 20".split()
-    assert lines[2] == "out-spd SPD 2 111111111111 12 50.0% 0.61M 17 2.0100 +0.50% 20".split()
-    assert lines[3] == "out-g6 Grouped-6 2 010101010101 6 75.0% 0.61M 17 2.0400 +2.00% 20".split()
-    assert lines[4] == "out-g3 Grouped-3 2 000100010001 3 87.5% 0.61M 17 2.1000 +5.00% 20".split()
-    assert "within 2.1% of the baseline: 6 (Grouped-6, +2.00%" in verdict(loaded, 2.1)
-    assert "within 0.6% of the baseline: 12 (SPD" in verdict(loaded, 0.6)
+    assert lines[1] == "out-base baseline 2 24 0.0% 0.61M 17 2.0000 +0.00% 20".split()
+    assert lines[2] == "out-spd spd 2 12 50.0% 0.61M 17 2.0100 +0.50% 20".split()
+    assert lines[3] == "out-g6 grouped-6 2 6 75.0% 0.61M 17 2.0400 +2.00% 20".split()
+    assert lines[4] == "out-g3 grouped-3 2 3 87.5% 0.61M 17 2.1000 +5.00% 20".split()
+    assert "within 2.1% of the baseline: 6 (grouped-6, +2.00%" in verdict(loaded, 2.1)
+    assert "within 0.6% of the baseline: 12 (spd" in verdict(loaded, 0.6)
     assert "no variant is within 0.1%" in verdict(loaded, 0.1)
     assert warnings(loaded) == []
 
@@ -105,7 +110,7 @@ def test_unfinished_runs_are_marked_and_do_not_decide(runs):
     loaded = load(runs)
     text = table(loaded)
     assert "-3.33% at 10*" in text and "10 of 20*" in text and "0 of 20*" in text and "unfinished" in text
-    assert "3 (Grouped-3, +5.00%, 87.5% fewer syncs) (2 unfinished not counted)" in verdict(loaded, 6)
+    assert "3 (grouped-3, +5.00%, 87.5% fewer syncs) (2 unfinished not counted)" in verdict(loaded, 6)
 
 
 def test_a_log_that_is_being_written(runs):
@@ -154,16 +159,16 @@ def test_sizes_controls_and_learning_rates(runs):
     make(runs, "out-control", "22", [4.0, 3.0, 1.9], n_params=615000, n_embd=160)
     make(runs, "out-big", "2" * 12, [4.0, 3.0, 1.5], n_params=5_000_000, n_embd=192, max_iters=40)
     make(runs, "out-big-spd", "1" * 12, [4.0, 3.0, 1.53], n_params=5_010_000, n_embd=192, max_iters=40)
-    make(runs, "out-ladder", "2" * 12, [4.0, 3.0, 2.0], hidden=23, overlap="ladder")
+    make(runs, "out-ladder", "2" * 12 + "+ladder", [4.0, 3.0, 2.0])
     loaded = load(runs)
     by_name = {arm.names[0]: arm for arm in loaded}
-    assert by_name["out-ladder"].variant == "Baseline ladder"
+    assert by_name["out-ladder"].sync == "baseline+ladder"
     gaps = {name: gap(arm, loaded) for name, arm in by_name.items()}
     assert gaps["out-spd"].percent == pytest.approx(100 * (2.01 / 1.95 - 1))
     assert gaps["out-control"].percent == pytest.approx(100 * (1.9 / 1.95 - 1))
     assert gaps["out-big-spd"].percent == pytest.approx(2) and not gaps["out-big-spd"].final
     text = verdict(loaded, 50)
-    assert "12x64, n_shard 2: the fewest syncs within 50% of the baseline: 1 and 23 hidden (Baseline ladder" in text
+    assert "12x64, n_shard 2: the fewest syncs within 50% of the baseline: 1 and 23 hidden (baseline+ladder" in text
     assert "12x192, n_shard 2: can't say yet: the baseline out-big has not finished" in text
     lines = table(loaded).splitlines()
     assert {"hidden", "lr", "size"} < set(lines[0].split())
@@ -212,7 +217,7 @@ def test_a_seed_that_diverged(runs):
     base, spd, g6, _ = loaded = load(runs)
     assert spd.deviation is None and g6.deviation is None
     assert noise(loaded) == (pytest.approx(100 * base.deviation / base.losses[20]), 1)
-    assert "nan" in table(loaded) and "inf" in table(loaded) and "3 (Grouped-3" in verdict(loaded, 50)
+    assert "nan" in table(loaded) and "inf" in table(loaded) and "3 (grouped-3" in verdict(loaded, 50)
     draw_comparison(loaded, runs / "figure.png", 2)
 
 
@@ -227,7 +232,7 @@ def test_a_learning_rate_that_diverged_is_not_the_best(runs, name):
 def test_nan_is_never_within_the_tolerance(runs):
     make(runs, "out-nan", "000000000001", [4.0, float("nan"), float("nan")])
     loaded = load(runs)
-    assert "3 (Grouped-3" in verdict(loaded, 50) and "nan" in table(loaded)
+    assert "3 (grouped-3" in verdict(loaded, 50) and "nan" in table(loaded)
     draw_comparison(loaded, runs / "figure.png", 2)
 
 
@@ -293,7 +298,7 @@ def test_other_windows_or_data_are_never_compared(tmp_path, other):
     make(tmp_path, "out-spd-2", "11", [4.0, 3.0, 2.02], data="cafe")
     loaded = load(tmp_path)
     assert [len(arm.seeds) for arm in loaded] == [1, 1, 1]
-    line = "the fewest syncs within 2% of the baseline: 2 (SPD, +1.00%, 50.0% fewer syncs)"
+    line = "the fewest syncs within 2% of the baseline: 2 (spd, +1.00%, 50.0% fewer syncs)"
     assert verdict(loaded, 2) == f"n_shard 2: {line} (1 evaluated on other windows or data not counted)"
     make(tmp_path, "out-base-2", "22", [4.0, 3.0, 0.99], **dict(data="cafe") | other)
     gaps = {arm.names[0]: gap(arm, load(tmp_path)).percent for arm in load(tmp_path)}
@@ -336,7 +341,7 @@ def test_runs_that_are_too_short_give_no_answer(runs, tmp_path, monkeypatch):
     make(runs, "out-short", "1" * 12, [4.0, 3.0, 1.0], gradient_accumulation_steps=200)
     loaded = load(runs)
     start = "n_shard 2: too short to tell: 0.84 tokens a parameter, at least 10 are needed. Seen so far, no answer: "
-    assert verdict(loaded, 2.1).startswith(f"{start}the fewest syncs within 2.1% of the baseline: 6 (Grouped-6")
+    assert verdict(loaded, 2.1).startswith(f"{start}the fewest syncs within 2.1% of the baseline: 6 (grouped-6")
     assert verdict(loaded, -60).startswith(f"{start}no variant is within")
     draw_comparison(loaded, runs / "figure.png", 2)
     assert titles[-1] == "Loss against syncs\ntoo short to tell: 0.84 tokens a parameter"
@@ -350,7 +355,7 @@ def test_lines_of_a_figure(runs, monkeypatch):
     from matplotlib.axes import Axes
 
     for name, pattern, loss in (("early", "222000000001", 2.0), ("late", "000001111112", 1.9)):
-        make(runs, f"out-{name}", pattern, [4.0, 3.0, loss], architecture="selective")
+        make(runs, f"out-{name}", pattern, [4.0, 3.0, loss])
     make(runs, "out-other", "000001000001", [4.0, 3.0, 2.0], eval_iters=0)
     curves, joined, notes = [], [], []
     plot, annotate = Axes.plot, Axes.annotate
@@ -366,10 +371,10 @@ def test_lines_of_a_figure(runs, monkeypatch):
     monkeypatch.setattr(Axes, "plot", remember_plot)
     monkeypatch.setattr(Axes, "annotate", remember_note)
     draw_comparison(load(runs), runs / "figure.png", 2)
-    assert {"Selective-7 222000000001", "Selective-8 000001111112", "Grouped-3, 3 syncs"} < set(curves)
-    assert "Grouped-2, 2 syncs, other windows or data" in curves
+    assert {"222000000001, 7 syncs", "000001111112, 8 syncs", "grouped-3, 3 syncs"} < set(curves)
+    assert "grouped-2, 2 syncs, other windows or data" in curves
     assert joined == [[24, 12, 6, 3]] and sorted(notes) == ["000001111112", "222000000001"]
-    assert "8 (Selective-8 000001111112, -5.00%" in verdict(load(runs), -2)
+    assert "8 (000001111112, -5.00%" in verdict(load(runs), -2)
 
 
 def test_each_family_of_blocks_is_compared_with_its_own_baseline(tmp_path):
@@ -387,7 +392,7 @@ def test_each_family_of_blocks_is_compared_with_its_own_baseline(tmp_path):
     }
     assert warnings(arms) == []
     lines = verdict(arms, 2).splitlines()
-    assert lines[0].startswith("2x64, n_shard 2: the fewest syncs within 2% of the baseline: 2 (SPD, +1.00%")
+    assert lines[0].startswith("2x64, n_shard 2: the fewest syncs within 2% of the baseline: 2 (spd, +1.00%")
     assert lines[1] == "2x64 modern, n_shard 2: no variant is within 2% of the baseline"
 
 
@@ -396,9 +401,9 @@ def test_each_family_of_blocks_is_compared_with_its_own_baseline(tmp_path):
 
 def row(seconds, pattern, **changes):
     """A row of what bench.py decode writes: the time per token of a model as `make` makes them."""
-    model = {"n_layer": len(pattern), "n_embd": 64, "n_head": 4, "n_shard": 2, "sync_pattern": pattern}
-    model |= {"parallel_block": False, "merge": "sum", "overlap": "", "norm": "layernorm", "position": "learned"}
-    model |= {"mlp": "gelu", "n_kv_head": 4, "vocab_size": 128} | changes
+    n_layer = len(pattern.partition("+")[0])
+    model = {"n_layer": n_layer, "n_embd": 64, "n_head": 4, "n_shard": 2, "sync": pattern}
+    model |= {"norm": "layernorm", "position": "learned", "mlp": "gelu", "n_kv_head": 4, "vocab_size": 128} | changes
     worked_out = {"n_hidden": 4 * model["n_embd"], "head_size": model["n_embd"] // model["n_head"]}
     return {"tpot_s": seconds, "model": worked_out | model}
 
@@ -414,11 +419,11 @@ def write_latency(folder, *rows, **others):
 
 @pytest.fixture
 def timed(runs):
-    """Runs, a control and a rival, all with times. The control beats SPD, the rival and SPD both beat Grouped-6."""
+    """Runs, a control and a rival, all with times. The control beats SPD, the rival and spd both beat grouped-6."""
     make(runs, "out-control", "2" * 8, [4.0, 3.0, 2.005], n_params=615000, n_embd=80, n_shard=1)
-    make(runs, "out-ladder", "2" * 12, [4.0, 3.0, 2.03], hidden=23, overlap="ladder")
+    make(runs, "out-ladder", "2" * 12 + "+ladder", [4.0, 3.0, 2.03])
     rows = [row(0.010, "2" * 12), row(0.008, "1" * 12), row(0.009, "01" * 6), row(0.005, "000100010001")]
-    write_latency(runs, *rows, row(0.007, "2" * 8, n_embd=80), row(0.006, "2" * 12, overlap="ladder"))
+    write_latency(runs, *rows, row(0.007, "2" * 8, n_embd=80), row(0.006, "2" * 12 + "+ladder"))
     return runs
 
 
@@ -438,32 +443,32 @@ def test_the_frontier_and_the_fastest_within_the_tolerance(timed):
     start = f"{setting}: the fastest within"
     rest = "of the baseline: 7.000 ms/token, 1.43x as fast as the baseline (control 8x80, +0.25%, out-control)"
     assert fastest(arms, 0.6) == f"{start} 0.6% {rest}"
-    rest = "of the baseline: 6.000 ms/token, 1.67x as fast as the baseline (Baseline ladder, n_shard 2, +1.50%, "
+    rest = "of the baseline: 6.000 ms/token, 1.67x as fast as the baseline (baseline+ladder, n_shard 2, +1.50%, "
     assert fastest(arms, 2) == f"{start} 2% {rest}out-ladder)"
-    rest = "of the baseline: 10.000 ms/token, the baseline itself (Baseline, n_shard 2, +0.00%, out-base)"
+    rest = "of the baseline: 10.000 ms/token, the baseline itself (baseline, n_shard 2, +0.00%, out-base)"
     assert fastest(arms, 0.1) == f"{start} 0.1% {rest}"
     assert fastest(arms, -1) == f"{setting}: no run with a time per token is within -1% of the baseline"
 
 
 def test_equal_arms_are_both_on_the_frontier_and_unfinished_ones_on_none(runs):
-    make(runs, "out-twin", "1" * 12, [4.0, 3.1, 2.01], parallel_block=True)
+    make(runs, "out-twin", "1" * 12 + "+parallel", [4.0, 3.1, 2.01])
     make(runs, "out-new", "000000000001", [4.0, 1.0])
-    path = write_latency(runs, *(row(0.01, p) for p in ("1" * 12, "01" * 6)), row(0.01, "1" * 12, parallel_block=True))
+    path = write_latency(runs, *(row(0.01, p) for p in ("1" * 12, "01" * 6)), row(0.01, "1" * 12 + "+parallel"))
     write_latency(runs, row(0.001, "000000000001"))  # the same case again: another launch
     arms = load(runs)
     add_measured(arms, path, None, None)
     found = {arm.names[0]: on_frontier(arm, arms, "tp_size 2, batch 1, prompt 128") for arm in arms}
     expected = {"out-spd": True, "out-twin": True, "out-g6": False, "out-new": None, "out-base": None, "out-g3": None}
     assert found == expected
-    assert "10.000 ms/token, its baseline has no time (SPD, n_shard 2, +0.50%, out-spd)" in fastest(arms, 2)
+    assert "10.000 ms/token, its baseline has no time (spd, n_shard 2, +0.50%, out-spd)" in fastest(arms, 2)
     assert warnings(arms) == ["warning: no time per token of out-base, out-g3"]
 
 
 def test_a_row_is_that_of_the_same_model_alone(runs):
     """Another n_shard, width or block is another model; for a dense one n_shard and heads make no difference."""
-    others = [dict(n_shard=4), dict(n_embd=128), dict(n_head=8), dict(parallel_block=True), dict(merge="desync")]
-    others += [dict(overlap="delayed"), dict(mlp="swiglu"), dict(n_kv_head=2), dict(norm="rmsnorm")]
-    rows = [row(1.0, "1" * 12, **other) for other in others]
+    others = [dict(n_shard=4), dict(n_embd=128), dict(n_head=8), dict(mlp="swiglu"), dict(n_kv_head=2)]
+    rows = [row(1.0, "1" * 12, **other) for other in [*others, dict(norm="rmsnorm")]]
+    rows += [row(1.0, "1" * 12 + rival) for rival in ("+parallel", "+desync", "+delayed")]
     path = write_latency(runs, *rows)
     with pytest.raises(ValueError, match="none of the runs' models was measured at tp_size 2, batch 1"):
         add_measured(load(runs), path, None, None)
@@ -609,13 +614,13 @@ def test_predictions_are_the_cost_models_and_labelled(timed, capsys, monkeypatch
     titles = []
     monkeypatch.setattr(Axes, "set_title", lambda axes, title, *_, **__: titles.append(title))
     make(timed, "out-spd4", "1" * 12, [4.0, 3.1, 2.01], n_shard=4)
-    make(timed, "out-ladder4", "2" * 12, [4.0, 3.1, 2.01], n_shard=4, hidden=23, overlap="ladder")
+    make(timed, "out-ladder4", "2" * 12 + "+ladder", [4.0, 3.1, 2.01], n_shard=4)
     arms = load(timed)
     add_predicted(arms, "nvlink", "h100", 4, 3)
     times = {arm.names[0]: one for arm in arms for one in arm.tpots.values()}
     assert times.keys() == {"out-spd4", "out-ladder4", "out-base", "out-control"}  # those that 4 ranks can hold
-    for name, pattern, overlap in (("out-spd4", "1", ""), ("out-ladder4", "2", "ladder"), ("out-base", "2", "")):
-        model = GPTConfig(8, 128, 12, 4, 64, n_shard=4, sync_pattern=12 * pattern, overlap=overlap)
+    for name, sync in (("out-spd4", "spd"), ("out-ladder4", "baseline+ladder"), ("out-base", "baseline")):
+        model = GPTConfig(8, 128, 12, 4, 64, n_shard=4, sync=sync)
         assert times[name] == forward_seconds(model, NAMED["h100"], LINKS["nvlink"], 4, 3, 1, 8, itemsize=2)
     argv = [*map(str, timed.glob("out*")), "--link=nvlink", "--tp_size=4", f"--png={timed}/figure.png"]
     assert status(compare.main, argv) == 0
@@ -645,7 +650,7 @@ def test_a_prediction_is_of_the_models_own_shape(tmp_path, shape, pattern, old):
     An older log does not say the vocabulary, only how many parameters there are.
     """
     small = dict(block_size=8, vocab_size=192, n_layer=2, n_head=4, n_embd=64, bias=False)
-    config = GPTConfig(**small | shape, n_shard=2)
+    config = GPTConfig(**model_keys(small | shape), n_shard=2)
     n_params = GPT(config).get_num_params(non_embedding=False)
     keys = dict(bias=False, n_hidden=0, n_kv_head=0, tie_embeddings=True) | shape
     sizes = {"vocab_size": keys.pop("vocab_size", 192), "head_size": keys.pop("head_size", 16)}
@@ -653,7 +658,7 @@ def test_a_prediction_is_of_the_models_own_shape(tmp_path, shape, pattern, old):
     for tp_size in (2, 4) if pattern == "22" else (2,):  # a dense model can be cut anew: each rank needs a KV head
         arms = load(tmp_path)
         add_predicted(arms, "nvlink", "h100", tp_size, 3)
-        cut = dataclasses.replace(config, n_shard=tp_size, sync_pattern=pattern)
+        cut = dataclasses.replace(config, n_shard=tp_size, sync=pattern)
         expected = forward_seconds(cut, NAMED["h100"], LINKS["nvlink"], tp_size, 3, 1, cut.block_size, itemsize=2)
         assert list(arms[0].tpots.values()) == [expected]
 
@@ -711,7 +716,7 @@ def test_labels_of_thirty_arms_cover_neither_one_another_nor_a_point(tmp_path, m
 
     rows = []
     for i, (pattern, n_shard) in enumerate(itertools.product(map("{:04b}1".format, range(15)), (2, 4))):
-        make(tmp_path, f"out-{i}", pattern, [4.0, 3.0, 2 + 0.01 * (i % 7)], n_shard=n_shard, architecture="selective")
+        make(tmp_path, f"out-{i}", pattern, [4.0, 3.0, 2 + 0.01 * (i % 7)], n_shard=n_shard)
         rows.append(row(0.01 + 0.001 * (i % 5) if i else 0.003, pattern, n_shard=n_shard))  # not far from one another
     arms = load(tmp_path)
     add_measured(arms, write_latency(tmp_path, *rows), None, None)
@@ -733,8 +738,8 @@ def test_labels_of_thirty_arms_cover_neither_one_another_nor_a_point(tmp_path, m
 
 
 def test_the_command_starts_without_what_it_may_not_need():
-    """torch and matplotlib take seconds to import, and scipy one."""
-    code = "import sys, compare; print({'torch', 'numpy', 'scipy', 'matplotlib'} & set(sys.modules))"
+    """matplotlib takes seconds to import, and scipy one."""
+    code = "import sys, compare; print({'scipy', 'matplotlib'} & set(sys.modules))"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert (process.stdout, process.stderr) == ("set()\n", "")
 
@@ -750,7 +755,7 @@ def test_command_writes_figure_and_csv(runs, monkeypatch, capsys):
         rows = list(csv.DictReader(file))
     assert [row["run"] for row in rows] == ["out-base", "out-spd", "out-g6", "out-g3", "out-g2"]
     assert float(rows[4].pop("gap_percent")) == pytest.approx(10)
-    expected = "run=out-g2 variant=Grouped-2 n_layer=12 n_embd=64 n_shard=2 sync_pattern=000001000001 syncs=2 "
+    expected = "run=out-g2 sync=grouped-2 n_layer=12 n_embd=64 n_shard=2 syncs=2 "
     expected += f"hidden_syncs=0 reduction_percent={100 * (1 - 2 / 24)} parameters=609344 tokens=10240000 "
     expected += "learning_rate=0.001 dtype=float32 seeds=1 step=10 max_iters=20 val_loss=3.3 val_loss_sd= gap_margin="
     assert rows[4] == dict(pair.split("=") for pair in f"{expected} gap_step=10".split())
@@ -766,7 +771,6 @@ def test_what_is_no_run_is_skipped_with_a_note(runs, monkeypatch, capsys):
     Path("out-started/log.txt").write_text("")
     whole = Path("out-spd/log.txt").read_text()
     lacking = {
-        "sync_pattern": "# sync_pattern:",
         "syncs": "# syncs:",
         "parameters": "# parameters:",
         "dtype": "# dtype:",

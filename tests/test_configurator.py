@@ -151,9 +151,9 @@ rate = math.pi
 
 def test_paths_do_not_depend_on_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert configure(Config, ["config/train_spd_12sync.py"]).architecture == "spd"
-    (tmp_path / "mine.py").write_text("architecture = 'grouped'")
-    assert configure(Config, ["mine.py"]).architecture == "grouped"
+    assert configure(Config, ["config/train_spd_12sync.py"]).sync == "spd"
+    (tmp_path / "mine.py").write_text("sync = 'grouped-4'")
+    assert configure(Config, ["mine.py"]).sync == "grouped-4"
 
 
 # --- what is wrong with them

@@ -21,15 +21,15 @@ from reduced_sync import decode_timing, parallel, preparing
 
 COMPILER = shutil.which("g++")
 VARIANTS = [
-    dict(architecture="baseline"),
-    dict(architecture="spd"),
-    dict(architecture="grouped", layers_per_group=2),
-    dict(architecture="selective", sync_pattern="a1"),
-    dict(architecture="spd", parallel_block=True),
-    dict(architecture="grouped", layers_per_group=2, merge="desync"),
-    dict(architecture="baseline", overlap="ladder"),
-    dict(architecture="baseline", overlap="delayed"),
-    dict(architecture="spd", norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=2),
+    dict(sync="baseline"),
+    dict(sync="spd"),
+    dict(sync="grouped-1"),
+    dict(sync="a1"),
+    dict(sync="spd+parallel"),
+    dict(sync="grouped-1+desync"),
+    dict(sync="baseline+ladder"),
+    dict(sync="baseline+delayed"),
+    dict(sync="spd", norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=2),
 ]
 GPT2_SIZE = dict(n_layer=12, n_head=12, n_embd=768)
 
@@ -80,10 +80,10 @@ def test_the_memory_table_says_what_a_step_holds(library):
     """Cells of the table in TRAINING_INSTRUCTIONS.md, computed anew."""
     text = (ROOT / "TRAINING_INSTRUCTIONS.md").read_text()
     table = {row[0]: row[1:] for row in re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", text, re.M)}
-    keys = dict(n_embd=768, architecture="grouped", layers_per_group=3)
-    cases = [dict(n_embd=768, n_shard=1), dict(n_embd=768, architecture="spd", n_shard=2), keys | dict(n_shard=4)]
+    keys = dict(n_embd=768, sync="grouped-4")
+    cases = [dict(n_embd=768, n_shard=1), dict(n_embd=768, sync="spd", n_shard=2), keys | dict(n_shard=4)]
     peaks = [f"{found['peak'] / 1e9:.1f}" for found in rehearse(library, cases)]
-    assert peaks == [table["baseline"][0], table["SPD"][1], table["3 layers a group"][2]]
+    assert peaks == [table["baseline"][0], table["spd"][1], table["grouped-4"][2]]
 
 
 # --- choosing a device
@@ -248,5 +248,5 @@ def test_every_variant_trains_on_a_gpu(gpus, small_dataset, tmp_path, variant):
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
 def test_gpt2_small_fits_and_reports_its_utilisation(gpus, gpt2_dataset, tmp_path):
-    out = succeeded(run_script(on_gpu(gpt2_dataset, tmp_path, architecture="spd", **GPT2_SIZE), timeout=500))
+    out = succeeded(run_script(on_gpu(gpt2_dataset, tmp_path, sync="spd", **GPT2_SIZE), timeout=500))
     assert 10 < losses(out.splitlines())[0] < 11.5

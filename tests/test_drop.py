@@ -24,7 +24,7 @@ from reduced_sync import checkpoint as ckpt
 from reduced_sync.drop_log import perplexity_line, read_drop_log, table_of
 from reduced_sync.parallel import Layout
 from reduced_sync.run_log import RunLog
-from reduced_sync_model import GPT, GPTConfig
+from reduced_sync_model import GPT, GPTConfig, SyncRule
 
 torch.set_num_threads(1)  # the tensors are tiny
 DROP = ROOT / "drop_syncs.py"
@@ -127,7 +127,7 @@ def test_the_checkpoint_is_sampled_with_its_own_tokenizer(whole, capsys):
     sample.main([f"--out_dir={whole}", "--start=The list", "--max_new_tokens=8", "--temperature=0", "--device=cpu"])
     text = capsys.readouterr().out
     saved = ckpt.load(whole / "ckpt.pt")
-    assert saved["model_args"]["sync_pattern"] == "1111" and text.startswith("The list")
+    assert saved["model_args"]["sync"] == "spd" and text.startswith("The list")
 
 
 @pytest.mark.parametrize("where", [("arrange", 2), ("distil", 3), ("finetune", 4)])
@@ -207,7 +207,7 @@ def test_arranging_leaves_the_dense_function(n_kv_head, n_shard):
     dense = weights.shards_to_dense({name: p.detach() for name, p in whole.named_parameters()}, whole.config)
     config = dataclasses.replace(whole.config, n_shard=n_shard)
     base = weights.from_dense(config, dense.items(), None, "test").double()
-    expected, dropped = base(windows(), windows())[0], base.with_pattern("1111")(windows(), windows())[0]
+    expected, dropped = base(windows(), windows())[0], base.with_sync("1111")(windows(), windows())[0]
     generator = torch.Generator().manual_seed(3)
     for i in range(4):
         groups = torch.randperm(n_kv_head, generator=generator).tolist() if n_kv_head >= n_shard else [0, 1]
@@ -215,7 +215,7 @@ def test_arranging_leaves_the_dense_function(n_kv_head, n_shard):
         tensors = arranging.permuted(arranging.dense_block(base, i), base.config, groups, neurons)
         arranging.set_dense_block(base, i, tensors)
     torch.testing.assert_close(base(windows(), windows())[0], expected, rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(base.with_pattern("1111")(windows(), windows())[0], dropped, rtol=1e-3)
+    assert not torch.allclose(base.with_sync("1111")(windows(), windows())[0], dropped, rtol=1e-3)
 
 
 def test_affinity_finds_neurons_that_were_shuffled():
@@ -240,7 +240,7 @@ def test_affinity_finds_neurons_that_were_shuffled():
     for tensors in (dense, shuffled, arranging.permuted(shuffled, base.config, groups, found)):
         arranging.set_dense_block(base, 0, tensors)
         with torch.no_grad():
-            exact, dropped = (dropping.run_blocks(base, x, rope, 0, 1, pattern) for pattern in ("2222", "1111"))
+            exact, dropped = (base.with_sync(sync).run_blocks(x, rope, range(1)) for sync in ("baseline", "spd"))
         errors.append(dropping.relative_error(dropped, exact).item())
     made, mixed, arranged = errors
     assert arranged < made < mixed, errors
@@ -274,7 +274,7 @@ def test_sensitivities_are_those_of_whole_models():
     base = model()
     s, perplexities = dropping.sensitivities(base, windows(), 4, LAYOUT)
     for i in range(5):
-        one = base.with_pattern("2" * i + "1" * (4 - i))
+        one = base.with_sync("2" * i + "1" * (4 - i))
         loss = one(windows()[:, :-1], windows()[:, 1:])[1].item()
         assert perplexities[i] == pytest.approx(np.exp(loss), rel=1e-4)
     assert s == pytest.approx([perplexities[i] - perplexities[i + 1] for i in range(4)])
@@ -286,12 +286,12 @@ def test_distilling_lowers_the_error_on_other_inputs(elastic):
     config = drop_syncs.Config(distil_epochs=8, distil_learning_rate=2e-3, elastic=elastic)
     with torch.no_grad():
         x, rope = base.embed(windows(64))
-        exact = dropping.run_blocks(base, x, rope, 0, 1)
+        exact = base.run_blocks(x, rope, range(1))
     held_out = slice(48, None)
 
     def error(pattern):
         with torch.no_grad():
-            out = dropping.run_blocks(base, x[held_out], rope, 0, 1, pattern)
+            out = base.with_sync(pattern).run_blocks(x[held_out], rope, range(1))
         return dropping.relative_error(out, exact[held_out]).item()
 
     before = error("1111")
@@ -305,17 +305,17 @@ def test_the_most_blocks_within_a_limit(llama, tmp_path):
     keys = dict(distil_epochs=0, finetune_steps=0, arrange="as_is", arrange_heads="as_is")
     drop_syncs.main(arguments(llama, tmp_path / "out", **keys, max_loss_percent=1.0))
     saved = ckpt.load(tmp_path / "out/ckpt.pt")
-    chosen = saved["model_args"]["sync_pattern"]
+    chosen = SyncRule.parse(saved["model_args"]["sync"], 4).pattern
     base = weights.from_pretrained(str(llama / "model"), n_shard=2)
     source = drop_syncs.Source(str(llama / "model"))
     ids = source.tokens.encode((llama / "one.calibration.txt").read_text(encoding="utf-8"))
     calibration = drop_syncs.texts.spread_windows({"one": np.array(ids)}, 24, 32, "test")
     limit = dropping.mean_loss(base, calibration, 8, LAYOUT) + np.log(1.01)
-    assert dropping.mean_loss(base.with_pattern(chosen), calibration, 8, LAYOUT) <= limit
+    assert dropping.mean_loss(base.with_sync(chosen), calibration, 8, LAYOUT) <= limit
     order = saved["progress"]["order"]
     if "2" in chosen:  # the next one would be too many
         more = "".join("1" if i in order[: chosen.count("1") + 1] else "2" for i in range(4))
-        assert dropping.mean_loss(base.with_pattern(more), calibration, 8, LAYOUT) > limit
+        assert dropping.mean_loss(base.with_sync(more), calibration, 8, LAYOUT) > limit
 
 
 @pytest.mark.parametrize("keys, dropped", [(dict(max_loss_percent=0.0), 0), (dict(drop=0), 0), (dict(drop=4), 4)])
@@ -325,7 +325,7 @@ def test_zero_is_a_choice(llama, tmp_path, monkeypatch, keys, dropped):
     keys = keys | dict(distil_epochs=0, finetune_steps=0, arrange="as_is", arrange_heads="as_is", sensitivity_windows=0)
     drop_syncs.main(arguments(llama, tmp_path / "out", **keys))
     pattern = "2" * (4 - dropped) + "1" * dropped
-    assert ckpt.load(tmp_path / "out/ckpt.pt")["model_args"]["sync_pattern"] == pattern
+    assert ckpt.load(tmp_path / "out/ckpt.pt")["model_args"]["sync"] == str(SyncRule(pattern))
 
 
 def test_a_models_own_data_is_not_that_of_a_dropped_one(llama, tmp_path, capsys):
@@ -423,9 +423,9 @@ def test_texts_of_one_name_are_told_apart(llama, tmp_path):
         (dict(drop=5), "drop=5"),
         (dict(drop=2, max_loss_percent=1.0), "alternatives"),
         (dict(drop=0, max_loss_percent=0.0), "alternatives"),
-        (dict(sync_pattern=""), "sync_pattern='' has 0 characters"),
+        (dict(sync=""), "sync='': allowed are baseline"),
         (dict(evaluation_tokens=31), "evaluation_tokens=31 is less than a window, block_size=32"),
-        (dict(sync_pattern="1a11"), "allowed are 2 and, for a dropped block, 1"),
+        (dict(sync="1a11"), "allowed are 2 and, for a dropped block, 1"),
         (dict(arrange="best"), "allowed are as_is, random, affinity"),
         (dict(device="tpu"), "device='tpu'"),
     ],

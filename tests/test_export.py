@@ -39,21 +39,21 @@ GPT2 = dict(vocab_size=50304, n_embd=8, n_hidden=16)
 PLAIN = [
     dict(n_shard=2),
     dict(n_shard=4, bias=False, norm_eps=1e-3, tie_embeddings=False),
-    dict(sync_pattern="0a01", n_hidden=72),
-    dict(n_shard=2, merge="desync"),
+    dict(sync="0a01", n_hidden=72),
+    dict(n_shard=2, sync="baseline+desync"),
     dict(n_shard=2, **LLAMA),
     dict(n_shard=4, **LLAMA, n_kv_head=2, tie_embeddings=False, norm_eps=1e-3, rope_theta=500.0),
-    dict(sync_pattern="0101", **LLAMA, n_kv_head=1, head_size=16),
+    dict(sync="0101", **LLAMA, n_kv_head=1, head_size=16),
 ]
 WITH_CODE = [
-    dict(n_shard=2, sync_pattern="1111"),
-    dict(n_shard=4, sync_pattern="0a01", bias=False),
-    dict(n_shard=2, sync_pattern="0101", parallel_block=True),
-    dict(n_shard=2, sync_pattern="0101", merge="desync"),
-    dict(n_shard=2, sync_pattern="1111", overlap="delayed"),
-    dict(n_shard=4, sync_pattern="2101", **LLAMA, n_kv_head=2, tie_embeddings=False),
+    dict(n_shard=2, sync="1111"),
+    dict(n_shard=4, sync="0a01", bias=False),
+    dict(n_shard=2, sync="0101+parallel"),
+    dict(n_shard=2, sync="0101+desync"),
+    dict(n_shard=2, sync="1111+delayed"),
+    dict(n_shard=4, sync="2101", **LLAMA, n_kv_head=2, tie_embeddings=False),
     # dense, but of neither class
-    dict(n_shard=2, overlap="ladder"),
+    dict(n_shard=2, sync="baseline+ladder"),
     dict(n_shard=2, norm="rmsnorm"),
     dict(n_kv_head=2),
     dict(**LLAMA | dict(bias=True)),
@@ -72,7 +72,13 @@ def save(out, meta=None, **shape):
         dense = {name: weights.unshard_tensor(name, p.detach(), model.config) for name, p in model.named_parameters()}
         model.load_state_dict(weights.dense_to_shards(dense, model.config), strict=False)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
-    rest = {"model_args": vars(model.config), "scaler": {}, "best_val_loss": 4.25, "step": 30, "evaluated": 20}
+    rest = {
+        "model_args": dataclasses.asdict(model.config),
+        "scaler": {},
+        "best_val_loss": 4.25,
+        "step": 30,
+        "evaluated": 20,
+    }
     rest |= dict(skipped=0, bad_steps=0, data=meta or {"tokenizer": "char", "chars": CHARS, "vocab_size": len(CHARS)})
     rest["config"] = dict(batch_size=2, gradient_accumulation_steps=3, block_size=24, max_iters=40, init_from="scratch")
     out.mkdir(parents=True, exist_ok=True)
@@ -189,7 +195,7 @@ def test_generation_in_all_its_ways(tmp_path, shape):
 
 
 def test_the_forward_pass_is_as_transformers_models_have_it(tmp_path):
-    model, folder = exported(tmp_path, n_shard=2, sync_pattern="0101")
+    model, folder = exported(tmp_path, n_shard=2, sync="0101")
     theirs, idx = load(folder), batch(3, 12)
     assert type(theirs.loss_function).__name__ == "function" and theirs.config.num_hidden_layers == 4
     with torch.no_grad():
@@ -214,7 +220,7 @@ def test_the_forward_pass_is_as_transformers_models_have_it(tmp_path):
 
 
 def test_what_the_model_does_not_take_is_refused_by_name(tmp_path):
-    _, folder = exported(tmp_path, n_shard=2, sync_pattern="0101")
+    _, folder = exported(tmp_path, n_shard=2, sync="0101")
     model, idx = load(folder), batch(2, 6)
     hole = torch.tensor([[0, 1, 0, 1, 1, 1], [1] * 6])
     for keys, words in {
@@ -309,7 +315,7 @@ def test_gpt2s_tokens_are_tiktokens(tmp_path, shape):
 
 def test_the_tokenizer_that_the_model_came_with(tmp_path):
     """An export's own, kept in the out_dir of a run that went on from it."""
-    _, folder = exported(tmp_path, n_shard=2, sync_pattern="1111")
+    _, folder = exported(tmp_path, n_shard=2, sync="1111")
     for meta, kept in (
         ({"tokenizer": str(folder), "vocab_size": 28}, False),
         ({"tokenizer": "gpt2", "vocab_size": 28}, True),
@@ -317,7 +323,7 @@ def test_the_tokenizer_that_the_model_came_with(tmp_path):
         path = tmp_path / str(kept)
         if kept:
             AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(path / "out" / "tokenizer")
-        _, again = exported(path, meta, n_shard=2, sync_pattern="1111")
+        _, again = exported(path, meta, n_shard=2, sync="1111")
         tokenizer = AutoTokenizer.from_pretrained(again, trust_remote_code=False)
         assert tokenizer("he said").input_ids == [CHARS.index(char) for char in "he said"]
 
@@ -327,14 +333,14 @@ def test_the_tokenizer_that_the_model_came_with(tmp_path):
 
 def test_the_card_says_what_the_model_is(tmp_path):
     meta = {"tokenizer": "char", "chars": CHARS, "vocab_size": len(CHARS), "source": "a book"}
-    model, folder = exported(tmp_path, meta, n_shard=2, sync_pattern="0101", parallel_block=True)
+    model, folder = exported(tmp_path, meta, n_shard=2, sync="0101+parallel")
     text = (folder / "README.md").read_text(encoding="utf-8")
     for words in (
         "| sync pattern | `0101` |",
         r"| `AM AM\| AM AM\|` |",
         "| 2 of 8 |",
         "| n_shard | 2 |",
-        "| parallel_block=True |",
+        "| `grouped-2+parallel` |",
         f"| parameters | {model.get_num_params(non_embedding=False):,} |",
         "| data | a book |",
         "| 4,320 tokens, 30 steps of 40: unfinished |",
@@ -363,7 +369,7 @@ def test_best_is_another_checkpoint(tmp_path):
     torch.testing.assert_close(last["transformer.wte.weight"], best["transformer.wte.weight"] + 1)
 
 
-@pytest.mark.parametrize("shape", [dict(n_shard=4, sync_pattern="0101"), dict(n_shard=2, **LLAMA)], ids=str)
+@pytest.mark.parametrize("shape", [dict(n_shard=4, sync="0101"), dict(n_shard=2, **LLAMA)], ids=str)
 def test_a_folder_is_trained_on(small_dataset, tmp_path, shape):
     """By the rule of syncs and the n_shard that it came with, unless the keys ask for another; the run resumes."""
     model, folder = exported(tmp_path, json.loads((small_dataset / "meta.json").read_text()), vocab_size=128, **shape)
@@ -382,9 +388,9 @@ def test_a_folder_is_trained_on(small_dataset, tmp_path, shape):
 
     assert prepared("--init_from=resume") == model.config
     assert prepared("--eval_only=True") == model.config
-    chosen = prepared("--eval_only=True", "--architecture=spd")
-    assert chosen == dataclasses.replace(model.config, sync_pattern="1111")
-    if "sync_pattern" in shape:
+    chosen = prepared("--eval_only=True", "--sync=spd")
+    assert chosen == dataclasses.replace(model.config, sync="1111")
+    if "sync" in shape:
         with pytest.raises(ValueError, match=f"n_shard=2: the weights of {folder} are 4 shards"):
             weights.from_pretrained(folder, n_shard=2)
 
@@ -403,18 +409,18 @@ def meta_of(dataset):
 
 def test_a_written_rule_converts_an_export_and_the_log_says_so(small_dataset, tmp_path):
     """Fault 9: a rule that equals its default was taken for one that was not written, and the export's own trained."""
-    model, folder = exported(tmp_path, meta_of(small_dataset), vocab_size=128, n_shard=2, sync_pattern="1111")
+    model, folder = exported(tmp_path, meta_of(small_dataset), vocab_size=128, n_shard=2, sync="spd")
     keys = dict(init_from=folder, dataset=small_dataset, out_dir="run", device="cpu", dtype="float32", max_iters=1)
     keys |= dict(block_size=24, batch_size=2, gradient_accumulation_steps=1, eval_iters=2, warmup_iters=0)
     argv = ["config/train_baseline_24sync.py", *(f"--{key}={value}" for key, value in keys.items())]
     process = run_script([TRAIN, *argv], cwd=tmp_path)
     succeeded(process)
     log = read_log(tmp_path / "run" / "log.txt")
-    said = f"init_from='{folder}' was trained by another rule of syncs: sync_pattern '1111' -> '2222'"
+    said = f"init_from='{folder}' was trained with sync='spd', now 'baseline'"
     assert log.header["converted"] == said and f"converted: {said}\n" in process.stderr
-    assert log.header["sync_pattern"] == "2222" and log.header["architecture"] == "baseline"
+    assert log.header["sync"] == "baseline"
     with torch.no_grad():
-        baseline = model.with_pattern("2222")
+        baseline = model.with_sync("baseline")
         batches = list(Corpus(small_dataset, 24).evaluation_batches("val", 2, 2, 0, 1))
         expected = sum(baseline(x, y)[1].item() for x, y, _ in batches) / 2
     assert log.evaluations[0][2] == pytest.approx(expected, abs=1e-4)
@@ -422,9 +428,9 @@ def test_a_written_rule_converts_an_export_and_the_log_says_so(small_dataset, tm
     def resumed(*more):
         return training("resume", small_dataset, tmp_path / "run", *more)
 
-    assert resumed() == resumed("--architecture=baseline") == ({}, dataclasses.replace(model.config, sync_pattern=""))
-    with pytest.raises(ValueError, match="holds another model: sync_pattern='2222', not '1111'"):
-        resumed("--architecture=spd")
+    assert resumed() == resumed("--sync=baseline") == ({}, dataclasses.replace(model.config, sync="baseline"))
+    with pytest.raises(ValueError, match="holds another model: sync='baseline', not 'spd'"):
+        resumed("--sync=spd")
     with pytest.raises(ValueError, match="holds another model: n_layer=4, not 12"):
         resumed("--n_layer=12")
 
@@ -457,8 +463,8 @@ def test_a_dense_folder_takes_any_rule_and_any_shards(small_dataset, tmp_path, s
     _, folder = exported(tmp_path, meta_of(small_dataset), vocab_size=128, **shape)
     more = ["config/train_spd_12sync.py", "--n_shard=4", "--n_layer=4", "--n_kv_head=0", "--device=cpu"]
     notes, config = training(folder, small_dataset, tmp_path / "run", *more)
-    assert not notes and (config.sync_pattern, config.n_shard, config.n_embd) == ("1111", 4, 32)
-    assert training(folder, small_dataset, tmp_path / "run")[1].sync_pattern == "2222"
+    assert not notes and (config.sync, config.n_shard, config.n_embd) == ("spd", 4, 32)
+    assert training(folder, small_dataset, tmp_path / "run")[1].sync == "baseline"
 
 
 def test_a_folder_is_trained_on_its_own_tokens_alone(small_dataset, tmp_path):
@@ -493,7 +499,7 @@ def test_the_hash_of_gpt2s_tokens(tmp_path):
 
 
 def test_a_folder_is_sampled_on_its_shards(tmp_path, monkeypatch):
-    _, folder = exported(tmp_path, n_shard=4, sync_pattern="0101")
+    _, folder = exported(tmp_path, n_shard=4, sync="0101")
     argv = [
         "--",
         SAMPLE,
@@ -513,7 +519,7 @@ def test_a_folder_is_sampled_on_its_shards(tmp_path, monkeypatch):
 
 
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys):
-    save(tmp_path / "out", n_shard=2, sync_pattern="1111")
+    save(tmp_path / "out", n_shard=2, sync="1111")
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / "file").touch()
@@ -565,7 +571,7 @@ def test_a_model_that_diverged(tmp_path, capsys):
 
 
 def test_a_folder_whose_config_makes_no_model(tmp_path):
-    _, folder = exported(tmp_path, n_shard=2, sync_pattern="1111")
+    _, folder = exported(tmp_path, n_shard=2, sync="1111")
     keys = json.loads((folder / "config.json").read_text())
     for change, words in (
         (dict(n_shard=3), "n_head=4 is not divisible by n_shard=3"),

@@ -27,7 +27,7 @@ BOUND = 60  # seconds within which all processes of a run must have ended after 
 
 
 def arguments(data, tp_size=1, out_dir="out", **keys):
-    shape = dict(architecture="spd", n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=2, dataset=data)
+    shape = dict(sync="spd", n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=2, dataset=data)
     steps = dict(gradient_accumulation_steps=2, max_iters=13, eval_interval=5, eval_iters=4, checkpoint_interval=3)
     rest = dict(log_interval=1, warmup_iters=2, learning_rate=5e-3, device="cpu", tp_size=tp_size, out_dir=out_dir)
     return [f"--{key}={value}" for key, value in (shape | steps | rest | keys).items()]

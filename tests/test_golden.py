@@ -16,11 +16,11 @@ from reduced_sync import preparing
 
 GOLDEN = ROOT / "tests" / "golden"
 VARIANTS = {
-    "baseline": dict(architecture="baseline"),
-    "spd": dict(architecture="spd"),
-    "grouped": dict(architecture="grouped", layers_per_group=2),
-    "ladder": dict(architecture="spd", overlap="ladder"),
-    "modern": dict(architecture="spd", norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=2, n_hidden=96),
+    "baseline": dict(sync="baseline"),
+    "spd": dict(sync="spd"),
+    "grouped": dict(sync="grouped-2"),
+    "ladder": dict(sync="spd+ladder"),
+    "modern": dict(sync="spd", norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=2, n_hidden=96),
 }
 SHAPE = dict(n_layer=4, n_head=4, n_embd=32, block_size=32, batch_size=4, gradient_accumulation_steps=2, bias=True)
 SHAPE |= dict(max_iters=20, eval_interval=10, eval_iters=4, log_interval=1, warmup_iters=5, learning_rate=1e-2)

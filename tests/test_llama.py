@@ -14,10 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from variants import PATTERNS, VARIANTS, batch, rough
 
 import bench
-import reduced_sync_model as rsm
 from reduced_sync import candidates, weights
 from reduced_sync.config import configure
-from reduced_sync.experiment import Config
+from reduced_sync.experiment import Config, model_keys
 from reduced_sync_model import GPT, GPTConfig
 
 torch.set_num_threads(1)  # the tensors are tiny
@@ -73,12 +72,12 @@ def test_variants_against_the_oracle(variant, n_shard, n_kv_head):
     dense_model = rough(GPT(dataclasses.replace(SMALL, n_kv_head=n_kv_head, tie_embeddings=n_kv_head > 1))).double()
     dense = weights.shards_to_dense(dict(dense_model.named_parameters()), dense_model.config)
     dense.setdefault("lm_head.weight", dense["transformer.wte.weight"])
-    config = dataclasses.replace(dense_model.config, n_shard=n_shard, **variant)
+    config = dataclasses.replace(dense_model.config, n_shard=n_shard, sync=variant)
     model = GPT(config).double()
     model.load_state_dict(weights.dense_to_shards(dense, config))
     x, y = batch()
     logits, loss = model(x, y)
-    expected = oracle.logits(dense, x, 4, 4, n_shard, **variant, n_kv_head=n_kv_head)
+    expected = oracle.logits(dense, x, 4, 4, n_shard, sync=variant, n_kv_head=n_kv_head)
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
 
     loss.backward()
@@ -94,9 +93,8 @@ def test_the_overlay_keeps_the_parameters(files):
     counts, models = [], []
     for overlay in ([], ["config/modern.py"]):
         config = configure(Config, [*files, *overlay, "--n_shard=2"])
-        names = {field.name for field in dataclasses.fields(GPTConfig)} & vars(config).keys() - {"sync_pattern"}
         with torch.device("meta"):
-            models.append(GPT(GPTConfig(**{name: getattr(config, name) for name in names})))
+            models.append(GPT(GPTConfig(**model_keys(vars(config)))))
         counts.append(models[-1].get_num_params(non_embedding=False))
     assert counts[1] == pytest.approx(counts[0], rel=0.02)
     built = models[1].config
@@ -110,23 +108,23 @@ def test_a_pattern_is_chosen_without_copying_weights(pattern):
     torch.manual_seed(0)
     base = rough(GPT(dataclasses.replace(SMALL, n_shard=2, n_kv_head=2)))
     torch.manual_seed(0)
-    built = rough(GPT(dataclasses.replace(SMALL, n_shard=2, n_kv_head=2, sync_pattern=pattern)))
+    built = rough(GPT(dataclasses.replace(SMALL, n_shard=2, n_kv_head=2, sync=pattern)))
     x, y = batch()
-    chosen = base.with_pattern(pattern)
+    chosen = base.with_sync(pattern)
     assert torch.equal(chosen(x, y)[0], built(x, y)[0])
-    assert chosen.num_syncs == rsm.count_syncs(pattern) and base.num_syncs == 8
+    assert chosen.config.rule.pattern == pattern and base.config.rule.syncs == 8
     assert all(p is q for p, q in zip(chosen.parameters(), base.parameters(), strict=True))
-    with pytest.raises(ValueError, match="sync_pattern"):
-        base.with_pattern(pattern + "1")
+    with pytest.raises(ValueError, match="sync="):
+        base.with_sync(pattern + "1")
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_executed_all_reduces(fake_group, variant):
-    model = GPT(dataclasses.replace(SMALL, n_shard=4, n_kv_head=2, **variant), dist.group.WORLD)
+    model = GPT(dataclasses.replace(SMALL, n_shard=4, n_kv_head=2, sync=variant), dist.group.WORLD)
     x, y = batch()
     with CommDebugMode() as comm:
         model(x, y)
-    assert comm.get_total_counts() == rsm.count_syncs(variant["sync_pattern"])
+    assert comm.get_total_counts() == model.config.rule.syncs
 
 
 def test_copies_of_a_head_that_have_parted_have_no_dense_model():

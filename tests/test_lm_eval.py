@@ -87,14 +87,14 @@ def log_likelihood(model, context, continuation):
     return total
 
 
-@pytest.mark.parametrize("architecture", ["baseline", "spd"])
-def test_the_harness_finds_our_perplexity(small_dataset, tmp_path, tasks, architecture):
-    keys = dict(architecture=architecture, n_shard=2, n_layer=2, n_head=2, n_embd=32, block_size=BLOCK, bias=True)
+@pytest.mark.parametrize("sync", ["baseline", "spd"])
+def test_the_harness_finds_our_perplexity(small_dataset, tmp_path, tasks, sync):
+    keys = dict(sync=sync, n_shard=2, n_layer=2, n_head=2, n_embd=32, block_size=BLOCK, bias=True)
     keys |= dict(dataset=small_dataset, out_dir=tmp_path / "out", device="cpu", batch_size=8, eval_iters=4)
     keys |= dict(gradient_accumulation_steps=1, max_iters=300, warmup_iters=10, learning_rate=1e-2, min_lr=1e-3)
     succeeded(run_script([ROOT / "train_reduced_sync.py", *(f"--{key}={value}" for key, value in keys.items())]))
     succeeded(run_script([ROOT / "export.py", tmp_path / "out", f"--to={tmp_path / 'export'}"]))
-    has_code = architecture != "baseline"
+    has_code = sync != "baseline"
     assert (tmp_path / "export" / "modeling_reduced_sync.py").exists() == has_code
 
     folder, texts, questions = tasks

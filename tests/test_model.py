@@ -15,7 +15,7 @@ from variants import PATTERNS, SMALL, VARIANTS, batch, rough
 import reduced_sync_model as rsm
 from reduced_sync import weights
 from reduced_sync.recording import model_flops_utilisation
-from reduced_sync_model import GPT, GPTConfig, baseline, grouped, selective, spd
+from reduced_sync_model import GPT, GPTConfig, SyncRule, baseline, grouped, selective, spd
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +33,41 @@ def gpt2(tmp_path_factory):
 
 
 def test_named_variants():
-    assert baseline(12) == "2" * 12 and rsm.count_syncs(baseline(12)) == 24
-    assert spd(12) == "1" * 12 and rsm.count_syncs(spd(12)) == 12
-    counts = {n: rsm.count_syncs(grouped(12, n)) for n in (2, 3, 4, 6, 12)}
-    assert counts == {2: 6, 3: 4, 4: 3, 6: 2, 12: 1}
-    assert grouped(12, 3) == "001001001001" and grouped(12, 1) == spd(12)
-    assert rsm.count_syncs(selective(12, "110111011101")) == 9 and rsm.count_syncs("a2a1") == 5
-    assert rsm.draw_pattern("21a0") == "A|M| AM| A|M AM"
+    assert SyncRule.parse("baseline", 12) == SyncRule(baseline(12)) == SyncRule("2" * 12)
+    assert SyncRule.parse("spd", 12) == SyncRule(spd(12)) == SyncRule("1" * 12)
+    assert SyncRule.parse("grouped-4", 12) == SyncRule(grouped(12, 4)) == SyncRule("001001001001")
+    counts = {"baseline": 24, "spd": 12, "110111011101": 9} | {f"grouped-{n}": n for n in (6, 4, 3, 2, 1)}
+    for text, count in counts.items():
+        rule = SyncRule.parse(text, 12)
+        assert (str(rule), rule.syncs, rule.hidden) == (text, count, 0)
+    assert SyncRule.parse("a2a1", 4).syncs == 5 and SyncRule("21a0").drawing == "A|M| AM| A|M AM"
+    assert SyncRule.parse("2222", 4) == SyncRule.parse("baseline", 4)
+    assert {str(SyncRule.parse(text, 4)) for text in ("1111", "grouped-4", "spd")} == {"spd"}
+    assert str(SyncRule.parse("0101+desync", 4)) == "grouped-2+desync" and SyncRule.parse("spd+ladder", 4).hidden == 3
 
 
-@pytest.mark.parametrize("pattern", ["11", "11111", "1110", "111a", "1x11", "", "111 ", "1111\n", None, 1111])
+@pytest.mark.parametrize("pattern", ["11", "11111", "1110", "111a", "1x11", "", "111 ", "1111\n"])
 def test_bad_patterns_are_refused(pattern):
-    with pytest.raises(ValueError, match="sync_pattern"):
-        selective(4, pattern)
+    for read in (selective, lambda n_layer, text: SyncRule.parse(text, n_layer)):
+        with pytest.raises(ValueError, match="sync="):
+            read(4, pattern)
+
+
+@pytest.mark.parametrize(
+    "text", ["spdd", "grouped", "grouped-", "grouped:2", "grouped-3", "grouped-0", "grouped-٢", "Spd"]
+)
+def test_bad_rules_are_refused(text):
+    for rival in ("", "+desync"):
+        with pytest.raises(ValueError, match="grouped-"):
+            SyncRule.parse(text + rival, 4)
+
+
+@pytest.mark.parametrize(
+    "text", ["spd+", "spd+lader", "spd+ladder+desync", "+ladder", "baseline+parallel", "0001+ladder"]
+)
+def test_bad_rivals_are_refused(text):
+    with pytest.raises(ValueError, match="sync="):
+        SyncRule.parse(text, 4)
 
 
 @given(st.text(alphabet="210ax ", max_size=6), st.integers(1, 6))
@@ -59,9 +81,9 @@ def test_selective_accepts_exactly_the_valid_patterns(pattern, n_layer):
 
 
 def test_groups_must_fill_the_model():
-    for layers_per_group in (0, -1, 5, 24):
-        with pytest.raises(ValueError, match="layers_per_group"):
-            grouped(12, layers_per_group)
+    for n_syncs in (0, -1, 5, 24):
+        with pytest.raises(ValueError, match=r"allowed: grouped-1, grouped-2, .*, grouped-12$"):
+            grouped(12, n_syncs)
 
 
 @pytest.mark.parametrize(
@@ -72,13 +94,11 @@ def test_groups_must_fill_the_model():
             dict(n_head=3),
             dict(n_shard=0),
             dict(dropout=1.0),
-            dict(sync_pattern="22"),
+            dict(sync="22"),
             dict(n_layer=0),
         ),
-        *(dict(merge="mean"), dict(overlap="async"), dict(sync_pattern="1a01", parallel_block=True)),
-        *(dict(overlap="ladder", merge="desync"), dict(parallel_block=True, merge="desync", sync_pattern="1111")),
-        dict(overlap="ladder", sync_pattern="0001"),
-        *(dict(n_layer="4"), dict(n_head=4.0), dict(n_embd=True), dict(n_hidden=-8), dict(bias="no"), dict(merge=None)),
+        dict(sync="1a01+parallel"),
+        *(dict(n_layer="4"), dict(n_head=4.0), dict(n_embd=True), dict(n_hidden=-8), dict(bias="no")),
         *(dict(norm_eps=float("nan")), dict(norm_eps=-1e-5), dict(rope_theta="1e4"), dict(rope_theta=0)),
         *(dict(rope_inv_freq=(1.0,)), dict(rope_inv_freq=(1.0, 0.5, 0.2, "0.1")), dict(n_layer=2**20)),
     ],
@@ -103,7 +123,7 @@ def test_a_model_of_shapes_alone_samples_nothing():
 def against_gpt2(gpt2, n_shard, pattern):
     """Logits, loss and the gradient of the token embedding, ours and transformers'."""
     theirs, folder = gpt2
-    ours = weights.from_pretrained(folder, n_shard=n_shard, sync_pattern=pattern)
+    ours = weights.from_pretrained(folder, n_shard=n_shard, sync=pattern)
     x, y = batch()
     logits, loss = ours(x, y)
     loss.backward()
@@ -143,13 +163,13 @@ def test_parallel_block_and_ladder_against_transformers_layers(gpt2, n_shard):
     start = h = theirs.transformer.wte(x) + theirs.transformer.wpe.weight[: x.size(1)]
     for attention, mlp in zip(sublayers[::2], sublayers[1::2], strict=True):
         h = h + attention(h) + mlp(h)
-    ours = weights.from_pretrained(folder, n_shard=n_shard, sync_pattern="1111", parallel_block=True)
+    ours = weights.from_pretrained(folder, n_shard=n_shard, sync="1111+parallel")
     torch.testing.assert_close(ours(x, x)[0], head(h), rtol=1e-5, atol=1e-5)
 
     before, h = start, start  # arXiv 2501.06589: x[i+1] = x[i] + h(x[i-1])
     for sublayer in sublayers:
         before, h = h, h + sublayer(before)
-    ours = weights.from_pretrained(folder, n_shard=n_shard, sync_pattern="2222", overlap="ladder")
+    ours = weights.from_pretrained(folder, n_shard=n_shard, sync="2222+ladder")
     torch.testing.assert_close(ours(x, x)[0], head(h), rtol=1e-5, atol=1e-5)
 
 
@@ -158,8 +178,7 @@ def test_rivals_that_are_plain_gpt2(gpt2, n_shard, choice):
     """One shard has all parts at once, and where all syncs are made nothing is left to average."""
     theirs, folder = gpt2
     x, _ = batch()
-    key = "merge" if choice == "desync" else "overlap"
-    ours = weights.from_pretrained(folder, n_shard=n_shard, sync_pattern="2222", **{key: choice})
+    ours = weights.from_pretrained(folder, n_shard=n_shard, sync=f"2222+{choice}")
     torch.testing.assert_close(ours(x, x)[0], theirs(x).logits, rtol=1e-5, atol=1e-5)
 
 
@@ -170,12 +189,12 @@ def test_variants_against_the_oracle(variant, n_shard, bias):
     torch.manual_seed(0)
     dense_model = rough(GPT(dataclasses.replace(SMALL, bias=bias))).double()
     dense = weights.shards_to_dense(dict(dense_model.named_parameters()), dense_model.config)
-    config = dataclasses.replace(SMALL, bias=bias, n_shard=n_shard, **variant)
+    config = dataclasses.replace(SMALL, bias=bias, n_shard=n_shard, sync=variant)
     model = GPT(config).double()
     model.load_state_dict(weights.dense_to_shards(dense, config), strict=False)
     x, y = batch()
     logits, loss = model(x, y)
-    expected = oracle.logits(dense, x, 4, 4, n_shard, **variant)
+    expected = oracle.logits(dense, x, 4, 4, n_shard, sync=variant)
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
 
     loss.backward()
@@ -201,7 +220,7 @@ def test_variants_are_different_functions():
     losses = set()
     for variant in VARIANTS:
         torch.manual_seed(0)
-        losses.add(round(rough(GPT(dataclasses.replace(SMALL, n_shard=2, **variant)))(x, y)[1].item(), 5))
+        losses.add(round(rough(GPT(dataclasses.replace(SMALL, n_shard=2, sync=variant)))(x, y)[1].item(), 5))
     assert len(losses) == len(VARIANTS)
 
 
@@ -251,11 +270,11 @@ def test_shards_to_dense_folds_gains_that_differ():
 
 
 def test_no_dense_model_for_dropped_syncs():
-    model = GPT(dataclasses.replace(SMALL, n_shard=2, sync_pattern=spd(4)))
-    with pytest.raises(ValueError, match="sync_pattern=1111"):
+    model = GPT(dataclasses.replace(SMALL, n_shard=2, sync="spd"))
+    with pytest.raises(ValueError, match="sync='spd'"):
         weights.shards_to_dense(dict(model.named_parameters()), model.config)
-    model = GPT(dataclasses.replace(SMALL, overlap="ladder"))
-    with pytest.raises(ValueError, match="overlap"):
+    model = GPT(dataclasses.replace(SMALL, sync="baseline+ladder"))
+    with pytest.raises(ValueError, match="ladder"):
         weights.shards_to_dense(dict(model.named_parameters()), model.config)
 
 
@@ -274,23 +293,23 @@ def test_from_pretrained_crops_positions_and_refuses_more(gpt2):
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("n_shard", [2, 4])
 def test_executed_all_reduces(fake_group, variant, n_shard):
-    model = GPT(dataclasses.replace(SMALL, n_shard=n_shard, **variant), fake_group)
+    model = GPT(dataclasses.replace(SMALL, n_shard=n_shard, sync=variant), fake_group)
     x, y = batch()
     with CommDebugMode() as comm:
         _, loss = model(x, y)
-    assert comm.get_total_counts() == model.num_syncs == rsm.count_syncs(variant["sync_pattern"])
+    assert comm.get_total_counts() == (syncs := model.config.rule.syncs)
     with CommDebugMode() as comm:
         loss.backward()
     # With overlap, what arrives behind the last sublayer is read by no shard: one f less where two syncs end the model.
-    unread = "overlap" in variant and variant["sync_pattern"][-1] == "2"
-    assert comm.get_total_counts() == model.num_syncs - unread
+    unread = model.config.rule.hidden > 0 and model.config.rule.pattern[-1] == "2"
+    assert comm.get_total_counts() == syncs - unread
     assert all("allreduce" in str(op).replace("_", "") for op in comm.get_comm_counts())
 
 
 def test_hidden_syncs():
     for variant in VARIANTS:
-        model = GPT(dataclasses.replace(SMALL, n_shard=2, **variant))
-        assert model.num_hidden_syncs == (model.num_syncs - 1 if "overlap" in variant else 0)
+        rule = SyncRule.parse(variant, 4)
+        assert rule.hidden == (rule.syncs - 1 if "ladder" in variant or "delayed" in variant else 0)
 
 
 def test_layouts_that_cannot_be_are_refused(fake_group):
@@ -304,7 +323,7 @@ def test_layouts_that_cannot_be_are_refused(fake_group):
 
 
 def test_parameter_counts():
-    config = GPTConfig(bias=False, n_shard=2, sync_pattern=spd(12))
+    config = GPTConfig(bias=False, n_shard=2, sync="spd")
     with torch.device("meta"):
         model = torch.nn.Module.__new__(GPT)  # shapes only: 124M values are not needed for a count
         GPT.__init__(model, config)
@@ -374,7 +393,7 @@ def test_dropout_is_where_gpt2_has_it_and_only_in_training(monkeypatch):
 @pytest.mark.parametrize("pattern", ["2222", "0a01"])
 def test_bfloat16_autocast_stays_near_float32(pattern):
     torch.manual_seed(0)
-    model = GPT(dataclasses.replace(SMALL, n_shard=2, sync_pattern=pattern))
+    model = GPT(dataclasses.replace(SMALL, n_shard=2, sync=pattern))
     x, y = batch()
     expected = model(x, y)[1]
     exact = torch.autograd.grad(expected, list(model.parameters()))
@@ -391,7 +410,7 @@ def test_compiled_without_graph_breaks():
     torch._dynamo.reset()  # of what other tests in this process have compiled
     x, y = batch()
     torch.manual_seed(0)
-    model = GPT(dataclasses.replace(SMALL, n_layer=2, n_shard=2, sync_pattern="a1"))
+    model = GPT(dataclasses.replace(SMALL, n_layer=2, n_shard=2, sync="a1"))
     expected = model(x, y)[1]
     expected.backward()
     gradients = [p.grad.clone() for p in model.parameters()]

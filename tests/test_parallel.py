@@ -15,9 +15,9 @@ from reduced_sync import parallel
 from reduced_sync_model import GPT
 
 
-def whole_and_part(sync_pattern, group, n_shard=4, **rival):
+def whole_and_part(sync, group, n_shard=4):
     """The same float64 model twice: all shards in this process, and this rank's part of them on the group."""
-    config = dataclasses.replace(SMALL, n_layer=len(sync_pattern), n_shard=n_shard, sync_pattern=sync_pattern, **rival)
+    config = dataclasses.replace(SMALL, n_layer=len(sync.partition("+")[0]), n_shard=n_shard, sync=sync)
     torch.manual_seed(0)
     whole = rough(GPT(config)).double()
     part = GPT(config, group).double()
@@ -29,7 +29,7 @@ def whole_and_part(sync_pattern, group, n_shard=4, **rival):
 def assert_same_function(rank, variants):
     x, y = batch()
     for variant in variants:
-        whole, part = whole_and_part(**variant, group=dist.group.WORLD)
+        whole, part = whole_and_part(variant, group=dist.group.WORLD)
         expected, loss = whole(x, y)[1], part(x, y)[1]
         expected.backward()
         loss.backward()
@@ -47,7 +47,7 @@ def test_tp_size_changes_neither_loss_nor_gradients(tp_size):
 
 
 def assert_initial_weights(rank):
-    config = dataclasses.replace(SMALL, n_shard=4, sync_pattern="0101")
+    config = dataclasses.replace(SMALL, n_shard=4, sync="0101")
     torch.manual_seed(9)
     whole = GPT(config)
     torch.manual_seed(9)
@@ -84,7 +84,7 @@ def assert_training_steps(rank, pattern):
 def assert_average_gradients(rank):
     """The data-parallel mean equals the gradient of the whole batch, with buckets so small that there are several."""
     torch.manual_seed(0)
-    model = rough(GPT(dataclasses.replace(SMALL, n_shard=2, sync_pattern="0101"))).double()
+    model = rough(GPT(dataclasses.replace(SMALL, n_shard=2, sync="0101"))).double()
     x, y = batch(B=4)
     model(x, y)[1].backward()
     expected = [p.grad.clone() for p in model.parameters()]

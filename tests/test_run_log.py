@@ -20,7 +20,7 @@ def test_the_forms_people_grep():
 
 def write(path, lines, header=None):
     log = RunLog(path)
-    log.header(header or {"architecture": "spd", "config": {"n_shard": 2, "out_dir": "out: a"}})
+    log.header(header or {"sync": "spd", "config": {"n_shard": 2, "out_dir": "out: a"}})
     for line in lines:
         log.line(line)
     log.close()
@@ -34,7 +34,7 @@ def test_what_is_written_is_read(tmp_path_factory, step, loss, norm):
     path = tmp_path_factory.mktemp("log") / "log.txt"
     write(path, [step_line(step, loss, norm), iter_line(step, loss, 0.5, 2048, norm)])
     log = read_log(path)
-    assert log.header == {"architecture": "spd", "config": {"n_shard": 2, "out_dir": "out: a"}}
+    assert log.header == {"sync": "spd", "config": {"n_shard": 2, "out_dir": "out: a"}}
     (read_step, train, val), (iter_step, iter_loss, ms, speed, iter_norm) = log.evaluations[0], log.iterations[0]
     assert (read_step, iter_step, ms, speed) == (step, step, 500.0, 4096)
     for written, read in ((loss, train), (norm, val), (loss, iter_loss), (norm, iter_norm)):
@@ -93,7 +93,7 @@ def test_resuming_drops_what_will_be_written_again(tmp_path):
     drop_lines_after(path, 10, 10)
     log = read_log(path)
     assert [e[0] for e in log.evaluations] == [0, 10] and [i[0] for i in log.iterations] == [0]
-    assert path.read_text().endswith("\n") and log.header["architecture"] == "spd"
+    assert path.read_text().endswith("\n") and log.header["sync"] == "spd"
 
 
 def test_each_resume_has_its_header(tmp_path):

@@ -1,6 +1,7 @@
 """Decoding and sample.py: the cache against the full forward, samplers against transformers', text in every layout."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -31,9 +32,9 @@ CHARS = "\n ,.aeiou" + "bcdfghklmnprstvwyé€"  # two and three bytes in UTF-8
 SHAPE = dict(block_size=16, vocab_size=64, n_layer=4, n_head=4, n_embd=32, bias=True)
 
 
-def build(sync_pattern="0101", n_shard=4, group=None, **changes):
+def build(sync="0101", n_shard=4, group=None, **changes):
     torch.manual_seed(5)
-    return GPT(GPTConfig(**SHAPE | changes, n_shard=n_shard, sync_pattern=sync_pattern), group).eval()
+    return GPT(GPTConfig(**SHAPE | changes, n_shard=n_shard, sync=sync), group).eval()
 
 
 def prompt(B, T=16):
@@ -61,19 +62,19 @@ def assert_decoding(model, B, run=None):
 @pytest.mark.parametrize("n_shard", [1, 2, 4])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_decoding_equals_the_full_forward(variant, n_shard, B):
-    model = rough(build(n_shard=n_shard, **variant))
+    model = rough(build(n_shard=n_shard, sync=variant))
     assert torch.unique(model(prompt(2))[0]).numel() > 100  # a model that tells tokens apart
     assert_decoding(model, B)
-    assert_decoding(build(n_shard=n_shard, **variant, bias=False), B)
+    assert_decoding(build(n_shard=n_shard, sync=variant, bias=False), B)
 
 
 def assert_decoding_on_two_ranks(rank):
     for variant in VARIANTS:
         for n_shard in (2, 4):
-            part = build(n_shard=n_shard, group=dist.group.WORLD, **variant)
+            part = build(n_shard=n_shard, group=dist.group.WORLD, sync=variant)
             for B in (2, 9):
                 assert_decoding(part, B)
-                torch.testing.assert_close(part(prompt(B))[0], build(n_shard=n_shard, **variant)(prompt(B))[0])
+                torch.testing.assert_close(part(prompt(B))[0], build(n_shard=n_shard, sync=variant)(prompt(B))[0])
 
 
 def test_decoding_on_two_ranks():
@@ -88,13 +89,13 @@ def test_compiled_decoding():
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_executed_all_reduces_of_a_decode_step(fake_group, variant):
-    model = build(group=fake_group, **variant)
+    model = build(group=fake_group, sync=variant)
     cache = KVCache(model, 2)
     with torch.no_grad():
         for T in (5, 1, 1):
             with CommDebugMode() as comm:
                 model(prompt(2, T), cache=cache)
-            assert comm.get_total_counts() == model.num_syncs
+            assert comm.get_total_counts() == model.config.rule.syncs
 
 
 def test_what_a_cache_cannot_hold():
@@ -109,14 +110,21 @@ def test_what_a_cache_cannot_hold():
 
 
 @pytest.mark.parametrize("n_shard", [1, 4])
-@pytest.mark.parametrize("variant", [*VARIANTS, dict(position="rope", n_kv_head=2)], ids=str)
-def test_padding_at_the_start_of_a_row_changes_nothing_behind_it(variant, n_shard):
+@pytest.mark.parametrize("keys", [*(dict(sync=rule) for rule in VARIANTS), dict(position="rope", n_kv_head=2)], ids=str)
+def test_padding_at_the_start_of_a_row_changes_nothing_behind_it(keys, n_shard):
     """In one pass, and with a cache that takes several tokens at a time."""
-    model, idx, padding = rough(build(n_shard=n_shard, **variant)), prompt(3), torch.tensor([0, 5, 15])
-    cache = KVCache(model, 3)
+    model, idx, padding = rough(build(n_shard=n_shard, **keys)), prompt(3), torch.tensor([0, 5, 15])
+    cache, places = KVCache(model, 3), torch.arange(16)
+    positions = (places - padding[:, None]).clamp(min=0)
+    mask = torch.ones(16, 16, dtype=torch.bool).tril() & (places >= padding[:, None, None]) | torch.eye(
+        16, dtype=torch.bool
+    )
     with torch.no_grad():
-        whole = model.hidden_states(idx, padding=padding)
-        parts = [model.hidden_states(idx[:, a:b], cache, padding) for a, b in ((0, 7), (7, 12), (12, 13), (13, 16))]
+        whole = model.hidden_states(idx, positions=positions, mask=mask)
+        parts = [
+            model.hidden_states(idx[:, a:b], cache, positions[:, a:b], mask[:, a:b, :b])
+            for a, b in ((0, 7), (7, 12), (12, 13), (13, 16))
+        ]
         assert whole.isfinite().all()
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-4)
         for row, n in enumerate(padding.tolist()):
@@ -185,7 +193,7 @@ def save(folder, pattern="0101", n_shard=4, meta=None, **changes):
     """A checkpoint of a random model that writes varied text; returns the folder."""
     model = rough(build(pattern, n_shard, **changes))
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
-    rest = {"model_args": vars(model.config), "config": {}, "scaler": {}, "best_val_loss": 4.0}
+    rest = {"model_args": dataclasses.asdict(model.config), "config": {}, "scaler": {}, "best_val_loss": 4.0}
     rest |= dict.fromkeys(["step", "evaluated", "skipped", "bad_steps"], 0)
     rest["data"] = meta or {"tokenizer": "char", "chars": CHARS, "vocab_size": len(CHARS)}
     folder.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ def test_the_study_files(path, small_dataset, tmp_path):
     controls = {name: (n, c) for name, (n, c) in sizes.items() if c.n_embd / c.n_layer > 64}
     assert len(controls) >= 2
     for name, (n, c) in controls.items():
-        assert set(c.sync_pattern) == {"2"} and min(abs(n / one - 1) for one in deep) < 0.02, name
+        assert c.sync == "baseline" and min(abs(n / one - 1) for one in deep) < 0.02, name
     if path.stem == "study_124m":  # the arithmetic of its GPU-hours
         full = sum(keys["max_iters"] == 20000 for keys in listed.runs)
         assert f"The {full} full runs and the {len(listed.runs) - full} of a quarter" in path.read_text()
@@ -57,7 +57,7 @@ def test_the_study_files(path, small_dataset, tmp_path):
 
 
 def test_a_study_is_resumed_and_never_runs_twice(small_dataset, tmp_path):
-    runs = [dict(name="base-1", seed=1), dict(name="base-2", seed=2), dict(name="spd", architecture="spd", seed=1)]
+    runs = [dict(name="base-1", seed=1), dict(name="base-2", seed=2), dict(name="spd", sync="spd", seed=1)]
     path = write(tmp_path, small_dataset, *runs)
     out = succeeded(run_script([STUDY, path], cwd=tmp_path))
     assert "base-1: finished" in out and "(3 of 3)" in out
@@ -70,7 +70,7 @@ def test_a_study_is_resumed_and_never_runs_twice(small_dataset, tmp_path):
     mean = pytest.approx((last["base-1"] + last["base-2"]) / 2)
     assert rows == [("base-1", "4", "2", mean), ("spd", "2", "1", last["spd"])]
     before = (tmp_path / "out/spd/log.txt").read_bytes()
-    write(tmp_path, small_dataset, *runs, dict(name="one", architecture="grouped", layers_per_group=2, seed=1))
+    write(tmp_path, small_dataset, *runs, dict(name="one", sync="grouped-1", seed=1))
     out = succeeded(run_script([STUDY, path], cwd=tmp_path))
     assert f"to train on {10 * 32} tokens, to evaluate on {3 * 2 * 2 * 32}\n" in out
     assert "4 runs, 3 finished already" in out and "one: finished (4 of 4)" in out and "spd: finished" not in out
@@ -94,7 +94,7 @@ def test_an_interrupted_study_goes_on(small_dataset, tmp_path, number):
     else:
         assert process.returncode == 130 and "the same command goes on" in err and err.count("\n") == 1, err
     out = succeeded(run_script([STUDY, path], cwd=tmp_path))
-    assert "Baseline" in out
+    assert "baseline" in out
     assert [row[0] for row in read_log(log).evaluations] == [0, 500, 1000]
     assert [row[0] for row in read_log(log).iterations] == list(range(1000))
     assert log.read_text().count("# syncs") == (1 if number == signal.SIGKILL else 2)
@@ -143,7 +143,7 @@ def test_under_torchrun(small_dataset, tmp_path):
         ([dict(name="a", out_dir="b")], ["out_dir"]),
         ([dict(name="a", eval_interval=0)], ["'a'", "eval_interval=0"]),
         ([dict(name="a", batchsize=3)], ["'a'", "unknown key 'batchsize'"]),
-        ([dict(name="a", architecture="spdx")], ["'a'", "architecture='spdx'", "allowed are"]),
+        ([dict(name="a", sync="spdx")], ["'a'", "sync='spdx'", "allowed are"]),
         ([dict(name="a", dataset="/nowhere")], ["/nowhere/meta.json", "prepare the data first"]),
         ([dict(name="a"), dict(name="b", device="cuda")], ["device='cuda': torch can use no GPU", "try --device=cpu"]),
     ],

@@ -1,6 +1,7 @@
 """The tokens of pretrained folders in sample.py, drop_syncs.py and export.py, against transformers."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -64,7 +65,12 @@ def save(folder, shape=LLAMA, own=None, **generation):
 def write_checkpoint(out_dir, meta, **shape):
     """A checkpoint of a tiny random model with the tokens of `meta`."""
     model = GPT(GPTConfig(block_size=16, vocab_size=meta["vocab_size"], n_layer=2, n_head=2, n_embd=8, **shape))
-    rest = {"model_args": vars(model.config), "config": {"block_size": 16}, "scaler": {}, "best_val_loss": 4.0}
+    rest = {
+        "model_args": dataclasses.asdict(model.config),
+        "config": {"block_size": 16},
+        "scaler": {},
+        "best_val_loss": 4.0,
+    }
     rest |= dict.fromkeys(["step", "evaluated", "skipped", "bad_steps"], 0) | {"data": meta}
     out_dir.mkdir()
     ckpt.save(ckpt.gather(model) | rest, out_dir, is_best=False)
@@ -349,7 +355,7 @@ def test_a_tokenizer_of_an_export_asks_nothing(tmp_path, tokens, pattern):
     meta = {"tokenizer": "gpt2", "vocab_size": 50257}
     if tokens == "char":
         meta = {"tokenizer": "char", "chars": chars, "vocab_size": len(chars)}
-    write_checkpoint(tmp_path / "out", meta, n_shard=2, sync_pattern=pattern)
+    write_checkpoint(tmp_path / "out", meta, n_shard=2, sync=pattern)
     export.main([str(tmp_path / "out"), f"--to={tmp_path / 'export'}"])
     said = succeeded(run_script(["-c", LOADED], cwd=tmp_path, stdin=subprocess.DEVNULL))
     card, plain = said.split("without a word:\n")

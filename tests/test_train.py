@@ -31,9 +31,9 @@ RANKS_AGREE = ROOT / "tests" / "ranks_agree.py"
 
 def tiny(data, out_dir="out", **keys):
     """Arguments for a model that trains in milliseconds; grouped, 2 layers a group."""
-    if "architecture" not in keys:
-        keys = {"architecture": "grouped", "layers_per_group": 2} | keys
-    defaults = dict(n_layer=4, n_head=4, n_embd=32, block_size=32, batch_size=2, gradient_accumulation_steps=4)
+    defaults = dict(
+        sync="grouped-2", n_layer=4, n_head=4, n_embd=32, block_size=32, batch_size=2, gradient_accumulation_steps=4
+    )
     defaults |= dict(learning_rate=5e-3, min_lr=5e-4, warmup_iters=5, max_iters=12, eval_interval=5, eval_iters=4)
     keys = defaults | dict(log_interval=1, device="cpu", dataset=data, out_dir=out_dir) | keys
     return [f"--{key}={value}" for key, value in keys.items()]
@@ -85,21 +85,17 @@ def pretend(monkeypatch, world_size, local_world_size=None):
         (dict(n_shard=4, tp_size=3), ["n_shard=4 is not divisible by tp_size=3"]),
         (dict(tp_size=2), ["world size, 1", "tp_size=2"]),
         (dict(block_size=10**6), ["train.bin", "too few for block_size=1000000"]),
-        (dict(architecture="gpt"), ["architecture='gpt'", "baseline, spd, grouped", "selective"]),
-        (dict(architecture="grouped"), ["layers_per_group=0", "n_layer=4", "allowed: [1, 2, 4]"]),
-        (dict(architecture="grouped", layers_per_group=3), ["layers_per_group=3", "allowed: [1, 2, 4]"]),
-        (dict(architecture="spd", layers_per_group=2), ["layers_per_group", "architecture='grouped'", "'spd'"]),
-        (dict(architecture="baseline", sync_pattern="0101"), ["sync_pattern", "'selective'", "'baseline'"]),
-        (dict(architecture="selective"), ["sync_pattern=''", "0 characters", "n_layer=4"]),
-        (dict(architecture="selective", sync_pattern="111"), ["sync_pattern='111'", "3 characters", "n_layer=4"]),
-        (dict(architecture="selective", sync_pattern="1131"), ["sync_pattern='1131'", "2, 1, 0 and a"]),
-        (dict(architecture="selective", sync_pattern="111a"), ["sync_pattern='111a'", "1 or 2"]),
-        (dict(architecture="selective", sync_pattern="0110"), ["sync_pattern='0110'", "1 or 2"]),
-        (dict(parallel_block=True, architecture="baseline"), ["sync_pattern=2222", "parallel_block", "1 and 0"]),
-        (dict(overlap="later"), ["overlap='later'", "ladder", "delayed"]),
-        (dict(merge="mean"), ["merge='mean'", "sum", "desync"]),
-        (dict(merge="desync", overlap="ladder"), ["alternatives"]),
-        (dict(layers_per_group=4, overlap="ladder"), ["overlap='ladder'", "single sync"]),
+        (dict(sync="gpt"), ["sync='gpt'", "baseline, spd, grouped-N"]),
+        (dict(sync="grouped-3"), ["grouped-3", "n_layer=4", "allowed: grouped-1, grouped-2, grouped-4"]),
+        (dict(sync="111"), ["sync='111'", "3 characters", "n_layer=4"]),
+        (dict(sync="1131"), ["sync='1131'", "2 1 0 a"]),
+        (dict(sync="111a"), ["sync='111a'", "1 or 2"]),
+        (dict(sync="baseline+parallel"), ["sync='baseline+parallel'", "1 and 0"]),
+        (dict(sync="spd+later"), ["sync='spd+later'", "ladder", "delayed"]),
+        (dict(sync="grouped-1+ladder"), ["sync='grouped-1+ladder'", "single sync"]),
+        (dict(architecture="grouped", layers_per_group=2), ["architecture, layers_per_group", "sync='grouped-2'"]),
+        (dict(overlap="ladder"), ["overlap", "sync='baseline+ladder'"]),
+        (dict(sync_pattern="0101"), ["sync_pattern", "sync='0101'"]),
         (dict(dataset="no_such_data"), ["no_such_data", "prepare"]),
         (dict(dropout=1.0), ["dropout=1.0", "below 1"]),
         (dict(dropout=-0.1), ["dropout=-0.1", "at least 0"]),
@@ -179,7 +175,7 @@ def test_an_out_dir_in_use_or_not_writable(tmp_path):
         lock_folder(str(tmp_path / "file"))
 
 
-GPT2 = dict(init_from="gpt2", n_layer=12, n_head=12, n_embd=768, architecture="baseline")
+GPT2 = dict(init_from="gpt2", n_layer=12, n_head=12, n_embd=768, sync="baseline")
 
 
 def with_meta(dataset, folder, **keys):
@@ -199,7 +195,7 @@ def test_a_vocabulary_that_gpt2_does_not_have(small_dataset, tmp_path):
     "argv, words",
     [
         (["config/train_spd_12sync.py", "--batchsize=3"], ["--batchsize=3", "unknown key", "batch_size"]),
-        (["config/train_grouped_2sync.py", "--n_layer=10"], ["layers_per_group=6", "n_layer=10"]),
+        (["config/train_grouped_2sync.py", "--n_layer=9"], ["grouped-2", "n_layer=9"]),
         (["--dataset=missing"], ["meta.json", "prepare the data first", "a folder under"]),
     ],
 )
@@ -249,11 +245,11 @@ def layouts(small_dataset, made_once):
         wide = factorised(small_dataset, "wide", batch_size=4, gradient_accumulation_steps=2, eval_iters=2)
         alone = [wide, factorised(small_dataset, "bfloat16", dtype="bfloat16")]
         alone += [factorised(small_dataset, f"dropout-{i}", dropout=0.2) for i in range(2)]
-        alone += [factorised(small_dataset, "ladder", overlap="ladder")]
+        alone += [factorised(small_dataset, "ladder", sync="grouped-2+ladder")]
         succeeded(run_script([RANKS_AGREE, *chain(alone)], cwd=folder))
         two = [factorised(small_dataset, "dp2"), factorised(small_dataset, "tp2", tp_size=2)]
         two += [factorised(small_dataset, "float16", tp_size=2, dtype="float16")]
-        two += [factorised(small_dataset, "ladder-tp2", overlap="ladder", tp_size=2)]
+        two += [factorised(small_dataset, "ladder-tp2", sync="grouped-2+ladder", tp_size=2)]
         out = succeeded(run_script([RANKS_AGREE, *chain(two)], nproc=2, cwd=folder))
         assert out.count("2 ranks agree\n") == 4
         four = factorised(small_dataset, "dp2-tp2", tp_size=2)
@@ -271,7 +267,7 @@ def chain(runs):
 def test_the_log_describes_the_run(layouts, small_dataset):
     log = read_log(layouts / "out-1x1" / "log.txt")
     header = log.header
-    assert header["architecture"] == "grouped" and header["sync_pattern"] == "0101"
+    assert header["sync"] == "grouped-2"
     assert header["drawn"] == "AM AM| AM AM|" and header["syncs"] == "2 of 8 (75.0% fewer)"
     assert header["layout"] == "dp 1 x tp 1, 2 shards a rank"
     assert header["sync payload"].startswith(f"float32, {2 * 32 * 32 * 4} bytes")
@@ -319,7 +315,7 @@ def test_overlap_trains_the_same_on_two_ranks(layouts):
     assert_same_to_the_last_digit(log_lines(layouts / "out-ladder-tp2"), lines)
     assert lines != log_lines(layouts / "out-1x1")
     header = read_log(layouts / "out-ladder-tp2" / "log.txt").header
-    assert (header["blocking syncs"], header["hidden syncs"]) == ("1", "1")
+    assert (header["syncs"], header["hidden syncs"]) == ("2 of 8 (75.0% fewer)", "1")
     assert read_log(layouts / "out-1x1" / "log.txt").header["hidden syncs"] == "0"
 
 
@@ -365,11 +361,11 @@ def test_the_config_files_on_eight_processes_in_theory(path, small_dataset, tmp_
     config = configure(Config, [str(path), f"--dataset={small_dataset}", "--device=cpu", f"--out_dir={tmp_path}"])
     *_, model_config, _ = prepare(config)
     n_syncs = syncs_in_name(path)
-    assert script.rsm.count_syncs(model_config.sync_pattern) == n_syncs
+    assert model_config.rule.syncs == n_syncs
     assert (model_config.n_layer, model_config.n_embd, model_config.n_shard, config.tp_size) == (12, 768, 2, 1)
     assert config.gradient_accumulation_steps * config.batch_size * config.block_size == 491_520
     text = path.read_text()
-    assert script.rsm.draw_pattern(model_config.sync_pattern) in text and f"{n_syncs} syncs" in text
+    assert model_config.rule.drawing in text and f"{n_syncs} syncs" in text
     assert path.stem.removeprefix("train_").replace("_", "-") == config.wandb_run_name
     assert configure(Config, [str(path)]).out_dir == f"out-{config.wandb_run_name}"
 
@@ -541,7 +537,7 @@ def test_starting_over_in_the_folder_of_a_run_is_refused(resumed, small_dataset)
     "keys, words",
     [
         (dict(n_shard=4), ["n_shard=2, not 4"]),
-        (dict(architecture="spd"), ["sync_pattern='0101', not '1111'"]),
+        (dict(sync="spd"), ["sync='grouped-2', not 'spd'"]),
         (dict(n_embd=64, bias=True), ["n_embd=32, not 64; bias=False, not True"]),
     ],
     ids=str,
@@ -657,7 +653,7 @@ def test_gpt2_weights_without_a_network_are_one_line(small_dataset, tmp_path):
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler for torch.compile")
 def test_torch_compile(small_dataset, tmp_path):
     env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    keys = dict(architecture="spd", n_layer=1)
+    keys = dict(sync="spd", n_layer=1)
     runs = [factorised(small_dataset, f"compile-{on}", compile=on, **keys) for on in (True, False)]
     succeeded(run_script([RANKS_AGREE, *chain(runs)], cwd=tmp_path, env=env, timeout=280))
     assert_same_to_the_last_digit(log_lines(tmp_path / "out-compile-True"), log_lines(tmp_path / "out-compile-False"))

@@ -41,7 +41,7 @@ def llama3(folder):
 def ours(folder):
     """A folder as export.py writes it, without tokenizer and card."""
     shape = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=88, bias=False)
-    shape |= dict(norm="rmsnorm", position="rope", mlp="swiglu", n_shard=2, sync_pattern="01")
+    shape |= dict(norm="rmsnorm", position="rope", mlp="swiglu", n_shard=2, sync="01")
     torch.manual_seed(3)
     model = rough(GPT(GPTConfig(**shape)))
     folder.mkdir()
@@ -150,8 +150,7 @@ MORE = {
     "quantization_config": [dict(quant_method="fp8")],
     "transformers_weights": ["other.safetensors"],
     "model_type": ["gpt2", "llama", "reduced_sync", "mistral", []],
-    "sync_pattern": ["10", "012", "2222", "02"],
-    "merge": ["desync"],
+    "sync": ["10", "012", "2222", "02", "grouped-1+desync"],
     "rope_inv_freq": [[], [1.0], [1.0, 0.5, 0.2, "0.1"], [1.0, 0.5, 0.2, float("inf")], [1.0, 0.5, 0.2, 0.1]],
 }
 # what says nothing about the function; where transformers refuses such a value, our logits must be those of before

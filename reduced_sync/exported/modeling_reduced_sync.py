@@ -5,6 +5,7 @@ export.py copies both files into a folder for AutoModelForCausalLM.from_pretrain
 
 import dataclasses
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -127,7 +128,7 @@ class ReducedSyncForCausalLM(PreTrainedModel, GenerationMixin):
         if not isinstance(cache, Cache | None):
             raise ValueError(f"the cache is a {type(cache).__name__}: this model takes those that it has returned")
         held = 0 if cache is None else cache.length
-        x = self.model.hidden_states(input_ids, cache, padding(attention_mask, input_ids, held))
+        x = self.model.hidden_states(input_ids, cache, *positions_and_mask(attention_mask, input_ids, held))
         kept = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
         logits = self.model.lm_head(self.model.transformer.ln_f(kept))
         loss = None
@@ -138,17 +139,24 @@ class ReducedSyncForCausalLM(PreTrainedModel, GenerationMixin):
         return output if return_dict else output.to_tuple()
 
 
-def padding(attention_mask, input_ids, held):
-    """The `padding` (B,) of hidden_states() for ids (B, T) behind `held` in a cache; None where it needs none.
+def positions_and_mask(attention_mask, input_ids, held):
+    """What hidden_states() takes for ids (B, T) behind `held` in a cache, some rows of which start with padding.
 
-    attention_mask (B, held+T) or None. Raises ValueError where padding stands between tokens.
+    attention_mask (B, held+T) or None. Nothing sees padding, and positions are counted behind it. (None, None) where
+    there is none. Raises ValueError where padding stands between tokens.
     """
     B, T = input_ids.shape
     if attention_mask is None or attention_mask.all():
-        return input_ids.new_zeros(B) if held and T > 1 else None
+        if not held or T == 1:
+            return None, None
+        attention_mask = input_ids.new_ones(B, held + T)
     if attention_mask.shape != (B, held + T):
         raise ValueError(f"attention_mask of {tuple(attention_mask.shape)}: it must be of {(B, held + T)}")
     started = attention_mask.cumsum(1) > 0
     if ((attention_mask.long().diff(dim=1) > 0) & started[:, :-1]).any():
         raise ValueError("padding between tokens: pad prompts on the left, with tokenizer.padding_side='left'")
-    return (~started).sum(1)
+    start = (~started).sum(1)[:, None]  # (B, 1)
+    key = torch.arange(held + T, device=input_ids.device)
+    query = key[held:, None]
+    mask = (key <= query) & (key >= start[:, None]) | (key == query)  # (B, T, held+T); padding has to see something
+    return (key[held:] - start).clamp(min=0), mask

@@ -30,7 +30,7 @@ from launch import run_script, succeeded  # noqa: E402
 import export  # noqa: E402
 import sample  # noqa: E402
 import train_reduced_sync  # noqa: E402
-from reduced_sync_model import count_syncs  # noqa: E402
+from reduced_sync_model import SyncRule  # noqa: E402
 
 torch.set_num_threads(1)
 GENERATE = Path(__file__).with_name("generate.py")
@@ -42,16 +42,14 @@ LLAMA = dict(norm="rmsnorm", position="rope", mlp="swiglu", n_hidden=352, n_kv_h
 MODELS = {
     "baseline": dict(GPT2, n_shard=2),
     "baseline-llama": dict(LLAMA, n_shard=2),
-    "spd": dict(GPT2, n_shard=2, architecture="spd"),
-    "grouped": dict(GPT2, n_shard=4, architecture="grouped", layers_per_group=2),
-    "grouped-llama": dict(LLAMA, n_shard=4, architecture="grouped", layers_per_group=2),  # copies of KV heads
-    "selective-llama": dict(
-        LLAMA, n_shard=2, n_kv_head=1, architecture="selective", sync_pattern="a021", tie_embeddings=False
-    ),
-    "parallel": dict(GPT2, n_shard=2, architecture="selective", sync_pattern="1011", parallel_block=True),
-    "desync-llama": dict(LLAMA, n_shard=2, architecture="selective", sync_pattern="0a01", merge="desync"),
+    "spd": dict(GPT2, n_shard=2, sync="spd"),
+    "grouped": dict(GPT2, n_shard=4, sync="grouped-2"),
+    "grouped-llama": dict(LLAMA, n_shard=4, sync="grouped-2"),  # copies of KV heads
+    "selective-llama": dict(LLAMA, n_shard=2, n_kv_head=1, sync="a021", tie_embeddings=False),
+    "parallel": dict(GPT2, n_shard=2, sync="1011+parallel"),
+    "desync-llama": dict(LLAMA, n_shard=2, sync="0a01+desync"),
     # as a dropped SmolLM2
-    "spd-llama": dict(LLAMA, n_shard=3, n_embd=96, n_head=3, n_kv_head=3, n_hidden=264, architecture="spd"),
+    "spd-llama": dict(LLAMA, n_shard=3, n_embd=96, n_head=3, n_kv_head=3, n_hidden=264, sync="spd"),
 }
 SYNCS = {"baseline": 8, "baseline-llama": 8, "spd": 4, "grouped": 2, "grouped-llama": 2, "selective-llama": 4}
 SYNCS |= {"parallel": 3, "desync-llama": 2, "spd-llama": 4}
@@ -199,7 +197,8 @@ def test_a_dropped_smollm2(environment, tmp_path, tp_size):
     (found,) = served([folder], ids, tp_size, tmp_path, environment, max_model_len=64)
     new = [tokenizer.decode(prompt + more) for prompt, more in zip(ids, found["ids"], strict=True)]
     assert new == [sampled(f"--init_from={folder}", text) for text in texts]
-    check_syncs(found, count_syncs(json.loads((folder / "config.json").read_text())["sync_pattern"]), tp_size)
+    config = json.loads((folder / "config.json").read_text())
+    check_syncs(found, SyncRule.parse(config["sync"], config["n_layer"]).syncs, tp_size)
 
 
 # --- mistakes: one clear line, before any worker starts
@@ -211,9 +210,9 @@ REFUSED = [  # whether vLLM has the plugin, changes of config.json, options of v
     (True, dict(), dict(tensor_parallel_size=4), "tensor_parallel_size=4 does not divide n_shard=2; allowed: [1, 2]"),
     (
         True,
-        dict(overlap="ladder"),
+        dict(sync="baseline+ladder"),
         dict(trust_remote_code=True),
-        "overlap='ladder' cannot be served: vLLM's all-reduce",
+        "sync='baseline+ladder' cannot be served: vLLM's all-reduce",
     ),
     (True, dict(), dict(quantization="fp8"), "quantization='fp8'"),
     (True, dict(head_size=16), dict(), "head_size=16 cannot be served on a CPU; vLLM has [32, 64, "),

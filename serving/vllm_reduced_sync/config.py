@@ -5,6 +5,9 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
+from vllm_reduced_sync.old_keys import with_sync  # a link, as the next one, to what the training uses
+from vllm_reduced_sync.reduced_sync_model import SyncRule
+
 
 class ReducedSyncConfig(PretrainedConfig):
     """The keys of GPTConfig in reduced_sync_model.py. export.py writes all of them."""
@@ -19,6 +22,14 @@ class ReducedSyncConfig(PretrainedConfig):
         "max_position_embeddings": "block_size",
     }
 
+    def __init__(self, **keys):
+        super().__init__(**with_sync(keys))
+
+    @property
+    def rule(self):
+        """Where the shards synchronise: a SyncRule."""
+        return SyncRule.parse(self.sync, self.n_layer)
+
     @property
     def num_key_value_heads(self):
         """Those of all shards together: where there are fewer heads than shards, each shard has a copy of its own."""
@@ -32,8 +43,8 @@ class Checks(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config):
         """Raises ValueError for what cannot be served."""
         config, tp_size = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
-        if config.overlap:
-            raise ValueError(f"overlap={config.overlap!r} cannot be served: vLLM's all-reduce waits for its result")
+        if config.rule.hidden:
+            raise ValueError(f"sync={config.sync!r} cannot be served: vLLM's all-reduce waits for its result")
         if config.n_shard % tp_size:
             allowed = [n for n in range(1, config.n_shard + 1) if config.n_shard % n == 0]
             raise ValueError(

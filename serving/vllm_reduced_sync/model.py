@@ -148,9 +148,9 @@ class MLP(nn.Module):
 class Stream:
     """The residual stream: x (T, C), as last synced, and d (S, T, C), what each shard has added since, or None."""
 
-    def __init__(self, x, config):
+    def __init__(self, x, rule, n_shard):
         self.x, self.d = x, None
-        self.desync, self.n_shard = config.merge == "desync", config.n_shard
+        self.desync, self.n_shard = rule.rival == "desync", n_shard
 
     def read(self):
         """What the shards see: (T, C) where all see the same, else (S, T, C) per shard."""
@@ -161,7 +161,7 @@ class Stream:
         self.d = y if self.d is None else self.d + y
 
     def sync(self, y):
-        """A sync point: x plus the sum of all shards' deltas; of merge="desync" those before y count by their mean."""
+        """A sync point: x plus the sum of all shards' deltas; with desync those before y count by their mean."""
         if self.desync and self.d is not None:
             self.d = self.d / self.n_shard
         delta = (y if self.d is None else self.d + y).sum(0)  # (T, C) of this rank, fresh: on a CPU it is changed
@@ -173,17 +173,18 @@ class Block(nn.Module):
 
     def __init__(self, config, n_local, vllm_config, prefix):
         super().__init__()
-        self.parallel = config.parallel_block
+        self.parallel = config.rule.rival == "parallel"
         self.ln_1 = Norm(config, n_local)
         self.attn = CausalSelfAttention(config, n_local, vllm_config, f"{prefix}.attn")
         self.ln_2 = Norm(config, n_local)
         self.mlp = MLP(config, n_local)
 
-    def forward(self, stream, character, rope=None):
-        """Add this layer to the Stream: `character` is its place in the sync pattern."""
+    def forward(self, stream, syncs, rope=None):
+        """Add this layer to the Stream. syncs: whether to sync after attention, and after the MLP."""
+        after_attention, after_mlp = syncs
         h = stream.read()
         y = self.attn(self.ln_1(h), rope)
-        if character in "2a":
+        if after_attention:
             stream.sync(y)
         else:
             stream.keep(y)
@@ -191,7 +192,7 @@ class Block(nn.Module):
         if not self.parallel:  # else the MLP reads what the attention has read
             h = stream.read()
         y = self.mlp(self.ln_2(h))
-        if character in "21":
+        if after_mlp:
             stream.sync(y)
         else:
             stream.keep(y)
@@ -204,6 +205,7 @@ class GPT(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         self.config = config = vllm_config.model_config.hf_config
+        self.rule = config.rule
         tp_size = get_tensor_model_parallel_world_size()
         n_local = config.n_shard // tp_size
         vocabulary = dict(num_embeddings=config.vocab_size, embedding_dim=config.n_embd)
@@ -243,9 +245,9 @@ class GPT(nn.Module):
         else:
             angles = positions[:, None, None] * self.inv_freq  # (T, 1, D/2)
             rope = angles.cos(), angles.sin()
-        stream = Stream(x, self.config)
-        for block, character in zip(self.transformer.h, self.config.sync_pattern, strict=True):
-            block(stream, character, rope)
+        stream = Stream(x, self.rule, self.config.n_shard)
+        for block, syncs in zip(self.transformer.h, self.rule.layers(), strict=True):
+            block(stream, syncs, rope)
         return self.transformer.ln_f(stream.x)
 
 

@@ -1,0 +1,1 @@
+../../reduced_sync/old_keys.py

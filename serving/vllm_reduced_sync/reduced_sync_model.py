@@ -1,0 +1,1 @@
+../../reduced_sync_model.py
