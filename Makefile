@@ -8,7 +8,8 @@ VLLM := 0.32.0
 DEMO := baseline_24sync spd_12sync grouped_6sync grouped_3sync
 
 # without processes that train, fail and decode
-QUICK := $(addprefix tests/test_,$(addsuffix .py,batches checkpoint commands compare configurator golden house model results run_log))
+QUICK := tests/model/test_model.py tests/compare/test_compare.py tests/compare/test_results.py tests/test_cli.py tests/test_configurator.py \
+	tests/test_house.py $(addprefix tests/train/test_,$(addsuffix .py,batches checkpoint golden log))
 
 .PHONY: demo spd-demo test test-quick test-lm-eval test-serving serve lint data results
 
@@ -26,7 +27,7 @@ data: .venv/ready
 demo: data
 	$(BIN)/python test_all_architectures.py --small
 	@set -e; export OMP_NUM_THREADS=1; processes=2; \
-	device=$$($(BIN)/python -c "from reduced_sync import parallel; print(parallel.choose_device()[0])"); \
+	device=$$($(BIN)/python -c "from reduced_sync.distributed import choose_device; print(choose_device()[0])"); \
 	if [ $$device = cuda ]; then processes=1; fi; \
 	for name in $(DEMO); do \
 		out=out-$$(echo $$name | tr _ -)-cpu; resume=; \
@@ -56,7 +57,7 @@ test-quick: .venv/ready
 	touch $@
 
 test-lm-eval: .venv-lm/ready
-	.venv-lm/bin/python -m pytest tests/test_lm_eval.py
+	.venv-lm/bin/python -m pytest tests/hf/test_lm_eval.py
 
 # vLLM, in an environment of its own, which is pinned since the plugin uses its internals. Its build for CPUs asks for
 # torchvision, torchaudio and torchcodec as well: they do not load beside this torch, and nothing needs them

@@ -4,10 +4,10 @@ $ python bench.py train                          # training steps against transf
 $ python bench.py traffic                        # the memory traffic of a training step, counted and not measured
 $ python bench.py decode --png=decode.png        # TTFT and TPOT for every sync pattern, tensor-parallel and not
 $ python bench.py decode baseline baseline+ladder grouped-4 3x1280 --tp_sizes 2 --added_delay_us 0 1000 2000
-$ python bench.py predict --n_shard=8            # the cost model of latency.py with public figures of links
+$ python bench.py predict --n_shard=8            # the cost model of cost_model.py with public figures of links
 
 A candidate is RULE[@N_SHARD]. RULE is a sync rule as everywhere (baseline, spd, grouped-4, 110111011101, spd+ladder),
-or LAYERSxWIDTH, a dense control with standard TP. What is timed takes turns, in processes of its own (candidates.py),
+or LAYERSxWIDTH, a dense control with standard TP. What is timed takes turns, each candidate in processes of its own,
 and figures are medians over all rounds.
 
 decode prints, in milliseconds: TTFT, the time to the first token; TPOT, the time of each token after it; `syncs`, with
@@ -16,7 +16,7 @@ decode step and the size of each; `in-syncs`, the time spent in them; `no-syncs`
 all-reduces send nothing (timing only: the no-communication bound); `bound/TPOT`, where bound is the time in which a
 rank reads its weights and cache once, at the bandwidth with which it sums its weights; `residual`, what a least-squares
 fit TPOT = compute + syncs x all_reduce leaves of the models of the first one's size without hidden syncs; `measured`,
-how far that line is off with both constants measured, as no-syncs and in-syncs; `model`, how far latency.py is off.
+how far that line is off with both constants measured, as no-syncs and in-syncs; `model`, how far cost_model.py is off.
 `exposed` is what a hidden sync still costs, TPOT less no-syncs and the blocking syncs, and the model's figure of it.
 
 With --added_delay_us every all-reduce takes at least so long from its start on, waited for where its result is used:
@@ -25,7 +25,7 @@ delay to the next, measured and by the cost model: the number of exposed syncs. 
 adds nothing; one longer than that exposes all blocking syncs, and one longer than a sublayer the hidden ones, too.
 """
 
-from reduced_sync.commands import set_up
+from reduced_sync.cli import set_up
 
 if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
     set_up()
@@ -45,9 +45,9 @@ from functools import partial
 import torch
 
 import reduced_sync_model as rsm
-from reduced_sync import latency, parallel
-from reduced_sync.accelerators import NAMED, Accelerator
-from reduced_sync.candidates import (
+from reduced_sync import distributed
+from reduced_sync.bench import cost_model
+from reduced_sync.bench.candidates import (
     Candidate,
     build,
     config_of,
@@ -57,11 +57,11 @@ from reduced_sync.candidates import (
     parse_candidate,
     synchronize,
 )
-from reduced_sync.commands import check_figure, check_target, one_line_errors
-from reduced_sync.config import option, parse
-from reduced_sync.decode_timing import Decoding
-from reduced_sync.figures import draw_decoding
-from reduced_sync.links import LINKS, Link
+from reduced_sync.bench.timing import Decoding
+from reduced_sync.cli import check_figure, check_target, one_line_errors
+from reduced_sync.compare.figures import draw_decoding
+from reduced_sync.configurator import option, parse
+from reduced_sync.hardware import LINKS, NAMED, Accelerator, Link
 
 
 def peak_memory(device: torch.device, reset: bool = False) -> int:
@@ -84,7 +84,7 @@ def peak_memory(device: torch.device, reset: bool = False) -> int:
 # train: a step is forward, backward and AdamW
 
 
-def training(candidate: Candidate, layout: parallel.Layout, args: "Train") -> Callable[[], tuple[float, int]]:
+def training(candidate: Candidate, layout: distributed.Layout, args: "Train") -> Callable[[], tuple[float, int]]:
     """A function that trains `args.steps` steps and returns (seconds a step, peak bytes)."""
     model = build(candidate, layout, args)
     if candidate.keys:
@@ -197,7 +197,7 @@ def constants_of(rounds: list, B: int, T: int, args: "Decode") -> tuple[float, A
     link, n = None, len(rounds[0])
     if n > 1:
         sizes = [4 * B * t * args.n_embd for t in (1, T)]
-        base, per_byte, _ = latency.fit(sizes, [middle["all_reduce", B, t] for t in (1, T)])
+        base, per_byte, _ = cost_model.fit(sizes, [middle["all_reduce", B, t] for t in (1, T)])
         link = Link(base, 0.0, 2 * (n - 1) / n / per_byte, "measured")
     return middle["stream"], accelerator, link
 
@@ -214,7 +214,7 @@ def decode(args: "Decode") -> list[dict]:
         raise ValueError("--png draws TPOT against sync count at tp_size 2 or more; --tp_sizes names none")
     if args.png:
         check_figure(args.png)
-    device, dtype, _ = parallel.choose_device(args.device, args.dtype)
+    device, dtype, _ = distributed.choose_device(args.device, args.dtype)
     args.added_delay_us = tuple(sorted(set(args.added_delay_us)))
     if any(args.added_delay_us) and (device != "cpu" or max(args.tp_sizes) < 2):
         raise ValueError("--added_delay_us holds up all-reduces on a CPU: it needs --device=cpu and tp_size 2 or more")
@@ -264,7 +264,7 @@ def figures_of(
     case = {"tp_size": tp_size, "batch_size": B, "prompt": T, "added_delay_s": delay / 1e6, "stream": stream}
     case |= {"rival": setup[1].name, "accelerator": vars(accelerator), "link": link and vars(link)}
     first = next(iter(configs.values()))
-    case["bound_s"] = latency.bytes_read(first, tp_size, B, middle, itemsize) / stream
+    case["bound_s"] = cost_model.bytes_read(first, tp_size, B, middle, itemsize) / stream
     rival = figures(measured[1], (setup[1].name, True, B, T, delay))
     case |= {f"rival_{key}": value for key, value in rival.items()}
     for candidate, rounds in zip(setup[2:], measured[2:], strict=True):
@@ -279,8 +279,8 @@ def figures_of(
     for variant, config in configs.items():
         row = {"variant": variant} | describe(config)
         row |= figures(measured[0], (variant, True, B, T, delay))
-        row["bound_s"] = latency.bytes_read(config, tp_size, B, middle, itemsize) / stream
-        model = partial(latency.forward_seconds, config, accelerator, itemsize=itemsize, added_delay=delay / 1e6)
+        row["bound_s"] = cost_model.bytes_read(config, tp_size, B, middle, itemsize) / stream
+        model = partial(cost_model.forward_seconds, config, accelerator, itemsize=itemsize, added_delay=delay / 1e6)
         row |= {"model_ttft_s": model(link, tp_size, B, T, T), "model_tpot_s": model(link, tp_size, B, 1, middle)}
         if tp_size > 1:
             silent = figures(measured[0], (variant, False, B, T, 0))
@@ -296,7 +296,7 @@ def figures_of(
     alike = [row for row in rows if not row["hidden"] and (row["model"]["n_layer"], row["model"]["n_embd"]) == size]
     counts, tpots = [row["syncs"] for row in alike], [row["tpot_s"] for row in alike]
     if tp_size > 1 and len(set(counts)) > 1:
-        case["fit_compute_s"], case["fit_all_reduce_s"], residuals = latency.fit(counts, tpots)
+        case["fit_compute_s"], case["fit_all_reduce_s"], residuals = cost_model.fit(counts, tpots)
         case["compute_s"] = statistics.median(row["silent_tpot_s"] for row in alike)
         case["all_reduce_s"] = sum(row["in_all_reduces_s"] for row in alike) / sum(counts)
         for row, residual in zip(alike, residuals, strict=True):
@@ -361,11 +361,11 @@ def print_exposed(cases: list[dict]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# predict: latency.py with public figures
+# predict: cost_model.py with public figures
 
 
 def predict(args: "Predict") -> list[dict]:
-    """PREDICTED time per token and to the first token on named links, by the cost model of latency.py."""
+    """PREDICTED time per token and to the first token on named links, by the cost model of cost_model.py."""
     configs, accelerator = configs_of(args), NAMED[args.accelerator]
     for name, config in configs.items():
         if config.n_shard != args.n_shard:
@@ -379,7 +379,7 @@ def predict(args: "Predict") -> list[dict]:
         first = None
         for variant, config in configs.items():
             row = {"predicted": True, "link": name, "variant": variant} | describe(config)
-            model = partial(latency.forward_seconds, config, accelerator, itemsize=args.itemsize)
+            model = partial(cost_model.forward_seconds, config, accelerator, itemsize=args.itemsize)
             sizes, link = (args.n_shard, args.batch_size), LINKS[name]
             ttft = model(link, *sizes, args.prompt, args.prompt)
             tpot, bound = (model(one, *sizes, 1, args.prompt) for one in (link, None))

@@ -16,9 +16,9 @@ on other windows of it, have no gap. Below 10 tokens a parameter a verdict is no
 
 --latency takes each run's time per token from what `bench.py decode --json=decode.json` measured of the same model:
 n_layer, n_embd, vocab_size, sync, block, and n_head and n_shard, which of a dense model make no difference.
---link predicts it by latency.py for the model of the run's log, in bfloat16 and behind a full context. Either adds
-columns, a panel and a verdict. A run, variant, rival or control, is on the frontier unless it is dominated: another one
-is as good or better in loss and time.
+--link predicts it by the cost model of bench.py predict for the model of the run's log, in bfloat16 and behind a full
+context. Either adds columns, a panel and a verdict. A run, variant, rival or control, is on the frontier unless it is
+dominated: another one is as good or better in loss and time.
 
 --equal_time adds the loss that each run had when it had trained for as long as the baseline did in all: updates times
 their median time, so without compilation and evaluations, interpolated between evaluations. A slower run is caught in
@@ -27,7 +27,7 @@ the middle of its schedule, a faster one has finished. Times from a machine that
 Works while the runs go on: an unfinished run is marked, its gap taken at the last step that the baseline has too.
 """
 
-from reduced_sync.commands import set_up
+from reduced_sync.cli import set_up
 
 if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
     set_up()
@@ -37,13 +37,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from reduced_sync.accelerators import NAMED
-from reduced_sync.commands import check_figure, one_line_errors
-from reduced_sync.comparison import report
-from reduced_sync.config import option, parse
-from reduced_sync.frontier import add_measured, add_predicted
-from reduced_sync.links import LINKS
-from reduced_sync.runs import load_runs
+from reduced_sync.cli import check_figure, one_line_errors
+from reduced_sync.compare.frontier import add_measured, add_predicted
+from reduced_sync.compare.report import report
+from reduced_sync.compare.runs import load_runs
+from reduced_sync.configurator import option, parse
+from reduced_sync.hardware import LINKS, NAMED
 
 
 @dataclass

@@ -8,13 +8,13 @@ The model is a folder or hub name of a GPT-2 or Llama, or an out_dir of ours tha
 lose the sync after their attention (the pattern's 2 becomes 1) in the order of how little that costs. The stages, each
 of which a key can leave out: arrange heads and neurons on the shards; measure each block's sensitivity; choose the
 blocks; distil each dropped block to what it computed before; finetune the whole model towards the one with all syncs.
-Perplexities of the evaluation texts before and after each stand in out_dir/log.txt, and in dropping.png; sample.py
+Perplexities of the evaluation texts before and after each stand in out_dir/log.txt, and in distillation.png; sample.py
 reads out_dir/ckpt.pt.
 
 Go on after a stop: the same command and --init_from=resume.
 """
 
-from reduced_sync.commands import set_up
+from reduced_sync.cli import set_up
 
 if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
     set_up(goes_on=True)
@@ -35,19 +35,20 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import reduced_sync_model as rsm
-from reduced_sync import arranging, dropping, parallel, texts
 from reduced_sync import checkpoint as ckpt
-from reduced_sync.commands import StopSignal
-from reduced_sync.config import configure, describe, option
+from reduced_sync import distributed
+from reduced_sync.cli import StopSignal
+from reduced_sync.compare.figures import draw_dropping
+from reduced_sync.configurator import configure, describe, option
 from reduced_sync.data import Corpus
-from reduced_sync.drop_log import perplexity_line, read_drop_log, sensitivity_line, table_of
-from reduced_sync.figures import draw_dropping
+from reduced_sync.distributed import RANK, WORLD_SIZE
 from reduced_sync.files import lock_folder, replace_file
-from reduced_sync.parallel import RANK, WORLD_SIZE
-from reduced_sync.recording import conditions
-from reduced_sync.run_log import RunLog
-from reduced_sync.tokenizer import KEPT, Tokens, pretrained_meta, write_pretrained
-from reduced_sync.weights import OURS, from_dense, from_pretrained, pretrained_fields, shards_to_dense
+from reduced_sync.hf.tokenizer import KEPT, Tokens, pretrained_meta, write_pretrained
+from reduced_sync.hf.weights import OURS, from_dense, from_pretrained, pretrained_fields, shards_to_dense
+from reduced_sync.spd import distillation, placement, texts
+from reduced_sync.spd.log import perplexity_line, read_drop_log, sensitivity_line, table_of
+from reduced_sync.train.log import RunLog
+from reduced_sync.train.recorder import conditions
 
 STAGES = ("arrange", "sensitivity", "drop", "distil", "finetune", "finished")
 DONE = {"drop": "dropped", "distil": "distilled", "finetune": "finetuned"}
@@ -208,7 +209,7 @@ def prepare(config: Config) -> tuple[tuple, Source, dict | None, dict, dict, dic
     for key in ("calibration_windows", "distil_batch_size", "finetune_batch_size"):
         if getattr(config, key) % dp_size:
             raise ValueError(f"{key}={getattr(config, key)} is not divisible by the {dp_size} replicas")
-    choice = parallel.choose_device(config.device, config.dtype, config.backend)
+    choice = distributed.choose_device(config.device, config.dtype, config.backend)
     calibration, evaluation = source.texts(config)
     T = config.block_size
     keys = ("arrange_windows", "calibration_windows", "sensitivity_windows")
@@ -223,7 +224,7 @@ class Dropping:
     def __init__(self, config, choice, source, saved, calibration, windows, evaluation):
         self.config, self.source, self.calibration, self.evaluation = config, source, calibration, evaluation
         self.all_windows, self.windows = windows, windows["calibration_windows"]
-        self.layout = parallel.start(*choice, config.tp_size, config.timeout_s)
+        self.layout = distributed.start(*choice, config.tp_size, config.timeout_s)
         self.stop, self.last_save = StopSignal(), time.monotonic()
         self.progress = Progress(**saved["progress"]) if saved else Progress()
         self.model = self.build_arranged()
@@ -248,10 +249,10 @@ class Dropping:
         try:
             model = self.source.build(self.config.n_shard, self.layout.tp_group)
         except (OSError, ValueError) as error:
-            raise parallel.SameOnAllRanks(str(error)) from None
+            raise distributed.SameOnAllRanks(str(error)) from None
         for i, (groups, neurons) in enumerate(zip(self.progress.groups, self.progress.neurons, strict=True)):
-            dense = arranging.permuted(arranging.dense_block(model, i), model.config, groups, neurons)
-            arranging.set_dense_block(model, i, dense)
+            dense = placement.permuted(placement.dense_block(model, i), model.config, groups, neurons)
+            placement.set_dense_block(model, i, dense)
         return model.to(self.layout.device).eval()
 
     def header(self, resumed: bool) -> dict:
@@ -284,7 +285,7 @@ class Dropping:
         """Say the perplexities of all evaluation texts under a pattern."""
         model, found = self.model.with_sync(pattern), {}
         for name, windows in self.evaluation.items():
-            loss = dropping.mean_loss(model, windows, self.config.batch_size, self.layout)
+            loss = distillation.mean_loss(model, windows, self.config.batch_size, self.layout)
             found[name] = math.exp(min(loss, 700.0))
         self.say(perplexity_line(stage, model.config.rule.syncs, 2 * len(pattern), found))
 
@@ -313,14 +314,14 @@ class Dropping:
                     replace_file(out_dir / "progress.pt", lambda file: torch.save(state, file))
             except (OSError, RuntimeError) as failure:
                 error = f"saving to {out_dir} failed, what was saved before is whole: {failure}"
-        parallel.raise_together(error)
+        distributed.raise_together(error)
 
     def step_done(self, done: int) -> bool:
         """Remember that so much of the stage is done, and save where it is due. Whether the run is to stop."""
         self.progress.done = done
         due = RANK == 0 and time.monotonic() - self.last_save > self.config.checkpoint_minutes * 60
         asked = [float(self.stop.asked is not None), float(due)]
-        stopping, due = parallel.sum_over_world(asked, self.layout.device)  # every rank decides alike
+        stopping, due = distributed.sum_over_world(asked, self.layout.device)  # every rank decides alike
         if stopping or due:
             self.save()
         return bool(stopping)
@@ -376,21 +377,21 @@ class Dropping:
         K, N = model.config.n_kv_head, model.config.n_hidden
         for i in self.bar(range(model.config.n_layer)):
             if i >= len(progress.groups):
-                dense = arranging.dense_block(model, i)
-                generator = torch.Generator().manual_seed(parallel.seed_of(config.seed, i))
+                dense = placement.dense_block(model, i)
+                generator = torch.Generator().manual_seed(distributed.seed_of(config.seed, i))
                 groups, neurons = list(range(K)), list(range(N))
                 if config.arrange_heads == "random":
                     groups = torch.randperm(K, generator=generator).tolist()
                 elif config.arrange_heads != "as_is":
                     by = config.arrange_heads
-                    groups = arranging.place_groups(dense, model.config, batches, rope, by, self.layout)
-                dense = arranging.permuted(dense, model.config, groups, neurons)
+                    groups = placement.place_groups(dense, model.config, batches, rope, by, self.layout)
+                dense = placement.permuted(dense, model.config, groups, neurons)
                 if config.arrange == "random":
                     neurons = torch.randperm(N, generator=generator).tolist()
                 elif config.arrange == "affinity":
-                    neurons = arranging.place_neurons(dense, model.config, batches, rope, self.layout)
-                dense = arranging.permuted(dense, model.config, list(range(K)), neurons)
-                arranging.set_dense_block(model, i, dense)
+                    neurons = placement.place_neurons(dense, model.config, batches, rope, self.layout)
+                dense = placement.permuted(dense, model.config, list(range(K)), neurons)
+                placement.set_dense_block(model, i, dense)
                 progress.groups.append(groups)
                 progress.neurons.append(neurons)
                 if self.step_done(i + 1):
@@ -406,7 +407,9 @@ class Dropping:
         if self.config.sensitivity_windows == 0:
             return 0
         windows = self.all_windows["sensitivity_windows"]
-        found, perplexities = dropping.sensitivities(self.model, windows, self.config.batch_size, self.layout, self.bar)
+        found, perplexities = distillation.sensitivities(
+            self.model, windows, self.config.batch_size, self.layout, self.bar
+        )
         for i in range(L):
             self.say(sensitivity_line(i, found[i], perplexities[i]))
         self.progress.order = sorted(range(L), key=lambda i: (found[i], i))
@@ -429,7 +432,7 @@ class Dropping:
     def calibration_loss(self, n: int) -> float:
         """Mean loss on the calibration windows with n blocks dropped."""
         model = self.model.with_sync(self.dropped(n))
-        return dropping.mean_loss(model, self.windows, self.config.batch_size, self.layout)
+        return distillation.mean_loss(model, self.windows, self.config.batch_size, self.layout)
 
     def distil(self) -> int | None:
         """Block to block: each dropped block learns what it computed before, on the same windows."""
@@ -437,7 +440,7 @@ class Dropping:
         if config.distil_epochs == 0 or "1" not in self.pattern:
             return 0
         teacher = self.build_arranged() if done else model  # a layer not yet trained is the teacher's own
-        mine = list(dropping.share(self.windows, config.batch_size, self.layout))
+        mine = list(distillation.share(self.windows, config.batch_size, self.layout))
         with torch.no_grad():
             rope = teacher.embed(mine[0])[1]
             exact = torch.cat([teacher.embed(idx)[0].cpu() for idx in mine])  # (windows, T, C)
@@ -448,7 +451,7 @@ class Dropping:
             given = before if config.distil_inputs == "teacher" else inputs
             if i >= done:
                 if self.pattern[i] == "1":
-                    first, last = dropping.distil(model, i, given, exact, rope, config, self.layout)
+                    first, last = distillation.distil(model, i, given, exact, rope, config, self.layout)
                     self.say(f"distil: block {i}, relative error {first:.3e} to {last:.3e}")
                 if self.step_done(i + 1):
                     return None
@@ -477,15 +480,15 @@ class Dropping:
         share = config.finetune_batch_size // layout.dp_size
         dropped = [i for i in self.progress.order if self.pattern[i] == "1"]
         for step in self.bar(range(self.progress.done, config.finetune_steps)):
-            generator = torch.Generator().manual_seed(parallel.seed_of(config.seed, 1 << 20, step))
+            generator = torch.Generator().manual_seed(distributed.seed_of(config.seed, 1 << 20, step))
             idx = self.draw(config.finetune_batch_size, generator)[layout.dp_rank * share :][:share].to(layout.device)
             n = int(torch.randint(len(dropped) + 1, (), generator=generator)) if config.elastic else len(dropped)
             pattern = "".join("1" if i in dropped[:n] else "2" for i in range(model.config.n_layer))
-            loss = dropping.divergence(model.with_sync(pattern), teacher, idx, layout)
+            loss = distillation.divergence(model.with_sync(pattern), teacher, idx, layout)
             peak, steps = config.finetune_learning_rate, config.finetune_steps
-            dropping.descend(model, loss, self.optimizer, peak, step, steps, layout, model.tp_group)
+            distillation.descend(model, loss, self.optimizer, peak, step, steps, layout, model.tp_group)
             if step % 10 == 0:
-                mean = parallel.sum_over_world([loss.item() / WORLD_SIZE], layout.device)[0]
+                mean = distributed.sum_over_world([loss.item() / WORLD_SIZE], layout.device)[0]
                 self.say(f"finetune: step {step}, divergence {mean:.4f}")
             if self.step_done(step + 1):
                 return None
@@ -507,7 +510,7 @@ def main(argv):
     if "--help" in argv or "-h" in argv:
         print(__doc__, "Keys, as lines of a config file (key = value) or as arguments:\n", describe(Config), sep="\n")
         return
-    with parallel.clear_errors():
+    with distributed.clear_errors():
         config = configure(Config, argv)
         prepared = prepare(config)
         lock = lock_folder(config.out_dir) if RANK == 0 else None

@@ -9,7 +9,7 @@ has the tokenizer and a README.md that says what the model is; --init_from=FOLDE
 takes it back. A run that is not finished is exported as far as it has come.
 """
 
-from reduced_sync.commands import set_up
+from reduced_sync.cli import set_up
 
 if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
     set_up()
@@ -18,9 +18,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from reduced_sync.commands import one_line_errors
-from reduced_sync.config import option, parse
-from reduced_sync.exporting import export
+from reduced_sync.cli import one_line_errors
+from reduced_sync.configurator import option, parse
+from reduced_sync.hf.export import export
 
 
 @dataclass

@@ -11,7 +11,7 @@ $ torchrun --standalone --nproc_per_node=2 -- sample.py --out_dir=out-spd-12sync
 The first sample appears as it is generated, the others, computed in the same batch, behind it. Keys as in nanoGPT.
 """
 
-from reduced_sync.commands import set_up
+from reduced_sync.cli import set_up
 
 if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
     set_up()
@@ -27,12 +27,12 @@ import torch.distributed as dist
 
 import reduced_sync_model as rsm
 from reduced_sync import checkpoint as ckpt
-from reduced_sync import parallel, preparing
-from reduced_sync.config import configure, describe, option
+from reduced_sync import distributed, preparing
+from reduced_sync.configurator import configure, describe, option
 from reduced_sync.decoding import cast, choose, for_decoding, generate
-from reduced_sync.parallel import RANK, WORLD_SIZE
-from reduced_sync.tokenizer import Tokens, pretrained_meta
-from reduced_sync.weights import from_pretrained, pretrained_fields
+from reduced_sync.distributed import RANK, WORLD_SIZE
+from reduced_sync.hf.tokenizer import Tokens, pretrained_meta
+from reduced_sync.hf.weights import from_pretrained, pretrained_fields
 
 
 @dataclass
@@ -76,7 +76,7 @@ def load(config: Config) -> tuple[dict | None, rsm.GPTConfig, dict]:
     return saved, model_config, meta
 
 
-def build(config: Config, saved: dict | None, model_config: rsm.GPTConfig, layout: parallel.Layout) -> rsm.GPT:
+def build(config: Config, saved: dict | None, model_config: rsm.GPTConfig, layout: distributed.Layout) -> rsm.GPT:
     """The model on its device, in its number type. A dense one has as many shards as there are processes."""
     if saved is not None:
         model = rsm.GPT(model_config, layout.tp_group)
@@ -85,7 +85,7 @@ def build(config: Config, saved: dict | None, model_config: rsm.GPTConfig, layou
         try:
             model = from_pretrained(config.init_from, layout.tp_group, n_shard=model_config.n_shard)
         except (OSError, ValueError) as error:
-            raise parallel.SameOnAllRanks(str(error)) from None
+            raise distributed.SameOnAllRanks(str(error)) from None
     cast(model.eval().to(layout.device), layout.dtype)
     return for_decoding(model, config.compile)
 
@@ -118,11 +118,11 @@ def prompt_ids(config: Config, tokens: Tokens, block_size: int) -> list[int]:
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(found)
     if isinstance(found[0], str):
-        raise parallel.SameOnAllRanks(found[0])
+        raise distributed.SameOnAllRanks(found[0])
     return found[0]
 
 
-def sample(config: Config, model: rsm.GPT, tokens: Tokens, vocab_size: int, layout: parallel.Layout) -> None:
+def sample(config: Config, model: rsm.GPT, tokens: Tokens, vocab_size: int, layout: distributed.Layout) -> None:
     """Generate and, on rank 0, print."""
     prompt = prompt_ids(config, tokens, block_size := model.config.block_size)
     if RANK == 0 and len(prompt) + config.max_new_tokens > block_size:
@@ -135,7 +135,7 @@ def sample(config: Config, model: rsm.GPT, tokens: Tokens, vocab_size: int, layo
 
     def pick_finite(logits):
         if not logits.isfinite().all():
-            raise parallel.SameOnAllRanks(
+            raise distributed.SameOnAllRanks(
                 "the model's logits are not finite: its training diverged, or dtype is too narrow for it"
             )
         return pick(logits.index_fill(1, suppressed, float("-inf")))
@@ -170,13 +170,13 @@ def main(argv):
     if "--help" in argv or "-h" in argv:
         print(__doc__, "Keys, as arguments --key=value or as lines of a config file:\n", describe(Config), sep="\n")
         return
-    with parallel.clear_errors():
+    with distributed.clear_errors():
         config = configure(Config, argv)
         check_config(config)
         saved, model_config, meta = load(config)
-        choice = parallel.choose_device(config.device, config.dtype, config.backend)
+        choice = distributed.choose_device(config.device, config.dtype, config.backend)
         tokens = Tokens(meta, model_config.vocab_size)
-        layout = parallel.start(*choice, tp_size=WORLD_SIZE, timeout_s=600)
+        layout = distributed.start(*choice, tp_size=WORLD_SIZE, timeout_s=600)
         model = build(config, saved, model_config, layout)
         sample(config, model, tokens, meta["vocab_size"], layout)
         if dist.is_initialized():

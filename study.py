@@ -10,7 +10,7 @@ after a stop of any kind: Ctrl-C (twice ends at once), a closed terminal, a kill
 the runs.
 """
 
-from reduced_sync.commands import set_up
+from reduced_sync.cli import set_up
 
 if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
     set_up(goes_on=True)
@@ -28,14 +28,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from reduced_sync.commands import one_line, one_line_errors, stop_signals
-from reduced_sync.comparison import report
-from reduced_sync.config import configure, describe, option
+from reduced_sync.cli import one_line, one_line_errors, stop_signals
+from reduced_sync.compare.report import report
+from reduced_sync.compare.runs import load_runs
+from reduced_sync.configurator import configure, describe, option
 from reduced_sync.data import Corpus
-from reduced_sync.experiment import Config
-from reduced_sync.parallel import choose_device
-from reduced_sync.run_log import read_log
-from reduced_sync.runs import load_runs
+from reduced_sync.distributed import choose_device
+from reduced_sync.train.experiment import Config
+from reduced_sync.train.log import read_log
 from reduced_sync_model import SyncRule
 
 HERE = Path(__file__).parent

@@ -9,7 +9,7 @@ nothing) against the sync pattern; loss and gradients finite, the loss that of a
 with two real processes, that tp_size 2 computes the same loss and gradients as tp_size 1.
 """
 
-from reduced_sync.commands import set_up
+from reduced_sync.cli import set_up
 
 if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
     set_up()
@@ -28,8 +28,8 @@ import torch.multiprocessing as mp
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from reduced_sync.commands import ctrl_c_held, one_line_errors
-from reduced_sync.experiment import model_keys
+from reduced_sync.cli import ctrl_c_held, one_line_errors
+from reduced_sync.train.experiment import model_keys
 from reduced_sync_model import GPT, GPTConfig
 
 MODERN = dict(norm="rmsnorm", position="rope", mlp="swiglu")  # config/modern.py's block

@@ -11,7 +11,7 @@ $ torchrun --standalone --nproc_per_node=2 train_reduced_sync.py config/train_sp
 Go on after a stop: the same command and --init_from=resume. Then: tail -f out-*/log.txt; python compare.py out-*
 """
 
-from reduced_sync.commands import set_up
+from reduced_sync.cli import set_up
 
 if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
     set_up(goes_on=True)
@@ -29,16 +29,16 @@ import torch.distributed as dist
 
 import reduced_sync_model as rsm
 from reduced_sync import checkpoint as ckpt
-from reduced_sync import parallel
-from reduced_sync.commands import StopSignal
-from reduced_sync.config import configure, describe
+from reduced_sync import distributed
+from reduced_sync.cli import StopSignal
+from reduced_sync.configurator import configure, describe
 from reduced_sync.data import Corpus, vocabulary_hash
-from reduced_sync.experiment import Config, check_config, learning_rate, model_keys
+from reduced_sync.distributed import RANK, RESTART_COUNT, WORLD_SIZE
 from reduced_sync.files import lock_folder
-from reduced_sync.parallel import RANK, RESTART_COUNT, WORLD_SIZE
-from reduced_sync.recording import Recorder
-from reduced_sync.run_log import changes, step_line
-from reduced_sync.weights import GPT2_SHAPES, from_pretrained, pretrained_fields
+from reduced_sync.hf.weights import GPT2_SHAPES, from_pretrained, pretrained_fields
+from reduced_sync.train.experiment import Config, check_config, learning_rate, model_keys
+from reduced_sync.train.log import changes, step_line
+from reduced_sync.train.recorder import Recorder
 
 # what is chosen of a pretrained model: its weights fit any
 CHOICES = "block_size dropout n_shard sync".split()
@@ -100,7 +100,7 @@ def prepare(config: Config) -> tuple[tuple, Corpus, dict, rsm.GPTConfig, dict | 
     check_config(config)
     shape |= model_keys(vars(config))
     corpus = Corpus(config.dataset, config.block_size)
-    choice = parallel.choose_device(config.device, config.dtype, config.backend)
+    choice = distributed.choose_device(config.device, config.dtype, config.backend)
     # a multiple of 64 is fast on GPUs: GPT-2's 50257 tokens become 50304
     shape.setdefault("vocab_size", -(-corpus.meta["vocab_size"] // 64) * 64)
     model_config = rsm.GPTConfig(**shape)
@@ -133,7 +133,7 @@ class Progress:
     bad_steps: int = 0  # and in a row
 
 
-def build_model(config: Config, model_config: rsm.GPTConfig, layout: parallel.Layout) -> rsm.GPT:
+def build_model(config: Config, model_config: rsm.GPTConfig, layout: distributed.Layout) -> rsm.GPT:
     """The model, on its device, with initial or pretrained weights. Raises SameOnAllRanks where those are not there."""
     if config.init_from in ("scratch", "resume"):
         return rsm.GPT(model_config, layout.tp_group).to(layout.device)
@@ -141,11 +141,13 @@ def build_model(config: Config, model_config: rsm.GPTConfig, layout: parallel.La
     try:
         return from_pretrained(config.init_from, layout.tp_group, **choices).to(layout.device)
     except (OSError, ValueError) as error:
-        raise parallel.SameOnAllRanks(str(error)) from None
+        raise distributed.SameOnAllRanks(str(error)) from None
 
 
 @torch.no_grad()
-def evaluate(model: rsm.GPT, loss_of: Callable, corpus: Corpus, config: Config, layout: parallel.Layout) -> list[float]:
+def evaluate(
+    model: rsm.GPT, loss_of: Callable, corpus: Corpus, config: Config, layout: distributed.Layout
+) -> list[float]:
     """Mean loss per token, in nats, of the fixed windows of train and val; loss_of(x, y) is the model's. All ranks."""
     model.eval()
     losses = []
@@ -156,7 +158,7 @@ def evaluate(model: rsm.GPT, loss_of: Callable, corpus: Corpus, config: Config, 
             with layout.autocast():
                 loss = loss_of(x.to(layout.device), y.to(layout.device))
             total, count = total + loss.item() * n, count + n
-        total, count = parallel.sum_over_world([total, count], layout.device)
+        total, count = distributed.sum_over_world([total, count], layout.device)
         losses.append(total / count)
     model.train()
     return losses
@@ -169,14 +171,14 @@ def update(
     scaler: torch.amp.GradScaler,
     corpus: Corpus,
     config: Config,
-    layout: parallel.Layout,
+    layout: distributed.Layout,
     step: int,
 ) -> tuple[float, float]:
     """Accumulate this replica's share of the step's global batch, and average and clip its gradients over all ranks.
 
     Returns the mean loss of this rank's micro-steps, and the norm of the gradient before clipping.
     """
-    torch.manual_seed(parallel.seed_of(config.seed, step, layout.dp_rank))  # of dropout: nothing to save
+    torch.manual_seed(distributed.seed_of(config.seed, step, layout.dp_rank))  # of dropout: nothing to save
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     windows = config.gradient_accumulation_steps * config.batch_size
@@ -189,23 +191,23 @@ def update(
             loss = loss_of(x.to(device, non_blocking=True), y.to(device, non_blocking=True)) / micro_steps
         scaler.scale(loss).backward()
         total += loss.detach()
-    parallel.average_gradients(model, layout.dp_group)
+    distributed.average_gradients(model, layout.dp_group)
     scaler.unscale_(optimizer)
-    return total.item(), parallel.clip_gradients(model, config.grad_clip, rsm.is_sharded, layout.tp_group)
+    return total.item(), distributed.clip_gradients(model, config.grad_clip, rsm.is_sharded, layout.tp_group)
 
 
 def train(
     config: Config, choice: tuple, corpus: Corpus, notes: dict, model_config: rsm.GPTConfig, saved: dict | None
 ) -> None:
     """The loop, on every rank."""
-    layout = parallel.start(*choice, config.tp_size, config.timeout_s)
+    layout = distributed.start(*choice, config.tp_size, config.timeout_s)
     device_type, on_rank_0 = layout.device.type, RANK == 0
     stop = StopSignal()
     torch.manual_seed(config.seed)
     model = build_model(config, model_config, layout)
     betas = (config.beta1, config.beta2)
     optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, device_type)
-    scaler = parallel.gradient_scaler(layout)
+    scaler = distributed.gradient_scaler(layout)
     progress, resumed = Progress(), ""
     settled = dataclasses.asdict(config) | {"dtype": str(layout.dtype).removeprefix("torch.")}
     if saved is not None:
@@ -243,7 +245,7 @@ def train(
                 ckpt.save(state, config.out_dir, is_best)
             except OSError as failure:
                 error = f"saving to {config.out_dir} failed, the checkpoint before it is whole: {failure}"
-        parallel.raise_together(error)
+        distributed.raise_together(error)
 
     record = Recorder(config, model, layout, corpus.meta, progress, resumed, notes)
     last_save = time.monotonic()
@@ -264,7 +266,7 @@ def train(
         loss, norm = update(model, loss_of, optimizer, scaler, corpus, config, layout, progress.step)
         save_due = on_rank_0 and 0 < config.checkpoint_minutes * 60 <= time.monotonic() - last_save
         signals = [loss / WORLD_SIZE, norm / WORLD_SIZE, float(stop.asked is not None), float(save_due)]
-        loss, norm, stopping, save_due = parallel.sum_over_world(signals, layout.device)  # every rank decides alike
+        loss, norm, stopping, save_due = distributed.sum_over_world(signals, layout.device)  # every rank decides alike
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()  # scaler.step would look for what all ranks have just agreed on
             progress.bad_steps = 0
@@ -274,7 +276,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         record.update(progress.step, loss, norm, progress.bad_steps and progress.skipped)
         if progress.bad_steps >= config.max_bad_steps:
-            raise parallel.SameOnAllRanks(
+            raise distributed.SameOnAllRanks(
                 f"step {progress.step}: loss {loss}, gradient norm {norm}: the last {progress.bad_steps} steps were "
                 "not finite; lower learning_rate or resume from an earlier checkpoint"
             )
@@ -293,7 +295,7 @@ def main(argv):
     if "--help" in argv or "-h" in argv:
         print(__doc__, "Keys, as lines of a config file (key = value) or as arguments:\n", describe(Config), sep="\n")
         return
-    with parallel.clear_errors():
+    with distributed.clear_errors():
         config = configure(Config, argv)
         prepared = prepare(config)
         lock = lock_folder(config.out_dir) if RANK == 0 and not config.eval_only else None

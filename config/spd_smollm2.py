@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from reduced_sync.parallel import cpu_has_bfloat16
+from reduced_sync.distributed import cpu_has_bfloat16
 
 _root = Path(__file__).parents[1]
 out_dir = "out-spd-smollm2"

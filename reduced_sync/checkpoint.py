@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from reduced_sync.commands import one_line
+from reduced_sync.cli import one_line
 from reduced_sync.files import link_file, replace_file, sync_folder
+from reduced_sync.hf.tokenizer import KEPT
 from reduced_sync.old_keys import with_sync
-from reduced_sync.tokenizer import KEPT
 from reduced_sync_model import GPT, GPTConfig, is_sharded
 
 KINDS = dict.fromkeys("model optimizer model_args config data scaler".split(), dict)

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from reduced_sync.commands import one_line_errors
+from reduced_sync.cli import one_line_errors
 from reduced_sync.files import replace_file, temporary_folder
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"

@@ -13,11 +13,11 @@ import re
 import statistics
 from pathlib import Path
 
-from reduced_sync.commands import one_line_errors
-from reduced_sync.comparison import table, verdict, warnings
-from reduced_sync.drop_log import read_drop_log, table_of
-from reduced_sync.frontier import read_results
-from reduced_sync.runs import baseline_of, by_scale, count_text, gap, load_runs
+from reduced_sync.cli import one_line_errors
+from reduced_sync.compare.frontier import read_results
+from reduced_sync.compare.report import table, verdict, warnings
+from reduced_sync.compare.runs import baseline_of, by_scale, count_text, gap, load_runs
+from reduced_sync.spd.log import read_drop_log, table_of
 
 RESULTS = Path(__file__).parent
 DOCUMENTS = [RESULTS.parent / "EXPERIMENT_SUMMARY.md", *sorted(RESULTS.glob("*/README.md"))]

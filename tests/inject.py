@@ -17,7 +17,7 @@ import time
 import torch
 
 import train_reduced_sync as script
-from reduced_sync.run_log import RunLog
+from reduced_sync.train.log import RunLog
 
 faults = sys.argv[1].split(",")
 number = min(sum(bool(glob.glob(f"struck-{i}-*")) for i in range(len(faults))), len(faults) - 1)

@@ -42,8 +42,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import reduced_sync_model as rsm
 import sample
 import train_reduced_sync as script
-from reduced_sync import checkpoint, parallel, preparing
-from reduced_sync.config import configure
+from reduced_sync import checkpoint, distributed, preparing
+from reduced_sync.configurator import configure
 
 host_waits = 0
 SHAPE = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, batch_size=2, gradient_accumulation_steps=4)
@@ -97,13 +97,13 @@ def pretend_ranks():
     dist.rendezvous = lambda *_, **__: iter([(FakeStore(), 0, 1)])
     dist.init_process_group = init_process_group
     dist.get_backend = lambda *_: "nccl"
-    summed = parallel.sum_over_world
+    summed = distributed.sum_over_world
 
     def sum_over_world(values, device):
         summed(values, device)
         return values
 
-    parallel.sum_over_world = sum_over_world
+    distributed.sum_over_world = sum_over_world
 
 
 def pretend_model():
@@ -153,7 +153,7 @@ def train(keys, out_dir):
 def generate(state, n_tokens):
     """Prefill and decode with the model of a checkpoint, over all ranks; returns the number of tokens printed."""
     config = sample.Config(start="ab", max_new_tokens=n_tokens, num_samples=2, device="cuda")
-    layout = parallel.start(*parallel.choose_device("cuda"), tp_size=parallel.WORLD_SIZE, timeout_s=60)
+    layout = distributed.start(*distributed.choose_device("cuda"), tp_size=distributed.WORLD_SIZE, timeout_s=60)
     model = sample.build(config, state, rsm.GPTConfig(**state["model_args"]), layout)
     dtypes = {p.dtype for name, p in model.named_parameters() if ".ln_" not in name}
     assert dtypes == {torch.bfloat16}, dtypes

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from launch import ROOT, TRAIN, run_script, succeeded
 
 import drop_syncs
-from reduced_sync.config import configure, describe, option, parse
-from reduced_sync.experiment import Config
+from reduced_sync.configurator import configure, describe, option, parse
+from reduced_sync.train.experiment import Config
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -7,8 +7,8 @@ import pytest
 from launch import ROOT
 
 COMMANDS = {path.stem for path in ROOT.glob("*.py")} - {"reduced_sync_model"}
-LIBRARIES = sorted((ROOT / "reduced_sync").glob("*.py"))
-TESTS = sorted((ROOT / "tests").glob("*.py"))
+LIBRARIES = sorted((ROOT / "reduced_sync").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 CODE = [*ROOT.glob("*.py"), *LIBRARIES, *(ROOT / "results").glob("*.py"), *ROOT.glob("*/*/prepare.py")]
 
 
@@ -38,7 +38,9 @@ def test_nobody_imports_a_test(path):
 
 
 def test_libraries_go_in_no_circle():
-    names = {f"reduced_sync.{path.stem}": path for path in LIBRARIES if path.stem != "__init__"}
+    names = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in LIBRARIES if path.stem != "__init__"
+    }
     assert len(names) > 10
     order = graphlib.TopologicalSorter({name: imported(path) & set(names) for name, path in names.items()})
     assert set(order.static_order()) == set(names)  # raises CycleError

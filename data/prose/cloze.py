@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from reduced_sync.commands import set_up
+from reduced_sync.cli import set_up
 
 if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
     set_up()

@@ -1,0 +1,281 @@
+"""The figures that compare.py and bench.py draw."""
+
+import itertools
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from reduced_sync.compare.frontier import on_frontier, settings_of
+from reduced_sync.compare.runs import Arm, by_scale, comparable, differ, reference_of, too_short
+from reduced_sync.spd.log import DropLog
+
+SIDES = ((1, 1), (1, 0), (-1, 0), (-1, -1), (1, -1), (-1, 1), (0, 1), (0, -1))  # of a point, where its label may be
+
+
+def draw_comparison(arms: list[Arm], path: str | Path, tolerance: float) -> None:
+    """A figure, a row a size: validation loss over steps, the last one over syncs, and over each setting's times.
+
+    Of an architecture at several learning rates only the best is drawn. What is within `tolerance` percent of the
+    baseline is shaded. Raises OSError.
+    """
+    from matplotlib.figure import Figure
+
+    groups, settings = [_at_their_best(group) for group in by_scale(arms)], settings_of(arms)
+    n_panels = 2 + len(settings)
+    figure = Figure(figsize=(6 * n_panels, 4.8 * len(groups)), layout="constrained")
+    labels = []
+    for group, panels in zip(groups, figure.subplots(len(groups), n_panels, squeeze=False), strict=True):
+        look = Look(group, reference_of(group, arms))
+        _draw_curves(panels[0], look)
+        labels.append((panels[1], _draw_points(panels[1], look, tolerance)))
+        labels += [(p, _draw_times(p, look, s, tolerance)) for p, s in zip(panels[2:], settings, strict=True)]
+    figure.draw_without_rendering()  # now the panels have their final sizes
+    for axes, points in labels:
+        _label_points(axes, points)
+    figure.savefig(path, dpi=130)
+
+
+def _at_their_best(arms):
+    """The arms without those that another learning rate beats."""
+    best = {}
+    for arm in arms:
+        rates = ("learning_rate", "min_lr / learning_rate") if arm.finished else ()
+        others = {key: value for key, value in arm.settings.items() if key not in rates}
+        key = (arm.model, arm.data, arm.changed, str(others))
+        if key not in best or arm.last_loss < best[key].last_loss:
+            best[key] = arm
+    return list(best.values())
+
+
+@dataclass
+class Look:
+    """How the arms of one size are told apart in both panels."""
+
+    group: list
+    reference: Arm | None  # the baseline
+
+    def __post_init__(self):
+        self.counts = sorted({arm.syncs for arm in self.group if not arm.all_synced})
+        self.shards = sorted({arm.n_shard for arm in self.group})
+
+    def style(self, n_shard: int) -> str:
+        """The dashes of a line."""
+        return ["-", "--", ":", "-."][self.shards.index(n_shard) % 4]
+
+    def marker(self, n_shard: int) -> str:
+        """The shape of a point."""
+        return "os^D"[self.shards.index(n_shard) % 4]
+
+    def is_control(self, arm: Arm) -> bool:
+        """Whether it is a dense model of another depth than the baseline."""
+        return arm.all_synced and self.reference is not None and arm.n_layer != self.reference.n_layer
+
+    def colour(self, arm: Arm) -> str | tuple:
+        """Black for the baseline, red for a control, the others by their syncs."""
+        import matplotlib
+
+        if arm.all_synced:
+            return "tab:red" if self.is_control(arm) else "black"
+        return matplotlib.colormaps["viridis"](self.counts.index(arm.syncs) / max(1, len(self.counts) - 1) * 0.9)
+
+    def label(self, arm: Arm) -> str:
+        """The sync rule, and what of the rest differs in the group."""
+        size = f" {arm.size}" if differ(self.group, "size") else ""
+        rate = f", lr {arm.learning_rate:g}" if differ(self.group, "learning_rate") else ""
+        shard = f", n_shard {arm.n_shard}" if len(self.shards) > 1 else ""
+        dtype = f", {arm.dtype}" if differ(self.group, "dtype") else ""
+        other = "" if self.is_comparable(arm) else ", other windows or data"
+        return f"{arm.sync}{size}, {arm.syncs} syncs{shard}{rate}{dtype}{other}"
+
+    def name(self, arm: Arm) -> str:
+        """A short label at a point whose colour and shape tell the rest."""
+        dtype = "" if self.reference is None or arm.dtype == self.reference.dtype else f" {arm.dtype}"
+        return (arm.size if self.is_control(arm) else arm.sync) + dtype
+
+    def kind(self, arm: Arm) -> str:
+        """What its colour says."""
+        return "control" if self.is_control(arm) else "baseline" if arm.all_synced else f"{arm.syncs} syncs"
+
+    def is_comparable(self, arm: Arm) -> bool:
+        """Whether its losses are those of the same tokens as the baseline's."""
+        return self.reference is None or comparable(arm, self.reference)
+
+
+def _draw_curves(axes, look):
+    """Validation loss over steps, a line an arm. Of many the legend names the colours and dashes alone."""
+    group = look.group
+    for arm in group:
+        keys = {"color": look.colour(arm), "label": look.label(arm) if len(group) <= 12 else None, "linewidth": 1.6}
+        axes.plot(list(arm.losses), list(arm.losses.values()), look.style(arm.n_shard), **keys)
+    if len(group) > 12:
+        for kind, colour in {look.kind(arm): look.colour(arm) for arm in group}.items():
+            axes.plot([], [], color=colour, label=kind)
+        for n in look.shards:
+            axes.plot([], [], look.style(n), color="0.4", label=f"n_shard {n}")
+    final = [arm.losses[arm.step] for arm in group if arm.losses and math.isfinite(arm.losses[arm.step])]
+    if final and min(final) > 0:  # with the start of the curves what matters would be small
+        axes.set_ylim(min(final) * 0.97, min(final) * 1.35)
+    axes.set(
+        xlabel="step",
+        ylabel="validation loss (nats per token)",
+        title=f"Loss curves{f', {look.reference.size}' if look.reference else ''}",
+    )
+    axes.legend(fontsize=8, loc="upper right")
+    axes.grid(alpha=0.3)
+
+
+def _draw_points(axes, look, tolerance):
+    """The last validation loss over syncs, a point an arm. Returns them, with the labels that some need."""
+    from matplotlib.ticker import NullFormatter
+
+    shown = [arm for arm in look.group if arm.losses and look.is_comparable(arm)]
+    ticks = sorted({arm.syncs for arm in shown})
+    # joined: evenly spread syncs, fewer from point to point, and nothing else that differs
+    family = [arm for arm in shown if re.fullmatch(r"baseline|spd|grouped-\d+", arm.sync) and not look.is_control(arm)]
+    for n, dtype in sorted({(arm.n_shard, arm.dtype) for arm in family}):
+        line = [arm for arm in family if (arm.n_shard, arm.dtype) == (n, dtype)]
+        losses = [arm.losses[arm.step] for arm in line]
+        axes.plot([arm.syncs for arm in line], losses, look.style(n), color="0.6", linewidth=1, zorder=1)
+    for arm in shown:
+        _draw_point(axes, look, arm, arm.syncs, look.colour(arm))
+    _draw_key(axes, look, shown, tolerance)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="sync points in a forward pass", ylabel="validation loss (nats per token)")
+    title = "Loss against syncs" + ("" if all(arm.finished for arm in look.group) else " (hollow: unfinished)")
+    short = too_short([arm for arm in look.group if not look.is_control(arm)] or look.group)
+    axes.set_title(f"{title}\n{short}" if short else title)
+    # of the family the place says it
+    return [(arm.syncs, arm.losses[arm.step], "" if arm in family else look.name(arm), "black") for arm in shown]
+
+
+def _draw_times(axes, look, setting, tolerance):
+    """The last validation loss over the time per token, a point an arm, the frontier drawn. Returns their labels."""
+    shown = [arm for arm in look.group if arm.losses and look.is_comparable(arm) and setting in arm.tpots]
+    best = sorted((arm for arm in shown if on_frontier(arm, shown, setting)), key=lambda arm: arm.tpots[setting])
+    times, losses = [1000 * arm.tpots[setting] for arm in best], [arm.losses[arm.step] for arm in best]
+    axes.step(times, losses, where="post", color="tab:blue", linewidth=1, zorder=1, label="frontier")
+    labels = []
+    for arm in sorted(shown, key=lambda arm: arm in best):  # the frontier's above the others
+        time, is_best = 1000 * arm.tpots[setting], arm in best
+        _draw_point(axes, look, arm, time, look.colour(arm) if is_best else "0.7")
+        labels.append((time, arm.losses[arm.step], look.name(arm), "black" if is_best else "0.5"))
+    _draw_key(axes, look, shown, tolerance)
+    axes.set(xlabel="time per token (ms)", ylabel="validation loss (nats per token)")
+    axes.set_title(f"Loss against time (grey: dominated)\n{setting}")
+    return sorted(labels, key=lambda label: (label[3] != "black", label[1]))  # the frontier's choose places first
+
+
+def _draw_point(axes, look, arm, x, colour):
+    """The arm's last loss at x, with its standard deviation over seeds; hollow where it has not finished."""
+    loss, face = arm.losses[arm.step], colour if arm.finished else "none"
+    axes.errorbar(x, loss, arm.deviation or 0, color=colour, capsize=3, zorder=2)
+    axes.scatter(x, loss, marker=look.marker(arm.n_shard), s=55, facecolor=face, edgecolor=colour, zorder=3)
+
+
+def _draw_key(axes, look, shown, tolerance):
+    """The shaded tolerance, and the legend of the points' shapes."""
+    for n in sorted({arm.n_shard for arm in shown}):
+        axes.scatter([], [], marker=look.marker(n), color="0.4", label=f"n_shard {n}")
+    if look.reference is not None and look.reference.losses:
+        loss = look.reference.losses[look.reference.step]
+        end = loss * (1 + tolerance / 100)
+        axes.axhspan(loss, end, color="tab:green", alpha=0.12, label=f"within {tolerance:g}%")
+    if axes.get_legend_handles_labels()[1]:  # some have evaluated
+        axes.legend(fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.12))  # below, off the points
+    axes.grid(alpha=0.3)
+
+
+def _label_points(axes, points):
+    """Write the text of each of `points`, (x, y, text, colour), beside it: where it covers no point and no other text.
+
+    Places are tried ever further away, in points of 1/72 inch; a thin line leads from a text to its point.
+    """
+    unit = axes.figure.dpi / 72
+    left, bottom, right, top = (end / unit for end in axes.bbox.extents)
+    places = [axes.transData.transform((x, y)) / unit for x, y, _, _ in points]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
+    for (x, y, text, colour), (px, py) in zip(points, places, strict=True):
+        if not text:
+            continue
+        width, height = sum(4.5 if character.isdigit() else 3.9 for character in text), 8  # in 7 points
+        for distance, (side, above) in itertools.product(range(5, 90, 5), SIDES):
+            dx, dy = side * (distance + width / 2), above * (0.7 * distance + height / 2)
+            box = (px + dx - width / 2, py + dy - height / 2, px + dx + width / 2, py + dy + height / 2)
+            inside = left < box[0] and bottom < box[1] and box[2] < right and box[3] < top
+            if inside and not any(a < box[2] and box[0] < c and b < box[3] and box[1] < d for a, b, c, d in taken):
+                break
+        taken.append(box)
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 3}
+        keys = {"fontsize": 7, "color": colour, "ha": "center", "va": "center", "arrowprops": line}
+        axes.annotate(text, (x, y), (dx, dy), textcoords="offset points", **keys).set_in_layout(False)
+
+
+def draw_decoding(table: list[dict], path: str | Path) -> None:
+    """A figure of TPOT against sync count at tp_size 2 or more: measured points, fit and bounds. Raises OSError.
+
+    `table` holds the cases that bench.py's decode returns.
+    """
+    from matplotlib.figure import Figure
+
+    cases = [case for case in table if case["tp_size"] > 1]
+    figure = Figure(figsize=(6 * len(cases), 4.5), layout="constrained")
+    for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
+        counts = [row["syncs"] for row in case["patterns"]]
+        for key, style, label in (("tpot_s", "o", "measured"), ("silent_tpot_s", "x", "all-reduces send nothing")):
+            axes.plot(counts, [1000 * row[key] for row in case["patterns"]], style, label=label)
+        ends = [0, max(counts)]
+        if "fit_compute_s" in case:
+            fitted = [1000 * (case["fit_compute_s"] + n * case["fit_all_reduce_s"]) for n in ends]
+            axes.plot(ends, fitted, "-", color="tab:blue", linewidth=1, label="fit: compute + syncs x all-reduce")
+        axes.axhline(1000 * case["bound_s"], color="0.4", linestyle=":", label="memory-bandwidth bound")
+        alone = next((c for c in table if c["tp_size"] == 1 and c["batch_size"] == case["batch_size"]), None)
+        if alone:
+            one = 1000 * alone["patterns"][0]["tpot_s"]
+            axes.axhline(one, color="tab:green", linestyle="--", label="one process, all cores")
+        title = f"tp_size {case['tp_size']}, batch {case['batch_size']}, prompt {case['prompt']}"
+        if case.get("added_delay_s"):
+            title += f", all-reduces of {1e6 * case['added_delay_s']:.0f} us at least"
+        axes.set(xlabel="sync points in a forward pass", ylabel="time per token (ms)", title=title, ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def draw_dropping(logs: dict[str, DropLog], path: str | Path) -> None:
+    """A figure of runs of drop_syncs.py, by name: what each block's sync is worth, and perplexity against syncs.
+
+    Perplexity is the geometric mean over the texts of how far it lies above that with all syncs, in percent; a curve a
+    run and stage. Raises OSError.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    worth, loss = figure.subplots(1, 2)
+    for name, log in logs.items():
+        if log.sensitivities:
+            blocks, s, _ = zip(*log.sensitivities, strict=True)
+            worth.plot(blocks, s, "o-", markersize=4, label=name)
+        dense = log.perplexities[0][3]
+        curves = {}
+        for stage, syncs, _, perplexities in log.perplexities:
+            mean = sum(math.log(value / dense[text]) for text, value in perplexities.items()) / len(dense)
+            curves.setdefault(stage, {})[syncs] = 100 * (math.exp(mean) - 1)
+        start = curves.pop("dense")
+        for stage, points in curves.items():
+            points = sorted((points | start).items() if len(points) > 1 else points.items())
+            loss.plot(*zip(*points, strict=True), "o-", markersize=4, label=f"{name} {stage}".strip())
+    worth.set_yscale("symlog", linthresh=0.1)
+    worth.set(
+        xlabel="block", ylabel="sensitivity (perplexity)", title="What the sync after a block's attention is worth"
+    )
+    loss.set_yscale("symlog", linthresh=1)
+    loss.set(xlabel="sync points in a forward pass", ylabel="perplexity above that with all syncs (%)")
+    loss.set_title("Perplexity against syncs")
+    for axes in (worth, loss):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)

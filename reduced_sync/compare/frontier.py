@@ -1,0 +1,192 @@
+"""Loss against time: the time per token of arms, measured or predicted, and which of them no other one beats.
+
+A setting, in which a token takes that time, is text: `tp_size 2, batch 1, prompt 128` or `PREDICTED, link nvlink, ...`.
+Standard TP computes the same however it is cut, so a dense arm is timed at any n_shard and number of heads.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from reduced_sync.bench.cost_model import forward_seconds
+from reduced_sync.compare.runs import Arm, comparable
+from reduced_sync.hardware import LINKS, NAMED
+from reduced_sync.old_keys import with_rules
+from reduced_sync.train.experiment import model_keys
+from reduced_sync_model import GPT, GPTConfig, SyncRule
+
+
+def read_results(path: str | Path) -> tuple[dict, list[dict]]:
+    """(settings, results) that `bench.py --json=PATH` wrote.
+
+    Raises OSError, and ValueError where the file has another form, or a time or size in it is impossible.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not what bench.py writes: {error}") from None
+    settings, results = (found.get("settings", {}), found.get("results")) if isinstance(found, dict) else ({}, None)
+    if not isinstance(settings, dict) or not isinstance(results, list):
+        raise ValueError(f"{path}: not what bench.py writes: an object with a list of results")
+    for i, one in enumerate(results):
+        rows = one.get("patterns", []) if isinstance(one, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{path}: results[{i}] is not what bench.py writes")
+        required = ("tp_size", "batch_size", "prompt") if "patterns" in one else ()
+        _check_numbers(f"{path}: results[{i}]", one, required)
+        for j, row in enumerate(rows):
+            _check_numbers(f"{path}: results[{i}].patterns[{j}]", row, ["tpot_s"])
+    try:
+        return settings, [with_rules(one, settings.get("n_layer")) for one in results]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not what bench.py writes: {error}") from None
+
+
+def _check_numbers(place, entry, required):
+    """Raise ValueError unless `entry` has the keys that are required, and a possible value for each time and size."""
+    for key in dict.fromkeys([*required, *entry]):
+        if key in ("tp_size", "batch_size", "prompt"):
+            kinds, least, wanted = (int,), 1, "a positive integer"
+        elif key == "added_delay_s":
+            kinds, least, wanted = (int, float), 0, "a number of at least 0"
+        elif key.endswith(("ttft_s", "tpot_s", "tokens_per_s", "peak_bytes")):
+            kinds, least, wanted = (int, float), 1e-15, "a positive number"
+        else:
+            continue
+        value = entry.get(key)
+        if type(value) not in kinds or not least <= value < 1e15:  # nan is not >= either
+            raise ValueError(f"{place}.{key} {f'is {value!r}' if key in entry else 'is missing'}, it must be {wanted}")
+
+
+def _config_of(arm):
+    """The GPTConfig of the arm's runs, as their logs have it.
+
+    An older log does not name the vocabulary: the parameters that the rest of the model leaves for it do. Raises
+    ValueError where they cannot.
+    """
+    try:
+        keys = model_keys(arm.config)
+        config = GPTConfig(**{"vocab_size": 1} | keys)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{arm.names[0]}: its config is not that of a model: {error}") from None
+    if "vocab_size" in keys:
+        return config
+    with torch.device("meta"):
+        others = arm.n_params - GPT(config).get_num_params(non_embedding=False)
+    more, rest = divmod(others, config.n_embd if config.tie_embeddings else 2 * config.n_embd)
+    if rest or more < 0 or arm.settings.get("init_from", "scratch") != "scratch":  # heads may have another size there
+        lines = "'# vocab_size: N' and '# head_size: N'"
+        raise ValueError(f"{arm.names[0]}: its log does not say the model's whole shape: add the lines {lines} to it")
+    return dataclasses.replace(config, vocab_size=1 + more)
+
+
+def add_measured(arms: list[Arm], path: str | Path, tp_size: int | None, batch_size: int | None) -> None:
+    """Give the arms the times that `bench.py decode --json=PATH` measured, a setting for each prompt and added delay.
+
+    Of several tp_size the largest is taken, and of several batch sizes the smallest, unless they are given. Raises
+    OSError, and ValueError where the file has no such case, or none of the arms is in it.
+    """
+    settings, cases = read_results(path)
+    if settings.get("command", "decode") != "decode":
+        raise ValueError(f"{path}: written by bench.py {settings['command']}, not by bench.py decode")
+    configs, measured = [_config_of(arm) for arm in arms], set()
+    try:
+        sizes = {(case["tp_size"], case["batch_size"]) for case in cases}
+        allowed = [(n, B) for n, B in sizes if tp_size in (None, n) and batch_size in (None, B)]
+        if not allowed:
+            there = ", ".join(f"{n} with {B}" for n, B in sorted(sizes))
+            raise ValueError(f"{path}: no case of this tp_size and batch; there are tp_size {there or 'none'}")
+        tp_size, batch_size = max(allowed, key=lambda size: (size[0], -size[1]))
+        chosen = [case for case in cases if (case["tp_size"], case["batch_size"]) == (tp_size, batch_size)]
+        for case in chosen:
+            setting = f"tp_size {tp_size}, batch {batch_size}, prompt {case['prompt']}"
+            if delay := case.get("added_delay_s"):
+                setting += f", {1e6 * delay:g} us added"
+            rows = [(row["tpot_s"], _model_of(row, settings)) for row in case["patterns"]]
+            measured |= {_size(model) for _, model in rows}
+            for arm, config in zip(arms, configs, strict=True):
+                times = [seconds for seconds, model in rows if _is_of(model, arm, config)]
+                if times:
+                    arm.tpots[setting] = times[0]
+    except KeyError as error:
+        raise ValueError(f"{path}: not what bench.py decode writes now: {error} is missing; measure again") from None
+    except (TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: not what bench.py decode writes: {error}") from None
+    if not settings_of(arms):
+        line = f"{path}: none of the runs' models was measured at tp_size {tp_size}, batch {batch_size}"
+        if not measured & (own := {_size(vars(config)) for config in configs}):
+            line += f", but {', '.join(sorted(measured)) or 'nothing'}; the runs have {', '.join(sorted(own))}"
+        raise ValueError(line)
+
+
+def _model_of(row, settings):
+    """The keys that make up a row's model. An older file has the vocabulary of all of them in its settings alone."""
+    model = {"head_size": row["model"]["n_embd"] // row["model"]["n_head"]} | row["model"]
+    model["sync"] = str(SyncRule.parse(model["sync"], model["n_layer"]))
+    return model if "vocab_size" in model else model | {"vocab_size": settings["vocab_size"]}
+
+
+def _size(model):
+    """The size of a model, given as a dict of its keys, in words."""
+    return f"{model['n_layer']}x{model['n_embd']} with vocab_size {model['vocab_size']}"
+
+
+def _is_of(model, arm, config):
+    """Whether a row's `model`, the keys that make it up, is the arm's, whose GPTConfig is `config`."""
+    own = vars(config)
+    keys = {"n_layer", "n_embd", "vocab_size", "sync", *arm.block} - {"n_kv_head"}
+    if not arm.all_synced:
+        keys |= {"n_shard", "n_head"}
+    widths = [[one[heads] * one["head_size"] for heads in ("n_head", "n_kv_head")] for one in (model, own)]
+    return widths[0] == widths[1] and all(model[key] == own[key] for key in keys)
+
+
+def add_predicted(arms: list[Arm], link: str, accelerator: str, tp_size: int, batch_size: int) -> None:
+    """Give the arms that tp_size ranks can hold the times of the cost model: bfloat16, behind a full context.
+
+    Raises ValueError where none of them can be held.
+    """
+    setting = f"PREDICTED, link {link}, {accelerator}, tp_size {tp_size}, batch {batch_size}"
+    for arm in arms:
+        config = _config_of(arm)
+        if arm.all_synced:
+            try:
+                config = dataclasses.replace(config, n_shard=tp_size)  # it computes the same however it is cut
+            except ValueError:
+                continue
+        if config.n_shard % tp_size == 0:
+            case = (tp_size, batch_size, 1, config.block_size)
+            arm.tpots[setting] = forward_seconds(config, NAMED[accelerator], LINKS[link], *case, itemsize=2)
+    if not settings_of(arms):
+        raise ValueError(f"tp_size={tp_size} divides the n_shard of none of the runs")
+
+
+def settings_of(arms: list[Arm]) -> dict[str, str]:
+    """{setting: the heading of a column of its times, in ms}, of those in which some of the arms have a time."""
+    settings = list(dict.fromkeys(setting for arm in arms for setting in arm.tpots))
+    common = set.intersection(*(set(setting.split(", ")) for setting in settings)) if settings else set()
+    common.discard("PREDICTED")
+    return {one: ", ".join(["ms/token", *(p for p in one.split(", ") if p not in common)]) for one in settings}
+
+
+def on_frontier(arm: Arm, arms: list[Arm], setting: str) -> bool | None:
+    """Whether no arm of its size has a loss and a time that are both as low, and one of them lower.
+
+    None where it has no time, or has not finished.
+    """
+    own = _loss_and_time(arm, setting)
+    if own is None:
+        return None
+    others = [other for other in arms if other.scale == arm.scale and comparable(other, arm)]
+    places = [place for other in others if (place := _loss_and_time(other, setting)) is not None]
+    return not any(place != own and place[0] <= own[0] and place[1] <= own[1] for place in places)
+
+
+def _loss_and_time(arm, setting):
+    """The arm's place in the figure, or None where it has none, yet."""
+    if setting not in arm.tpots or not arm.finished or not math.isfinite(arm.losses[arm.step]):
+        return None
+    return arm.losses[arm.step], arm.tpots[setting]

@@ -1,0 +1,54 @@
+"""What GPUs do, from NVIDIA's data sheets (dense bfloat16), and all-reduces over links, from public figures."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Accelerator:
+    """What one rank computes with: bytes/s of its memory, flops/s, seconds of a layer that moves next to no data."""
+
+    bandwidth: float
+    peak: float
+    overhead: float
+    source: str = ""
+
+
+LAYER = 10.4e-6  # measured on an H100, and taken for all
+SHEET = "NVIDIA's data sheet; 8 kernels a layer, 1.3 us each in a graph (Hazy Research 2025)"
+
+# by a part of the name that torch.cuda.get_device_name gives; the first that fits
+ACCELERATORS = {
+    "H100 PCIe": Accelerator(2.0e12, 756e12, LAYER, SHEET),
+    "H100": Accelerator(3.35e12, 989e12, LAYER, SHEET),
+    "H200": Accelerator(4.8e12, 989e12, LAYER, SHEET),
+    "B200": Accelerator(8.0e12, 2250e12, LAYER, SHEET),
+    "A100": Accelerator(2.0e12, 312e12, LAYER, SHEET),
+}
+NAMED = {name.lower(): accelerator for name, accelerator in ACCELERATORS.items()}  # as options name them
+
+
+@dataclass
+class Link:
+    """All-reduce over a link: seconds `base` and `step`, and the bus bandwidth in bytes/s."""
+
+    base: float
+    step: float
+    bandwidth: float
+    source: str = ""
+
+    def all_reduce(self, payload: float, n: int) -> float:
+        """Seconds of one all-reduce of `payload` bytes over n ranks; 0 for one rank."""
+        return self.base + 2 * (n - 1) * (self.step + payload / n / self.bandwidth) if n > 1 else 0.0
+
+
+# From public threads, as read there; their ranges are wide, and other drivers, sizes and software give other figures.
+LINKS = {
+    "nvlink": Link(
+        6.6e-6, 0.6e-6, 180e9, "H100 NVLink, NCCL: tuner constants (LL ring); 8 ranks, 2 KiB-1 MiB: sglang#22734"
+    ),
+    "nvlink-oneshot": Link(3.3e-6, 0.19e-6, 65e9, "H100 NVLink, custom one-shot kernel, 2, 4, 8 ranks: sglang#2904"),
+    "no-p2p": Link(38.5e-6, 0.3e-6, 1.9e9, "through host memory, NCCL: sglang#39605 (2 ranks), nccl#1530 (8)"),
+    "pcie": Link(0.2e-6, 3.2e-6, 12.8e9, "PCIe Gen4 peer to peer, NCCL: sglang-V100#2 (4 ranks), vllm#50576 (8)"),
+    "infiniband": Link(18e-6, 1.0e-6, 343e9, "2 nodes, HDR or NDR, NCCL: nccl-tests#150 (2 ranks), nccl#1244 (16)"),
+    "10gbe": Link(0.0, 40e-6, 1.25e9, "TCP: half of an 80 us round trip (grpc#7988) a ring step, line rate; inferred"),
+}

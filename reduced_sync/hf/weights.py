@@ -1,0 +1,439 @@
+"""Dense weights and shards: a dense model cut into shards and joined again, and models of the Hugging Face formats.
+
+A dense model of ours has nanoGPT's names. transformers' GPT-2 has the same, its linear layers transposed (Conv1D);
+transformers' Llama has other names, and Q, K and V apart. `their_names` says which.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+
+from reduced_sync.cli import one_line
+from reduced_sync.old_keys import with_sync
+from reduced_sync_model import GPT, GPTConfig, is_sharded, role_of, shard_tensor
+
+# OpenAI's models: n_layer, n_head, n_embd. All have 1024 positions, 50257 tokens and biases.
+GPT2_SHAPES = {
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+PRETRAINED = "init_from takes a folder or hub name of a GPT-2 or Llama"
+OURS = "reduced_sync"  # model_type of a folder of export.py that carries its code
+FLOATS = ("F32", "BF16", "F16")  # what a tensor may be, in safetensors' words
+# our name in a layer: Llama's, one or several
+LLAMA = {
+    "ln_1": ["input_layernorm"],
+    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.c_proj": ["self_attn.o_proj"],
+    "ln_2": ["post_attention_layernorm"],
+    "mlp.c_fc": ["mlp.up_proj"],
+    "mlp.c_gate": ["mlp.gate_proj"],
+    "mlp.c_proj": ["mlp.down_proj"],
+}
+
+
+def unshard_tensor(name: str, shards: torch.Tensor, config: GPTConfig) -> torch.Tensor:
+    """The inverse of shard_tensor: (n_shard, ...) -> the dense tensor; of copies it takes the first shard's."""
+    match role_of(name).cut:
+        case "replicated":
+            return shards
+        case "copied":
+            return shards[0]
+        case "heads":
+            heads, kv_heads = config.n_head // config.n_shard, max(1, config.n_kv_head // config.n_shard)
+            q, k, v = shards.split([n * config.head_size for n in (heads, kv_heads, kv_heads)], dim=1)
+            copies = max(1, config.n_shard // config.n_kv_head)
+            return torch.cat((q.flatten(0, 1), k[::copies].flatten(0, 1), v[::copies].flatten(0, 1)))
+        case "output":
+            return shards.flatten(0, 1)
+        case "input":
+            return shards.flatten(0, 1).t()
+        case "divided":
+            return shards.sum(0)
+
+
+def dense_to_shards(dense: dict, config: GPTConfig) -> dict:
+    """State dict of a dense model -> state dict of the whole sharded model."""
+    return {name: shard_tensor(name, tensor, config) for name, tensor in dense.items()}
+
+
+def shards_to_dense(shards: dict, config: GPTConfig) -> dict:
+    """State dict of the whole sharded model -> the dense model that computes the same.
+
+    Raises ValueError if there is none, as the pattern drops a sync, the block is another one, or the copies of a KV
+    head have parted. A norm whose gains differ from shard to shard folds into the matrices behind it.
+    """
+    name, _, rival = config.sync.partition("+")
+    if rival and rival != "desync":
+        raise ValueError(f"sync={config.sync!r}: no GPT-2 or Llama computes that")
+    if name != "baseline" and config.n_shard > 1:
+        raise ValueError(f"sync={config.sync!r}: only the baseline (or n_shard=1) equals a dense model")
+    shards = dict(shards)
+    for i in range(config.n_layer):
+        for norm, behind in (("ln_1", ["attn.c_attn"]), ("ln_2", ["mlp.c_fc", "mlp.c_gate"])):
+            norm = f"transformer.h.{i}.{norm}"
+            gain, bias = shards[f"{norm}.weight"], shards.get(f"{norm}.bias")
+            if all(t is None or torch.equal(t, t[:1].expand_as(t)) for t in (gain, bias)):
+                continue
+            for linear in (f"transformer.h.{i}.{name}" for name in behind):
+                if f"{linear}.weight" not in shards:
+                    continue
+                weight = shards[f"{linear}.weight"]  # (S, out, C)
+                if bias is not None:
+                    shards[f"{linear}.bias"] = shards[f"{linear}.bias"] + torch.einsum("soc,sc->so", weight, bias)
+                shards[f"{linear}.weight"] = weight * gain[:, None, :]
+            shards[f"{norm}.weight"] = torch.ones_like(gain)
+            if bias is not None:
+                shards[f"{norm}.bias"] = torch.zeros_like(bias)
+    dense = {name: unshard_tensor(name, tensor, config) for name, tensor in shards.items()}
+    if config.n_kv_head < config.n_shard:
+        for name, tensor in shards.items():
+            if role_of(name).cut == "heads" and not torch.equal(shard_tensor(name, dense[name], config), tensor):
+                raise ValueError(f"{name}: the copies of a KV head differ, so no dense model computes the same")
+    return dense
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face
+
+
+def their_names(name: str, family: str) -> tuple[list[str], bool]:
+    """The tensors of transformers' `family`, gpt2 or llama, that our dense tensor `name` is, one under the other.
+
+    And whether they are transposed. Of our own family it is the sharded tensor.
+    """
+    if family == OURS:
+        return [f"model.{name}"], False
+    if family == "gpt2":
+        return [name], name.startswith("transformer.h.") and role_of(name).is_matrix
+    layer, _, kind = name.removeprefix("transformer.").rpartition(".")
+    if layer.startswith("h."):
+        _, i, layer = layer.split(".", 2)
+        return [f"model.layers.{i}.{part}.{kind}" for part in LLAMA[layer]], False
+    return [{"wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head"}[layer] + f".{kind}"], False
+
+
+def their_tensors(dense: dict, family: str, config: GPTConfig) -> dict:
+    """State dict of a dense model -> that of transformers' `family`, gpt2 or llama; the inverse of dense_tensors.
+
+    GPT-2's class has all biases: those that a model has not are zeros.
+    """
+    if family == "gpt2":
+        with torch.device("meta"):
+            whole = GPT(dataclasses.replace(config, n_shard=1, sync="baseline", bias=True))
+        for name, parameter in whole.named_parameters():
+            if name not in dense:
+                dense = dense | {name: torch.zeros(parameter.shape[1:] if is_sharded(name) else parameter.shape)}
+    found = {}
+    for ours, tensor in dense.items():
+        theirs, transposed = their_names(ours, family)
+        tensor = tensor.t() if transposed else tensor
+        heads = [config.head_size * n for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
+        parts = tensor.split(heads) if len(theirs) == 3 else [tensor]
+        found |= {name: part.contiguous() for name, part in zip(theirs, parts, strict=True)}
+    return found
+
+
+def their_config(config: GPTConfig) -> tuple[str, Any]:
+    """(family, transformers' config) of the class that computes a dense model of this shape.
+
+    Raises ValueError where neither GPT2LMHeadModel nor LlamaForCausalLM does.
+    """
+    from transformers import GPT2Config, LlamaConfig
+
+    block = (config.norm, config.position, config.mlp)
+    keys = dict(vocab_size=config.vocab_size, tie_word_embeddings=config.tie_embeddings, dtype="float32")
+    keys |= dict(bos_token_id=None, eos_token_id=None, use_cache=True)
+    if block == ("layernorm", "learned", "gelu"):
+        if config.n_kv_head != config.n_head or config.head_size * config.n_head != config.n_embd:
+            raise ValueError("GPT2LMHeadModel has as many heads of keys as of queries, of n_embd/n_head each")
+        keys |= dict(n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head)
+        keys |= dict(n_inner=config.n_hidden, layer_norm_epsilon=config.norm_eps)
+        keys |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
+        return "gpt2", GPT2Config(**keys, architectures=["GPT2LMHeadModel"])
+    if block != ("rmsnorm", "rope", "swiglu"):
+        raise ValueError(f"neither GPT-2's class nor Llama's has norm={block[0]}, position={block[1]}, mlp={block[2]}")
+    if config.bias:
+        raise ValueError("LlamaForCausalLM as init_from reads it has no biases")
+    if config.rope_inv_freq:
+        raise ValueError("LlamaForCausalLM names the kind of a scaled RoPE, of which only the frequencies are known")
+    if config.n_embd % config.n_head:
+        raise ValueError(f"LlamaForCausalLM has no n_embd={config.n_embd} with n_head={config.n_head}")
+    keys |= dict(hidden_size=config.n_embd, intermediate_size=config.n_hidden, num_hidden_layers=config.n_layer)
+    keys |= dict(num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head, head_dim=config.head_size)
+    keys |= dict(max_position_embeddings=config.block_size, rms_norm_eps=config.norm_eps)
+    keys |= dict(rope_parameters=dict(rope_type="default", rope_theta=config.rope_theta))
+    return "llama", LlamaConfig(**keys, architectures=["LlamaForCausalLM"])
+
+
+def gpt2_fields(hf: Any) -> dict:
+    """The fields of GPTConfig that transformers' GPT2Config gives. Raises ValueError for what our block lacks."""
+    expected = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    for key, value in expected.items():
+        refuse_unless(hf, key, (value,))
+    refuse_unless(hf, "is_causal", (True,))
+    refuse_unless(hf, "activation_function", ("gelu_new", "gelu_pytorch_tanh"))
+    shape = {key: getattr(hf, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    shape |= dict(n_hidden=4 * hf.n_embd if hf.n_inner is None else hf.n_inner)
+    shape |= dict(block_size=hf.n_positions, norm_eps=hf.layer_norm_epsilon)
+    return shape | dict(bias=True, tie_embeddings=hf.tie_word_embeddings)
+
+
+def llama_fields(hf: Any) -> dict:
+    """The fields of GPTConfig that transformers' LlamaConfig gives. Raises ValueError for what our block lacks."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    refuse_unless(hf, "is_causal", (True,))
+    refuse_unless(hf, "hidden_act", ("silu", "swish"))
+    refuse_unless(hf, "attention_bias", (False, None))
+    refuse_unless(hf, "mlp_bias", (False, None))
+    kind = hf.rope_parameters.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3"):  # others change with the sequence's length, or scale attention
+        raise ValueError(f"config.json has rope_type={kind!r}; allowed are 'default', 'linear' and 'llama3'")
+    if hf.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"config.json has partial_rotary_factor={hf.rope_parameters['partial_rotary_factor']!r}, not 1"
+        )
+    rotary = LlamaRotaryEmbedding(hf) if kind != "default" else None
+    if rotary and rotary.attention_scaling != 1.0:
+        raise ValueError(f"config.json has RoPE's attention factor {rotary.attention_scaling}, not 1")
+    return dict(
+        vocab_size=hf.vocab_size,
+        block_size=hf.max_position_embeddings,
+        n_layer=hf.num_hidden_layers,
+        n_head=hf.num_attention_heads,
+        n_kv_head=hf.num_key_value_heads,
+        head_size=hf.head_dim,
+        n_embd=hf.hidden_size,
+        n_hidden=hf.intermediate_size,
+        norm="rmsnorm",
+        norm_eps=hf.rms_norm_eps,
+        position="rope",
+        rope_theta=hf.rope_parameters["rope_theta"],
+        rope_inv_freq=tuple(rotary.inv_freq.tolist()) if rotary else (),
+        mlp="swiglu",
+        bias=False,
+        tie_embeddings=hf.tie_word_embeddings,
+    )
+
+
+def refuse_unless(hf: Any, key: str, allowed: tuple) -> None:
+    """Raise ValueError unless transformers' config `hf` has one of the values that our block computes."""
+    if (value := getattr(hf, key, allowed[0])) not in allowed:
+        raise ValueError(f"config.json has {key}={value!r}; allowed: {key}={' or '.join(map(repr, allowed))}")
+
+
+def pretrained_fields(name: str) -> tuple[str, dict]:
+    """(family, fields of GPTConfig) of a folder of save_pretrained, one of export.py, or a hub name.
+
+    The fields of our own family include n_shard and the rule of syncs. Raises ValueError for a model that is not there,
+    or that our block does not compute.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+    from transformers.utils import find_adapter_config_file
+
+    if name in GPT2_SHAPES and not Path(name).is_dir():
+        shape = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SHAPES[name], strict=True))
+        return "gpt2", shape | dict(vocab_size=50257, block_size=1024, bias=True)
+    families = {"gpt2": gpt2_fields, "llama": llama_fields}
+    try:
+        if not Path(name).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
+            where = "there is no such folder, and a name on the hub is OWNER/MODEL"
+            raise ValueError(f"{PRETRAINED}, besides scratch and resume: {where}")
+        if find_adapter_config_file(str(name)) or any(Path(name).glob("adapter_model.*")):
+            raise ValueError(
+                "it has an adapter, of LoRA or another kind: merge it into the weights with "
+                "PeftModel.merge_and_unload(), and save the result with save_pretrained() to a new folder"
+            )
+        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+            raise ValueError("the folder has no config.json")
+        keys, _ = PretrainedConfig.get_config_dict(name)
+        if not isinstance(keys, dict):
+            raise ValueError("config.json holds no object")
+        if keys.get("quantization_config") is not None:
+            raise ValueError("it is quantized; allowed are float32, bfloat16 and float16")
+        if keys.get("transformers_weights") is not None:
+            raise ValueError("config.json has transformers_weights: the weights must be in model.safetensors")
+        family = keys.get("model_type")
+        if family == OURS:
+            names = {field.name for field in dataclasses.fields(GPTConfig)} - {"dropout"}
+            keys = with_sync(keys)
+            if missing := sorted(names - keys.keys()):
+                raise ValueError(f"config.json has no {missing[0]}")
+            fields = {key: keys[key] for key in names}
+        elif family not in list(families):
+            raise ValueError(f"it is a {family} model; {PRETRAINED}")
+        else:
+            hf = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            fields = families[family](hf)
+            for key, value in fields.items():  # 0 is another one's default in GPTConfig
+                if type(value) is int and value < 1:
+                    raise ValueError(f"config.json gives {key}={value}; it must be at least 1")
+        config = dataclasses.asdict(GPTConfig(**fields))
+    except Exception as error:  # whatever a damaged or foreign config.json provokes
+        line = " ".join(str(error).split()) or type(error).__name__
+        line = line if isinstance(error, OSError | ValueError) else f"config.json cannot be used: {line}"
+        raise ValueError(f"init_from={str(name)!r}: {line}") from None
+    return family, {key: config[key] for key in fields}
+
+
+def safetensors_files(name: str) -> dict[str, Any]:
+    """{tensor: open file that holds it} of a folder of save_pretrained or a hub name. Raises ValueError.
+
+    As transformers does it looks for one file first: an index beside that is an older model's.
+    """
+    from safetensors import SafetensorError, safe_open
+    from transformers.utils import cached_file
+
+    missing, part, found = dict(_raise_exceptions_for_missing_entries=False), "model.safetensors", {}
+    try:
+        parts = [part]
+        if cached_file(name, part, **missing) is None:
+            part = "model.safetensors.index.json"
+            if (index := cached_file(name, part, **missing)) is not None:
+                parts = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        for part in parts:
+            path = cached_file(name, part, **missing)
+            if path is None:
+                raise OSError(f"there is no {part}: weights must be safetensors")
+            file = safe_open(path, "pt")
+            found |= dict.fromkeys(file.keys(), file)
+    except OSError as error:
+        raise ValueError(f"init_from={str(name)!r}: {one_line(error)}") from None
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"init_from={str(name)!r}: {part} is damaged: {one_line(error)}") from None
+    return found
+
+
+def stored_tensors(name: str, family: str, config: GPTConfig) -> dict[str, tuple[Any, str]]:
+    """{tensor of `family`: (open file, its name there)} of a folder or hub name whose config.json gives `config`.
+
+    Raises ValueError unless the files hold the tensors of that model and no others, of its shapes, in FLOATS. That is
+    in the files' headers: no weights are read, but an lm_head beside the embedding that it is tied to.
+    """
+    source, stored = f"init_from={str(name)!r}", {}
+    for key, file in safetensors_files(name).items():
+        # OpenAI's own files, and GPT2Model's, have no prefix
+        bare = family == "gpt2" and not key.startswith(("transformer.", "lm_head."))
+        theirs = f"transformer.{key}" if bare else key
+        if theirs in stored:
+            raise ValueError(f"{source}: its safetensors have both {key} and {stored[theirs][1]}")
+        stored[theirs] = file, key
+    if config.n_layer > len(stored):
+        raise ValueError(
+            f"{source}: its safetensors have {len(stored)} tensors; config.json has {config.n_layer} layers"
+        )
+    try:
+        with torch.device("meta"):
+            expected = dict(GPT(config).named_parameters())
+    except RuntimeError as error:  # sizes beyond any number of bytes
+        raise ValueError(f"{source}: its config.json gives no model: {one_line(error)}") from None
+    if family != OURS:
+        expected = {key: unshard_tensor(key, tensor, config) for key, tensor in expected.items()}
+    expected = {key: list(tensor.shape) for key, tensor in their_tensors(expected, family, config).items()}
+    [head], [embedding] = (their_names(key, family)[0] for key in ("lm_head.weight", "transformer.wte.weight"))
+    is_tied = config.tie_embeddings and head in stored
+    if is_tied:
+        expected[head] = expected[embedding]
+    # buffers that older versions of transformers wrote, and none reads
+    buffers = {"model.rotary_emb.inv_freq"} if family == "llama" else set()
+    for i in range(config.n_layer):
+        if family == "gpt2":
+            buffers |= {f"transformer.h.{i}.attn.bias", f"transformer.h.{i}.attn.masked_bias"}
+        elif family == "llama":
+            buffers.add(f"model.layers.{i}.self_attn.rotary_emb.inv_freq")
+    for key in sorted((stored.keys() | expected.keys()) - buffers):
+        if key not in stored:
+            raise ValueError(f"{source}: its safetensors have no {key}")
+        file, there = stored[key]
+        if key not in expected:
+            raise ValueError(f"{source}: its safetensors have {there}, which the model of its config.json has not")
+        tensor = file.get_slice(there)
+        if tensor.get_shape() != expected[key]:
+            raise ValueError(
+                f"{source}: {there} of {tensor.get_shape()} does not fit its config.json, which gives {expected[key]}"
+            )
+        if tensor.get_dtype() not in FLOATS:
+            raise ValueError(f"{source}: {there} is {tensor.get_dtype()}; allowed are {', '.join(FLOATS)}")
+    if is_tied:
+        ours, wte = (file.get_tensor(there) for file, there in (stored[head], stored[embedding]))
+        if ours.dtype != wte.dtype or not torch.equal(ours, wte):
+            raise ValueError(f"{source}: its config.json ties {head} to {embedding}, but they differ")
+    return stored
+
+
+def dense_tensors(
+    stored: dict[str, tuple[Any, str]], family: str, names: list[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (our name, dense tensor) for our `names`, one at a time, mapped from the files that stored_tensors found.
+
+    The tensors of our own family are sharded.
+    """
+    for ours in names:
+        theirs, transposed = their_names(ours, family)
+        parts = [file.get_tensor(there) for file, there in (stored[key] for key in theirs)]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        yield ours, tensor.t() if transposed else tensor
+
+
+def from_pretrained(
+    name: str, tp_group: ProcessGroup | None = None, block_size: int | None = None, **choices: Any
+) -> GPT:
+    """A model of transformers' GPT-2 or Llama classes in shards, or of export.py: a rank keeps its own shards' part.
+
+    name: a folder of save_pretrained or export.py, or a name on the hub. block_size crops the positions; `choices` are
+    fields of GPTConfig that are no shape of the weights: dropout, n_shard (but of a folder that carries its code),
+    sync. With dropped syncs it is another function than the original: a place to
+    train from. Raises ValueError or OSError where the weights are not there or do not fit.
+    """
+    family, fields = pretrained_fields(name)
+    if block_size is not None and block_size > fields["block_size"]:
+        raise ValueError(f"block_size={block_size} is above the {fields['block_size']} positions of {name}")
+    config = GPTConfig(**fields | choices | dict(block_size=block_size or fields["block_size"]))
+    if family == OURS and config.n_shard != fields["n_shard"]:
+        raise ValueError(f"n_shard={config.n_shard}: the weights of {name} are {fields['n_shard']} shards")
+    stored = stored_tensors(name, family, GPTConfig(**fields))
+    with torch.device("meta"):
+        names = [key for key, _ in GPT(config).named_parameters()]
+    return from_dense(
+        config, dense_tensors(stored, family, names), tp_group, f"init_from={str(name)!r}", family == OURS
+    )
+
+
+def from_dense(
+    config: GPTConfig,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    tp_group: ProcessGroup | None,
+    source: str,
+    sharded: bool = False,
+) -> GPT:
+    """The model of `config` with the weights that `tensors`, pairs of our name and a dense tensor, give it.
+
+    Where `sharded` the tensors have their shard dimension already. Raises ValueError, which begins with `source`, for a
+    tensor of another shape.
+    """
+    with torch.device("meta"):  # no initial weights
+        model = GPT(config, tp_group)
+    model.to_empty(device="cpu")
+    if config.tie_embeddings:  # to_empty has parted them
+        model.lm_head.weight = model.transformer.wte.weight
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for key, dense in tensors:
+            dense = dense[: config.block_size] if key == "transformer.wpe.weight" else dense
+            try:
+                part = model.local_part(key, dense if sharded else shard_tensor(key, dense, config))
+            except RuntimeError:
+                part = dense
+            if part.shape != parameters[key].shape:  # copy_ would repeat one that is smaller
+                raise ValueError(f"{source}: {key} of {tuple(dense.shape)} does not fit the model")
+            parameters[key].copy_(part)
+    return model

@@ -1,0 +1,151 @@
+"""SPD on trained models (arXiv 2502.20727): what dropping a block's sync costs, and how it is repaired.
+
+Everything runs on windows of tokens (windows, T), of which a data-parallel replica takes its share. A block whose sync
+is dropped has the pattern's character 1, one that keeps it 2, so the stream between blocks is synced.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn import functional as F
+
+from reduced_sync import distributed
+from reduced_sync.distributed import Layout
+from reduced_sync.train.experiment import cosine_schedule
+from reduced_sync_model import GPT, is_sharded
+
+Rope = tuple[Tensor, Tensor] | None  # what GPT.embed gives besides x
+
+
+def head_nats(model: GPT, x: Tensor, idx: Tensor) -> float:
+    """The summed loss in nats of x (B, T, C) behind the last layer, of the tokens idx (B, T) but the first of each."""
+    logits = model.lm_head(model.transformer.ln_f(x[:, :-1])).float()
+    return F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten(), reduction="sum").item()
+
+
+def share(windows: Tensor, batch_size: int, layout: Layout) -> Iterator[Tensor]:
+    """Yield this replica's part of the windows, `batch_size` at a time, on its device."""
+    mine = windows[layout.dp_rank :: layout.dp_size]
+    for batch in mine.split(batch_size):
+        yield batch.to(layout.device)
+
+
+@torch.no_grad()
+def mean_loss(model: GPT, windows: Tensor, batch_size: int, layout: Layout) -> float:
+    """Mean loss in nats of windows (N, T), whose first token is not counted. All ranks have to call it."""
+    total = count = 0.0
+    for idx in share(windows, batch_size, layout):
+        with layout.autocast():
+            total += head_nats(model, model.hidden_states(idx), idx)
+        count += idx[:, 1:].numel()
+    total, count = distributed.sum_over_world([total, count], layout.device)
+    return total / count
+
+
+@torch.no_grad()
+def sensitivities(
+    model: GPT, windows: Tensor, batch_size: int, layout: Layout, progress: Callable = iter
+) -> tuple[list[float], list[float]]:
+    """(s, perplexities): the paper's algorithm 1 for the layers of a model whose pattern is all 2.
+
+    perplexities[i] is that with the layers from i on dropped, perplexities[n_layer] the dense one, and s[i] the
+    difference of i and i + 1. What the layers before i compute is computed once, for all i.
+    """
+    L = model.config.n_layer
+    dropped = model.with_sync("spd")
+    total, count = [0.0] * (L + 1), 0
+    for idx in progress(list(share(windows, batch_size, layout))):
+        with layout.autocast():
+            x, rope = model.embed(idx)
+            before = [x]
+            for i in range(L):
+                before.append(model.run_blocks(before[-1], rope, range(i, i + 1)))
+            for i in range(L + 1):
+                total[i] += head_nats(model, dropped.run_blocks(before[i], rope, range(i, L)), idx)
+        count += idx[:, 1:].numel()
+    *total, count = distributed.sum_over_world([*total, count], layout.device)
+    found = [math.exp(min(nats / count, 700.0)) for nats in total]
+    return [found[i] - found[i + 1] for i in range(L)], found
+
+
+def relative_error(x: Tensor, exact: Tensor) -> Tensor:
+    """Mean over positions of |x - exact|^2 / |exact|^2, so that the few huge ones do not hide the others."""
+    return ((x - exact).square().sum(-1) / exact.square().sum(-1)).mean()
+
+
+def descend(
+    module: nn.Module,
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    peak: float,
+    step: int,
+    steps: int,
+    layout: Layout,
+    tp_group: ProcessGroup | None,
+) -> None:
+    """Update `step` of `steps` of `module` by `loss`, its gradients averaged over replicas and clipped to norm 1.
+
+    The learning rate: 5 % of the steps of warm-up to `peak`, then a cosine to a tenth of it.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = cosine_schedule(step, peak, peak / 10, max(1, steps // 20), steps)
+    loss.backward()
+    distributed.average_gradients(module, layout.dp_group)
+    distributed.clip_gradients(module, 1.0, is_sharded, tp_group)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def distil(
+    model: GPT, i: int, inputs: Tensor, exact: Tensor, rope: Rope, config: Any, layout: Layout
+) -> tuple[float, float]:
+    """Train layer i, its sync dropped, to give `exact` for `inputs`; returns its relative error before and after.
+
+    inputs, exact: (windows, T, C) of this replica; config is drop_syncs.py's. With its `elastic` the layer with its
+    sync is trained beside it.
+    """
+    block, synced, dropped = model.transformer.h[i], model.with_sync("baseline"), model.with_sync("spd")
+    optimizer = torch.optim.AdamW(block.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+    size = max(1, config.distil_batch_size // layout.dp_size)
+    steps_of_epoch = -(-len(inputs) // size)
+    steps, step = config.distil_epochs * steps_of_epoch, 0
+
+    def loss_of(rows):
+        x, target = inputs[rows].to(layout.device), exact[rows].to(layout.device)
+        with layout.autocast():
+            loss = relative_error(dropped.run_blocks(x, rope, range(i, i + 1)), target)
+            if config.elastic:
+                loss = loss + relative_error(synced.run_blocks(x, rope, range(i, i + 1)), target)
+        return loss
+
+    def error():
+        with torch.no_grad():
+            losses = [loss_of(slice(first, first + size)).item() for first in range(0, len(inputs), size)]
+        return sum(losses) / len(losses)
+
+    before = error()
+    for epoch in range(config.distil_epochs):
+        generator = torch.Generator().manual_seed(distributed.seed_of(config.seed, i, epoch))
+        order = torch.randperm(len(inputs), generator=generator)
+        for first in range(0, len(inputs), size):
+            loss, peak = loss_of(order[first : first + size]), config.distil_learning_rate
+            descend(block, loss, optimizer, peak, step, steps, layout, model.tp_group)
+            step += 1
+    return before, error()
+
+
+def divergence(model: GPT, teacher: GPT, idx: Tensor, layout: Layout) -> Tensor:
+    """Mean over tokens of KL(teacher || model) of their next-token distributions, in nats, on idx (B, T)."""
+
+    def log_probs(one):
+        with layout.autocast():
+            logits = one.lm_head(one.transformer.ln_f(one.hidden_states(idx)))
+        return F.log_softmax(logits.float().flatten(0, 1), dim=-1)
+
+    with torch.no_grad():
+        expected = log_probs(teacher)
+    return F.kl_div(log_probs(model), expected, reduction="batchmean", log_target=True)

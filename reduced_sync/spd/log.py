@@ -1,0 +1,91 @@
+"""The lines that drop_syncs.py adds to its log.txt, and their parser.
+
+    perplexity distilled: 32 of 60 syncs, manual 25.10, shakespeare 41.20
+    sensitivity: block 3 0.0123, perplexity 24.61
+    arrange: 25.1 s, 4096 tokens
+
+The header is that of train/log.py: lines of `# key: value`. The name of a text that is no plain word is a JSON string.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+WORD = re.compile(r"[\w./+@=-]+")
+VALUE = re.compile(r'("(?:[^"\\]|\\.)*"|[^"].*?) (\d+\.\d+|nan|inf)(?:, |$)')
+PERPLEXITY = re.compile(r"perplexity (.+?): (\d+) of (\d+) syncs, (.+)$")
+SENSITIVITY = re.compile(r"sensitivity: block (\d+) (\S+), perplexity (\S+)$")
+
+
+def perplexity_line(stage: str, syncs: int, most: int, perplexities: dict[str, float]) -> str:
+    """The perplexity of every evaluation text after a stage, with so many of `most` syncs."""
+    names = [name if WORD.fullmatch(name) else json.dumps(name) for name in perplexities]
+    values = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, perplexities.values(), strict=True))
+    return f"perplexity {stage}: {syncs} of {most} syncs, {values}"
+
+
+def sensitivity_line(block: int, sensitivity: float, perplexity: float) -> str:
+    """s of one block, and the perplexity with it and all behind it dropped."""
+    return f"sensitivity: block {block} {sensitivity:.6g}, perplexity {perplexity:.6g}"
+
+
+@dataclass
+class DropLog:
+    """A parsed log.txt of drop_syncs.py."""
+
+    config: dict = field(default_factory=dict)
+    perplexities: list = field(default_factory=list)  # (stage, syncs, most syncs, {text: perplexity}), in order
+    sensitivities: list = field(default_factory=list)  # (block, s, perplexity), in order
+
+
+def read_drop_log(path: str | Path) -> DropLog:
+    """The log at `path`; a last line without its newline is left out. Raises OSError."""
+    log = DropLog()
+    with open(path, encoding="utf-8") as file:
+        for line in file.read().split("\n")[:-1]:
+            if line.startswith("# config: "):
+                log.config = json.loads(line.removeprefix("# config: "))
+            elif match := PERPLEXITY.match(line):
+                values = VALUE.findall(match[4])
+                if VALUE.sub("", match[4]):
+                    raise ValueError(f"{path}: not perplexities of texts: {line[:60]!r}")
+                perplexities = {json.loads(n) if n[0] == '"' else n: float(value) for n, value in values}
+                found = (match[1], int(match[2]), int(match[3]), perplexities)
+                # a run that was killed has said the last ones twice
+                log.perplexities = [old for old in log.perplexities if old[:2] != found[:2]] + [found]
+            elif match := SENSITIVITY.match(line):
+                found = (int(match[1]), float(match[2]), float(match[3]))
+                log.sensitivities = [old for old in log.sensitivities if old[0] != found[0]] + [found]
+    return log
+
+
+def beside_dense(perplexity: float, dense: float) -> str:
+    """`27.23 (+11.5 %)`: a perplexity, and how far it lies above that of all syncs."""
+    return f"{perplexity:.2f} ({100 * (perplexity / dense - 1):+.1f} %)"
+
+
+def cell(text: object) -> str:
+    """What a user has named, as it may stand in a table in Markdown."""
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def table_of(logs: dict[str, DropLog]) -> str:
+    """The perplexities of runs by name as a table in Markdown: after each stage, and in percent above all syncs.
+
+    The first line is that of all syncs; a run's own stands in it where it is another one. Raises ValueError for a run
+    without any.
+    """
+    lines, above = [], None
+    for name, log in logs.items():
+        if not log.perplexities:
+            raise ValueError(f"{name}: its log has no perplexity, yet")
+        dense = log.perplexities[0][3]
+        if not lines:
+            head = ["run", "after", "syncs", *map(cell, dense)]
+            lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for stage, syncs, most, perplexities in log.perplexities[dense == above :]:
+            cells = [beside_dense(value, dense[text]) for text, value in perplexities.items()]
+            lines.append(f"| {cell(name)} | {stage} | {syncs} of {most} | {' | '.join(cells)} |")
+        above = dense
+    return "\n".join(lines)

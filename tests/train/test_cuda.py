@@ -1,0 +1,253 @@
+"""CUDA without a GPU: how a device is chosen, and the real training and sampling on fake cuda tensors (rehearsal.py).
+
+With a GPU, `pytest -m gpu` runs the same variants on it, and a few steps with NCCL where there are two.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launch import ROOT, TRAIN, run_script, succeeded, timeless
+from torch.nn import functional as F
+
+import reduced_sync_model as rsm
+from reduced_sync import distributed, preparing
+from reduced_sync.bench import timing
+
+COMPILER = shutil.which("g++")
+VARIANTS = [
+    dict(sync="baseline"),
+    dict(sync="spd"),
+    dict(sync="grouped-1"),
+    dict(sync="a1"),
+    dict(sync="spd+parallel"),
+    dict(sync="grouped-1+desync"),
+    dict(sync="baseline+ladder"),
+    dict(sync="baseline+delayed"),
+    dict(sync="spd", norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=2),
+]
+GPT2_SIZE = dict(n_layer=12, n_head=12, n_embd=768)
+
+
+# --- a rehearsal on fake tensors
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """fake_cuda.cpp, compiled against the installed torch."""
+    if torch.version.cuda:
+        pytest.skip("this torch is built for CUDA and has its hooks: nothing to pretend")
+    if COMPILER is None:
+        pytest.skip("no C++ compiler (g++) for fake_cuda.cpp")
+    torch_folder = Path(torch.__file__).parent
+    path = tmp_path_factory.mktemp("fake_cuda") / "fake_cuda.so"
+    command = [COMPILER, "-shared", "-fPIC", "-std=c++20", f"-I{torch_folder}/include", ROOT / "tests/fake_cuda.cpp"]
+    command += [f"-I{sysconfig.get_path('include')}", "-o", path, f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu"]
+    subprocess.run([*command, f"-Wl,-rpath,{torch_folder}/lib"], check=True, timeout=100)
+    return path
+
+
+def rehearse(library, cases, world_size=1):
+    """What rehearsal.py finds of each case, as rank 0 of `world_size`."""
+    environment = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    argv = [ROOT / "tests/rehearsal.py", library, *map(json.dumps, cases)]
+    lines = succeeded(run_script(argv, env=environment, timeout=250)).splitlines()
+    found = [json.loads(line) for line in lines if line.startswith("{")]
+    assert len(found) == len(cases)
+    return found
+
+
+@pytest.mark.parametrize("tp_size, n_shard, variants", [(1, 1, VARIANTS[:1]), (1, 2, VARIANTS), (2, 4, VARIANTS)])
+def test_every_variant_trains_saves_and_samples_on_fake_cuda(library, small_dataset, tp_size, n_shard, variants):
+    """No wrong device or type; one graph to train and one to evaluate; the host waits for loss and norm alone.
+
+    With several ranks it waits once more, for what they agree on.
+    """
+    cases = [variant | dict(n_shard=n_shard, tp_size=tp_size, dataset=str(small_dataset)) for variant in variants]
+    if tp_size == 2:
+        cases += [cases[0] | dict(tp_size=1), cases[1] | dict(n_shard=2)]  # two replicas; one shard a rank
+    for case, found in zip(cases, rehearse(library, cases, tp_size), strict=True):
+        waits = 2 if tp_size == 1 else 3
+        assert found == {"host_waits": [waits] * 2, "graphs": [1, 1], "on_cpu": True, "tokens": 40}, case
+
+
+def test_the_memory_table_says_what_a_step_holds(library):
+    """Cells of the table in TRAINING_INSTRUCTIONS.md, computed anew."""
+    text = (ROOT / "TRAINING_INSTRUCTIONS.md").read_text()
+    table = {row[0]: row[1:] for row in re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", text, re.M)}
+    keys = dict(n_embd=768, sync="grouped-4")
+    cases = [dict(n_embd=768, n_shard=1), dict(n_embd=768, sync="spd", n_shard=2), keys | dict(n_shard=4)]
+    peaks = [f"{found['peak'] / 1e9:.1f}" for found in rehearse(library, cases)]
+    assert peaks == [table["baseline"][0], table["spd"][1], table["grouped-4"][2]]
+
+
+# --- choosing a device
+
+
+def pretend(monkeypatch, count=0, cuda="13.0", reason="The NVIDIA driver on your system is too old (found version 1)."):
+    """Have torch find `count` GPUs, or say for what `reason` it finds none."""
+
+    def init():
+        if not count:
+            raise RuntimeError(reason + " Please update it.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+
+
+def test_a_cuda_build_that_finds_no_gpu_says_so_once(monkeypatch, capsys):
+    pretend(monkeypatch)
+    assert distributed.choose_device() == ("cpu", torch.float32, "gloo")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "built for CUDA 13.0" in line and line.endswith("driver on your system is too old (found version 1)")
+    assert distributed.choose_device("cpu")[0] == "cpu" and capsys.readouterr().err == ""
+    monkeypatch.setattr(distributed, "RANK", 1)
+    distributed.choose_device()
+    assert capsys.readouterr().err == ""
+    pretend(monkeypatch, cuda=None)  # a build for CPUs
+    monkeypatch.setattr(distributed, "RANK", 0)
+    distributed.choose_device()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_gpu_that_is_not_there_is_refused_with_the_reason(monkeypatch):
+    pretend(monkeypatch)
+    with pytest.raises(ValueError, match=r"device='cuda': torch can use no GPU here \(The NVIDIA driver .* 1\)\); try"):
+        distributed.choose_device("cuda")
+    pretend(monkeypatch, count=2)
+    with pytest.raises(ValueError, match="needs 4 GPUs; here are 2"):
+        distributed.choose_device("cuda:3", "float32")
+    monkeypatch.setattr(distributed, "LOCAL_WORLD_SIZE", 8)
+    with pytest.raises(ValueError, match="8 processes needs 8 GPUs; here are 2"):
+        distributed.choose_device("cuda", "float32")
+    with pytest.raises(ValueError, match="one GPU for 8 processes"):
+        distributed.choose_device("cuda:0", "float32")
+
+
+def test_a_gpu_that_emulates_bfloat16_takes_float16(monkeypatch):
+    pretend(monkeypatch, count=1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert distributed.choose_device() == ("cuda", torch.float16, "nccl")
+
+
+@pytest.mark.parametrize("name, index", [("cuda", 3), ("cuda:1", 1)])
+def test_a_device_without_a_number_is_that_of_the_rank(monkeypatch, name, index):
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert distributed.set_device(name, 3) == torch.device("cuda", index)
+    assert current == [torch.device("cuda", index)]
+
+
+# --- what needs no GPU to be right
+
+
+def test_the_loss_is_computed_in_float32_under_autocast():
+    torch.manual_seed(0)
+    model = rsm.GPT(rsm.GPTConfig(block_size=16, vocab_size=512, n_layer=1, n_head=2, n_embd=32))
+    model.lm_head.weight.data *= 100  # far from uniform
+    x, y = torch.randint(512, (2, 2, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, loss = model(x, y)
+        assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    exact = F.cross_entropy(logits.double().flatten(0, 1), y.flatten())
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_events_are_read_after_the_gpu_has_come_to_them(monkeypatch):
+    """AllReduceMeter on a made-up device that is done with its work only when asked to be."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.clear()
+
+        def elapsed_time(self, other):
+            assert done, "an event was read that has not happened"
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", done.append)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    meter = timing.AllReduceMeter(torch.device("cuda", 0))
+    with meter:
+        torch.distributed.all_reduce(torch.zeros(3))
+    assert meter.take() == [(12, 0.002)] and meter.take() == []
+
+
+def test_losing_contact_keeps_what_nccl_says_last(monkeypatch, capsys):
+    text = "NCCL error in: ProcessGroupNCCL.cpp:77, remote process exited or there was a network error\n"
+    text += "ncclRemoteError: A call failed possibly due to a network error.\n"
+    text += "Last error:\nsocketProgress: Connection closed"
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(distributed.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit), distributed.clear_errors():
+        raise torch.distributed.DistBackendError(text)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("rank 0: lost contact with another rank: NCCL error in: ProcessGroupNCCL.cpp:77, remote")
+    assert line.endswith("(socketProgress: Connection closed)")
+
+
+# --- with a GPU
+
+
+@pytest.fixture
+def gpus():
+    """How many there are; none: skipped."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU that torch can use")
+    return torch.cuda.device_count()
+
+
+@pytest.fixture(scope="session")
+def gpt2_dataset(tmp_path_factory):
+    """Random token ids below 50257."""
+    folder = tmp_path_factory.mktemp("gpt2_dataset")
+    tokens = np.random.default_rng(0).integers(50257, size=100_000).astype("<u2")
+    preparing.write_dataset(folder, {"train": (100_000, [tokens]), "val": (100_000, [tokens])}, 50257, "gpt2", "random")
+    return folder
+
+
+def on_gpu(dataset, out_dir, **keys):
+    keys = dict(max_iters=4, eval_interval=4, eval_iters=2, log_interval=1, warmup_iters=1, device="cuda") | keys
+    keys |= dict(gradient_accumulation_steps=8, dataset=dataset, out_dir=out_dir)
+    return [TRAIN, *(f"--{key}={value}" for key, value in keys.items())]
+
+
+def losses(lines):
+    """All numbers of the `step` and `iter` lines but the times."""
+    return [float(number) for line in timeless(lines) for number in re.findall(r"(?:loss|norm) ([\d.]+)", line)]
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_trains_on_a_gpu(gpus, small_dataset, tmp_path, variant):
+    shape = dict(n_layer=2, n_head=4, n_embd=128, block_size=64, batch_size=2, n_shard=4)
+    one = succeeded(run_script(on_gpu(small_dataset, tmp_path / "one", **shape, **variant), timeout=300))
+    assert len(losses(one.splitlines())) == 2 * 2 + 4 * 2
+    if gpus > 1:
+        argv = on_gpu(small_dataset, tmp_path / "two", tp_size=2, **shape, **variant)
+        two = succeeded(run_script(argv, nproc=2, timeout=300))
+        assert losses(two.splitlines()) == pytest.approx(losses(one.splitlines()), rel=1e-2)
+    text = run_script([ROOT / "sample.py", f"--out_dir={tmp_path / 'one'}", "--start=a", "--max_new_tokens=80"])
+    assert succeeded(text).startswith("a")
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+def test_gpt2_small_fits_and_reports_its_utilisation(gpus, gpt2_dataset, tmp_path):
+    out = succeeded(run_script(on_gpu(gpt2_dataset, tmp_path, sync="spd", **GPT2_SIZE), timeout=500))
+    assert 10 < losses(out.splitlines())[0] < 11.5
