@@ -406,6 +406,14 @@ class Desync(Stream):
         return (y if self.d is None else self.d / self.n_shard + y).sum(0, dtype=self.x.dtype)
 
 
+class Tracks(Stream):
+    """A sync makes every shard's stream the mean of all (Parallel Track, arXiv 2602.07306)."""
+
+    def total(self, y: Tensor) -> Tensor:
+        """As Stream.total."""
+        return super().total(y) / self.n_shard
+
+
 class Ladder(Stream):
     """The all-reduce of a sync is in flight while the next sublayer runs, which sees nothing of it (arXiv 2501.06589).
 
@@ -451,7 +459,9 @@ class Delayed(Ladder):
         return self.h.to(y.dtype) + y
 
 
-RIVALS = dict(parallel=Stream, desync=Desync, ladder=Ladder, delayed=Delayed)  # the streams; parallel is another block
+RIVALS = dict(
+    parallel=Stream, desync=Desync, tracks=Tracks, ladder=Ladder, delayed=Delayed
+)  # the streams; parallel is another block
 HIDING = ("ladder", "delayed")
 
 

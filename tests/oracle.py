@@ -93,6 +93,9 @@ def logits(dense, idx, n_layer, n_head, n_shard, sync, n_kv_head=None):
             elif rival == "desync":
                 x = sum(streams) / n_shard + sum(outputs)
                 streams = [x] * n_shard
+            elif rival == "tracks":
+                x = sum(after) / n_shard
+                streams = [x] * n_shard
             elif rival in ("ladder", "delayed"):
                 late = sum(h - x for h in after)
                 streams = after if rival == "delayed" else [x] * n_shard

@@ -150,7 +150,7 @@ class Stream:
 
     def __init__(self, x, rule, n_shard):
         self.x, self.d = x, None
-        self.desync, self.n_shard = rule.rival == "desync", n_shard
+        self.rival, self.n_shard = rule.rival, n_shard
 
     def read(self):
         """What the shards see: (T, C) where all see the same, else (S, T, C) per shard."""
@@ -162,9 +162,11 @@ class Stream:
 
     def sync(self, y):
         """A sync point: x plus the sum of all shards' deltas; with desync those before y count by their mean."""
-        if self.desync and self.d is not None:
+        if self.rival == "desync" and self.d is not None:
             self.d = self.d / self.n_shard
         delta = (y if self.d is None else self.d + y).sum(0)  # (T, C) of this rank, fresh: on a CPU it is changed
+        if self.rival == "tracks":
+            delta = delta / self.n_shard
         self.x, self.d = self.x + tensor_model_parallel_all_reduce(delta), None
 
 
