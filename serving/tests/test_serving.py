@@ -245,6 +245,30 @@ def test_what_cannot_be_served(folders, environment, tmp_path):
         assert [line for line in text.splitlines() if words in line], text
 
 
+CHECK = """
+from types import SimpleNamespace as Named
+import torch
+from vllm_reduced_sync.model import ReducedSyncForCausalLM
+model = Named(model=Named(config=Named(tie_embeddings=True)))
+for name, dtype in (("a", torch.bfloat16), ("a", torch.float8_e4m3fn), ("model.lm_head.weight", torch.float32)):
+    try:
+        found = list(ReducedSyncForCausalLM.checked(model, [(name, torch.zeros(2).to(dtype))]))
+        print("taken", len(found))
+    except ValueError as error:
+        print("refused", error)
+"""
+
+
+def test_weights_that_would_be_read_as_others(environment):
+    """Fault 1: codes of eight bits, and a head that config.json ties to the embedding."""
+    said = [line for line in succeeded(run_script(["-c", CHECK], env=environment)).splitlines() if " " in line]
+    assert [line for line in said if line.startswith(("taken", "refused"))] == [
+        "taken 1",
+        "refused a is torch.float8_e4m3fn; allowed are float32, bfloat16 and float16",
+        "refused the file has model.lm_head.weight, which config.json ties to the embedding",
+    ]
+
+
 # --- the server
 
 

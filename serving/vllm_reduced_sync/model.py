@@ -10,7 +10,7 @@ shapes of the exported file, of which a rank takes its S of the n_shard.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -284,4 +284,13 @@ class ReducedSyncForCausalLM(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Names and tensors of the exported file -> the names that were loaded, of which vLLM misses none."""
-        return AutoWeightsLoader(self).load_weights(weights)
+        return AutoWeightsLoader(self).load_weights(self.checked(weights))
+
+    def checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same weights. Raises ValueError for codes of eight bits, and for a head that config.json ties."""
+        for name, tensor in weights:
+            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(f"{name} is {tensor.dtype}; allowed are float32, bfloat16 and float16")
+            if name == "model.lm_head.weight" and self.model.config.tie_embeddings:
+                raise ValueError(f"the file has {name}, which config.json ties to the embedding")
+            yield name, tensor
