@@ -77,7 +77,7 @@ class SyncRule:
     def parse(cls, text: str, n_layer: int) -> "SyncRule":
         """The rule that `text` names for `n_layer` layers. Raises ValueError."""
         name, plus, rival = text.partition("+")
-        if (plus or rival) and rival not in RIVALS:
+        if plus and rival not in RIVALS:
             raise ValueError(f"sync={text!r}: what follows the + is one of {', '.join(RIVALS)}")
         if name in ("baseline", "spd"):
             pattern = baseline(n_layer) if name == "baseline" else spd(n_layer)
@@ -96,13 +96,11 @@ class SyncRule:
         return rule
 
     def __str__(self):
-        n_layer, n_syncs = len(self.pattern), self.syncs
-        name = self.pattern
-        if self.pattern in (baseline(n_layer), spd(n_layer)):
-            name = "baseline" if self.pattern == baseline(n_layer) else "spd"
-        elif n_layer % n_syncs == 0 and self.pattern == grouped(n_layer, n_syncs):
-            name = f"grouped-{n_syncs}"
-        return f"{name}+{self.rival}" if self.rival else name
+        n_layer = len(self.pattern)
+        names = {baseline(n_layer): "baseline", spd(n_layer): "spd"}
+        if n_layer % self.syncs == 0:
+            names.setdefault(grouped(n_layer, self.syncs), f"grouped-{self.syncs}")
+        return "+".join(filter(None, (names.get(self.pattern, self.pattern), self.rival)))
 
     @property
     def syncs(self) -> int:
@@ -389,7 +387,6 @@ class ParallelBlock(Block):
     """Attention and MLP read the same stream (GPT-J; PaLM, arXiv 2204.02311). Its layers sync at their end or not."""
 
     def forward(self, stream: Stream, syncs: tuple[bool, bool], rope=None, past=None, mask: Tensor | None = None):
-        """As Block.forward."""
         h = stream.read()
         y = self.attn(self.ln_1(h), rope, past, mask) + self.mlp(self.ln_2(h))
         if syncs[1]:
@@ -402,7 +399,6 @@ class Desync(Stream):
     """A sync adds the mean of the shards' earlier deltas, and the sum of the last ones (arXiv 2501.06589v1)."""
 
     def total(self, y: Tensor) -> Tensor:
-        """As Stream.total."""
         return (y if self.d is None else self.d / self.n_shard + y).sum(0, dtype=self.x.dtype)
 
 
@@ -410,7 +406,6 @@ class Tracks(Stream):
     """A sync makes every shard's stream the mean of all (Parallel Track, arXiv 2602.07306)."""
 
     def total(self, y: Tensor) -> Tensor:
-        """As Stream.total."""
         return super().total(y) / self.n_shard
 
 
@@ -421,12 +416,10 @@ class Ladder(Stream):
     """
 
     def start(self, x: Tensor) -> None:
-        """As Stream.start."""
         super().start(x)
         self.before, self.late = self.h, None
 
     def keep(self, y: Tensor) -> None:
-        """As Stream.keep, once a sync in flight is there."""
         self.arrive()
         super().keep(y)
 
@@ -446,7 +439,6 @@ class Ladder(Stream):
             self.start(self.x + finish_sum_over_ranks(*self.late))
 
     def end(self) -> Tensor:
-        """As Stream.end."""
         self.arrive()
         return self.x
 
@@ -455,7 +447,6 @@ class Delayed(Ladder):
     """As Ladder, but meanwhile each shard sees its own part of the sum."""
 
     def meanwhile(self, y: Tensor) -> Tensor:
-        """As Ladder.meanwhile."""
         return self.h.to(y.dtype) + y
 
 
