@@ -281,11 +281,13 @@ class Dropping:
         """The items with a progress bar on rank 0's terminal."""
         return tqdm(items, desc=self.progress.stage, disable=None if RANK == 0 else True, leave=False)
 
-    def evaluate(self, stage: str, pattern: str) -> None:
-        """Say the perplexities of all evaluation texts under a pattern."""
+    def evaluate(self, stage: str, pattern: str, stop: StopSignal | None = None) -> None:
+        """Say the perplexities of all evaluation texts under a pattern, unless all ranks agree to `stop` before."""
         model, found = self.model.with_sync(pattern), {}
         for name, windows in self.evaluation.items():
-            loss = distillation.mean_loss(model, windows, self.config.batch_size, self.layout)
+            loss = distillation.mean_loss(model, windows, self.config.batch_size, self.layout, stop)
+            if loss is None:
+                return
             found[name] = math.exp(min(loss, 700.0))
         self.say(perplexity_line(stage, model.config.rule.syncs, 2 * len(pattern), found))
 
@@ -330,7 +332,10 @@ class Dropping:
         """All stages from where the run stands. Returns whether it came to the end."""
         n_layer = self.model.config.n_layer
         if (self.progress.stage, self.progress.done) == (STAGES[0], 0):
-            self.evaluate("dense", "2" * n_layer)
+            self.evaluate("dense", "2" * n_layer, self.stop)
+            if self.stop.agreed:
+                self.save()
+                return False
         while self.progress.stage != STAGES[-1]:
             stage, begin = self.progress.stage, time.monotonic()
             n_tokens = getattr(self, stage)()
@@ -400,16 +405,19 @@ class Dropping:
                 batches = [model.run_blocks(x, rope, range(i, i + 1)) for x in batches]
         return windows.numel()
 
-    def sensitivity(self) -> int:
+    def sensitivity(self) -> int | None:
         """The order in which blocks are dropped."""
         L = self.model.config.n_layer
         self.progress.order = list(range(L))[::-1]
         if self.config.sensitivity_windows == 0:
             return 0
         windows = self.all_windows["sensitivity_windows"]
-        found, perplexities = distillation.sensitivities(
-            self.model, windows, self.config.batch_size, self.layout, self.bar
-        )
+        batch_size, layout = self.config.batch_size, self.layout
+        measured = distillation.sensitivities(self.model, windows, batch_size, layout, self.bar, self.stop)
+        if measured is None:
+            self.save()
+            return None
+        found, perplexities = measured
         for i in range(L):
             self.say(sensitivity_line(i, found[i], perplexities[i]))
         self.progress.order = sorted(range(L), key=lambda i: (found[i], i))

@@ -146,18 +146,25 @@ def build_model(config: Config, model_config: rsm.GPTConfig, layout: distributed
 
 @torch.no_grad()
 def evaluate(
-    model: rsm.GPT, loss_of: Callable, corpus: Corpus, config: Config, layout: distributed.Layout
-) -> list[float]:
-    """Mean loss per token, in nats, of the fixed windows of train and val; loss_of(x, y) is the model's. All ranks."""
+    model: rsm.GPT, loss_of: Callable, corpus: Corpus, config: Config, layout: distributed.Layout, stop: StopSignal
+) -> list[float] | None:
+    """Mean loss per token, in nats, of the fixed windows of train and val, or None where it was stopped. All ranks.
+
+    loss_of(x, y) is the model's.
+    """
     model.eval()
     losses = []
     for split in ("train", "val"):
         total, count = 0.0, 0
         part = (layout.dp_rank, layout.dp_size)
-        for x, y, n in corpus.evaluation_batches(split, config.eval_iters, config.batch_size, *part):
+        n_windows = len(corpus.evaluation_starts(split, config.eval_iters, config.batch_size))
+        batches = corpus.evaluation_batches(split, config.eval_iters, config.batch_size, *part)
+        for x, y, n in distributed.until_stopped(batches, n_windows, config.batch_size, layout, stop):
             with layout.autocast():
                 loss = loss_of(x.to(layout.device), y.to(layout.device))
             total, count = total + loss.item() * n, count + n
+        if stop.agreed:
+            return None
         total, count = distributed.sum_over_world([total, count], layout.device)
         losses.append(total / count)
     model.train()
@@ -226,7 +233,9 @@ def train(
         loss_of = torch.compile(loss_of)
 
     if config.eval_only:
-        losses = evaluate(model, loss_of, corpus, config, layout)
+        losses = evaluate(model, loss_of, corpus, config, layout, stop)
+        if losses is None:
+            sys.exit(130)
         if on_rank_0:
             print(step_line(progress.step, *losses), flush=True)
         return
@@ -247,13 +256,20 @@ def train(
                 error = f"saving to {config.out_dir} failed, the checkpoint before it is whole: {failure}"
         distributed.raise_together(error)
 
+    def save_and_end():
+        save()
+        record.close(f"stopped at step {progress.step} and saved; go on with --init_from=resume")
+
     record = Recorder(config, model, layout, corpus.meta, progress, resumed, notes)
     last_save = time.monotonic()
     while True:
         at_end = progress.step >= config.max_iters
         if (progress.step % config.eval_interval == 0 or at_end) and progress.evaluated < progress.step:
             with record.pause():
-                train_loss, val_loss = evaluate(model, loss_of, corpus, config, layout)
+                losses = evaluate(model, loss_of, corpus, config, layout, stop)
+                if losses is None:  # the resumed run makes this evaluation anew
+                    return save_and_end()
+                train_loss, val_loss = losses
                 is_best = val_loss < progress.best_val_loss
                 progress.evaluated, progress.best_val_loss = progress.step, min(progress.best_val_loss, val_loss)
                 record.evaluation(progress.step, train_loss, val_loss)
@@ -281,13 +297,12 @@ def train(
                 "not finite; lower learning_rate or resume from an earlier checkpoint"
             )
         progress.step += 1
+        if stopping:
+            return save_and_end()
         interval = config.checkpoint_interval
-        if stopping or save_due or (interval and progress.step % interval == 0):
+        if save_due or (interval and progress.step % interval == 0):
             save()
             last_save = time.monotonic()
-        if stopping:
-            record.close(f"stopped at step {progress.step} and saved; go on with --init_from=resume")
-            return
     record.close()
 
 

@@ -78,14 +78,14 @@ def ctrl_c_held() -> Iterator[None]:
 
 
 class StopSignal:
-    """A stop signal asks for a stop after the step; a second one, a second or more later, ends at once.
+    """A stop signal asks for a stop after the step or batch; a second one, a second or more later, ends at once.
 
     Rank 0 says on stderr that it was heard: a step may be long. torchrun passes a Ctrl-C on to workers that the
-    terminal has already told: that echo is not a second one.
+    terminal has already told: that echo is not a second one. `agreed`: parallel.until_stopped has told all ranks.
     """
 
     def __init__(self):
-        self.asked = None
+        self.asked, self.agreed = None, False
         for number in stop_signals():
             signal.signal(number, self.handle)
 

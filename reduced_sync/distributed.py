@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # its functions keep the group that there is at its import for good: here none
 
-from reduced_sync.cli import one_line, stop_signals
+from reduced_sync.cli import StopSignal, one_line, stop_signals
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -198,6 +198,21 @@ def sum_over_world(values: list[float], device: torch.device | str) -> list[floa
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def until_stopped(
+    batches: Iterable, n_windows: int, batch_size: int, layout: Layout, stop: StopSignal | None
+) -> Iterator:
+    """Yield this replica's batches of n_windows that all replicas share, until a rank is asked to stop: then all end.
+
+    They ask one another before each batch that every replica has. `stop.agreed` says that they have ended early.
+    """
+    least = -(-(n_windows // layout.dp_size) // batch_size)
+    for i, batch in enumerate(batches):
+        if stop and i < least and sum_over_world([float(stop.asked is not None)], layout.device)[0]:
+            stop.agreed = True
+            return
+        yield batch
 
 
 def average_gradients(model: torch.nn.Module, group: dist.ProcessGroup | None, bucket_bytes: int = 64 * 2**20) -> None:

@@ -34,6 +34,10 @@ def hang():
     time.sleep(1000)
 
 
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def crash():
     raise RuntimeError("a mistake somewhere")
 
@@ -50,7 +54,7 @@ def strike():
         return False
     builtins.open(f"struck-{number}-{calls}", "w").close()
     if fault != "nan":
-        {"kill": kill, "hang": hang, "crash": crash, "full": full}[fault]()
+        {"kill": kill, "hang": hang, "stop": stop, "crash": crash, "full": full}[fault]()
     return True
 
 

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from reduced_sync import distributed
+from reduced_sync.cli import StopSignal
 from reduced_sync.distributed import Layout
 from reduced_sync.train.experiment import cosine_schedule
 from reduced_sync_model import GPT, is_sharded
@@ -35,30 +36,44 @@ def share(windows: Tensor, batch_size: int, layout: Layout) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def mean_loss(model: GPT, windows: Tensor, batch_size: int, layout: Layout) -> float:
-    """Mean loss in nats of windows (N, T), whose first token is not counted. All ranks have to call it."""
+def mean_loss(
+    model: GPT, windows: Tensor, batch_size: int, layout: Layout, stop: StopSignal | None = None
+) -> float | None:
+    """Mean loss in nats of windows (N, T), whose first token is not counted. All ranks have to call it.
+
+    None where all ranks have agreed to stop.
+    """
     total = count = 0.0
-    for idx in share(windows, batch_size, layout):
+    for idx in distributed.until_stopped(share(windows, batch_size, layout), len(windows), batch_size, layout, stop):
         with layout.autocast():
             total += head_nats(model, model.hidden_states(idx), idx)
         count += idx[:, 1:].numel()
+    if stop and stop.agreed:
+        return None
     total, count = distributed.sum_over_world([total, count], layout.device)
     return total / count
 
 
 @torch.no_grad()
 def sensitivities(
-    model: GPT, windows: Tensor, batch_size: int, layout: Layout, progress: Callable = iter
-) -> tuple[list[float], list[float]]:
+    model: GPT,
+    windows: Tensor,
+    batch_size: int,
+    layout: Layout,
+    progress: Callable = iter,
+    stop: StopSignal | None = None,
+) -> tuple[list[float], list[float]] | None:
     """(s, perplexities): the paper's algorithm 1 for the layers of a model whose pattern is all 2.
 
     perplexities[i] is that with the layers from i on dropped, perplexities[n_layer] the dense one, and s[i] the
-    difference of i and i + 1. What the layers before i compute is computed once, for all i.
+    difference of i and i + 1. What the layers before i compute is computed once, for all i. None where all ranks have
+    agreed to stop.
     """
     L = model.config.n_layer
     dropped = model.with_sync("spd")
     total, count = [0.0] * (L + 1), 0
-    for idx in progress(list(share(windows, batch_size, layout))):
+    batches = progress(list(share(windows, batch_size, layout)))
+    for idx in distributed.until_stopped(batches, len(windows), batch_size, layout, stop):
         with layout.autocast():
             x, rope = model.embed(idx)
             before = [x]
@@ -67,6 +82,8 @@ def sensitivities(
             for i in range(L + 1):
                 total[i] += head_nats(model, dropped.run_blocks(before[i], rope, range(i, L)), idx)
         count += idx[:, 1:].numel()
+    if stop and stop.agreed:
+        return None
     *total, count = distributed.sum_over_world([*total, count], layout.device)
     found = [math.exp(min(nats / count, 700.0)) for nats in total]
     return [found[i] - found[i + 1] for i in range(L)], found

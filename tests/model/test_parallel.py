@@ -3,6 +3,7 @@
 import dataclasses
 import platform
 import resource
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +45,29 @@ def assert_same_function(rank, variants):
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_tp_size_changes_neither_loss_nor_gradients(tp_size):
     run_ranks(tp_size, assert_same_function, VARIANTS)
+
+
+def assert_stop_of_an_evaluation(rank):
+    distributed.WORLD_SIZE = 2
+    layout = distributed.Layout(torch.device("cpu"), torch.float32, dp_size=2, dp_rank=rank)
+    for asked, seen in ((0, [0, 0]), (1, [1, 1]), (2, [3, 2])):  # before which of rank 0's batches; those seen
+        stop = SimpleNamespace(asked=None, agreed=False)
+        batches = asking(range(5)[rank::2], stop, asked if rank == 0 else None)
+        assert len(list(distributed.until_stopped(batches, 5, 1, layout, stop))) == seen[rank], asked
+        assert stop.agreed == (asked < 2)
+
+
+def asking(batches, stop, asked):
+    """The batches; a stop is asked for as number `asked` of them is fetched."""
+    for i, one in enumerate(batches):
+        if i == asked:
+            stop.asked = 0.0
+        yield one
+
+
+def test_replicas_with_more_batches_stop_with_the_others():
+    """Fault 20c: of 5 windows one replica has 3; it asks before two of them, else it would wait for ever."""
+    run_ranks(2, assert_stop_of_an_evaluation)
 
 
 def assert_initial_weights(rank):

@@ -142,6 +142,27 @@ def test_resumed_equals_uninterrupted(llama, whole, tmp_path, monkeypatch, where
         return step_done(run, done)
 
     monkeypatch.setattr(drop_syncs.Dropping, "step_done", interrupted)
+    assert_goes_on(llama, whole, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("name, number", [("head_nats", 3), ("sensitivities", 1)])
+def test_a_stop_during_an_evaluation(llama, whole, tmp_path, monkeypatch, name, number):
+    """Fault 20c: that of the dense model and of sensitivities was heard afterwards. Now it is made anew."""
+    function, calls = getattr(distillation, name), []
+
+    def asking(*arguments):
+        calls.append(name)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments)
+
+    monkeypatch.setattr(distillation, name, asking)
+    assert_goes_on(llama, whole, tmp_path, monkeypatch)
+    assert len(calls) == number
+
+
+def assert_goes_on(llama, whole, tmp_path, monkeypatch):
+    """A run that is patched to stop saves; resumed, it ends as `whole`."""
     drop_syncs.main(arguments(llama, tmp_path / "out"))
     assert (tmp_path / "out/progress.pt").exists() and not (tmp_path / "out/ckpt.pt").exists()
     monkeypatch.undo()

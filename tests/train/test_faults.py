@@ -208,6 +208,17 @@ def test_a_run_that_a_scheduler_stops_goes_on(small_dataset, tmp_path):
     assert_ended_as(whole, tmp_path)
 
 
+@pytest.mark.parametrize("tp_size, moment, step", [(1, "0:evaluation:11", 5), (2, "1:evaluation:4", 0)])
+def test_a_stop_during_an_evaluation(whole, small_dataset, tmp_path, tp_size, moment, step):
+    """Fault 20c: it was heard after the evaluation. Told to one rank, all leave it at once, to be made anew."""
+    argv = arguments(small_dataset, tp_size)
+    out = succeeded(run_script([INJECT, f"{moment}:stop", *argv], nproc=2, cwd=tmp_path))
+    assert f"stopped at step {step} and saved; go on with --init_from=resume\n" in out
+    assert f"step {step}:" not in (tmp_path / "out" / "log.txt").read_text()
+    succeeded(run_script([TRAIN, *argv, "--init_from=resume"], nproc=2, cwd=tmp_path))
+    assert_ended_as(whole[tp_size], tmp_path)
+
+
 SENT = [(signal.SIGINT, False), (signal.SIGHUP, False), (signal.SIGUSR1, False), (signal.SIGUSR1, True)]
 
 
