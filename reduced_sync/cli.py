@@ -23,7 +23,7 @@ def one_line(error: BaseException) -> str:
 def one_line_errors(interrupted: str = "interrupted") -> Iterator[None]:
     """End a command of one process with one line on stderr for what users and their machines do wrong, with status 1.
 
-    For Ctrl-C the line is `interrupted`, and the status 130. Commands that may have ranks use parallel.clear_errors.
+    For Ctrl-C the line is `interrupted`, and the status 130. Commands that may have ranks use distributed.clear_errors.
     """
     silent = signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # as set_up leaves it
     try:
@@ -81,7 +81,7 @@ class StopSignal:
     """A stop signal asks for a stop after the step or batch; a second one, a second or more later, ends at once.
 
     Rank 0 says on stderr that it was heard: a step may be long. torchrun passes a Ctrl-C on to workers that the
-    terminal has already told: that echo is not a second one. `agreed`: parallel.until_stopped has told all ranks.
+    terminal has already told: that echo is not a second one. `agreed`: distributed.until_stopped has told all ranks.
     """
 
     def __init__(self):

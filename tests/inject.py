@@ -85,9 +85,9 @@ def half_written(checkpoint, file):
     save(checkpoint, file)
 
 
-average_gradients, save = script.parallel.average_gradients, torch.save
+average_gradients, save = script.distributed.average_gradients, torch.save
 if moment == "update":  # the gradients of all micro-steps are there, those of other ranks not
-    script.parallel.average_gradients = nan_in_gradients
+    script.distributed.average_gradients = nan_in_gradients
 elif moment == "evaluation":  # before a batch
     striking(script.Corpus, "_cut")
 elif moment == "gather":  # all ranks send their shards to be saved
@@ -97,7 +97,7 @@ elif moment == "write":
 elif moment == "log":
     striking(RunLog, "line")
 elif moment == "start":
-    striking(script.parallel, "start")
+    striking(script.distributed, "start")
 else:  # fsync, link or replace, in the middle of a save
     striking(os, moment)
 
