@@ -273,7 +273,8 @@ class Norm(nn.Module):
 
     def __init__(self, config: "GPTConfig", n_local: int):
         super().__init__()
-        self.normalize, self.eps = F.rms_norm if config.norm == "rmsnorm" else F.layer_norm, config.norm_eps
+        self.normalize = F.rms_norm if config.norm == "rmsnorm" else F.layer_norm
+        self.eps = config.norm_eps
         self.weight = nn.Parameter(torch.ones(n_local, config.n_embd))
         has_bias = config.bias and config.norm == "layernorm"
         self.bias = nn.Parameter(torch.zeros(n_local, config.n_embd)) if has_bias else None
