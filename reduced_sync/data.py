@@ -22,15 +22,10 @@ class Corpus:
     Raises ValueError where a file is missing, cut short or not what meta.json says.
     """
 
-    def __init__(self, dataset, block_size, vocab_size=None):
+    def __init__(self, dataset, block_size):
         self.folder = DATA / os.path.expanduser(dataset)
         self.block_size = block_size
         self.meta = self._read_meta()
-        self.vocab_size = vocab_size or self.meta["vocab_size"]
-        if self.vocab_size < self.meta["vocab_size"]:
-            raise ValueError(
-                f"{self.folder}: its vocabulary of {self.meta['vocab_size']} is above the model's {self.vocab_size}"
-            )
         self.splits = {split: self._open(split) for split in ("train", "val")}
 
     def train_batches(
@@ -78,9 +73,9 @@ class Corpus:
         """Windows (n, block_size) of inputs and targets; past the file's end the input is 0 and the target -1."""
         tokens, T = self.splits[split], self.block_size
         rows = [np.asarray(tokens[start : start + T + 1], dtype=np.int64) for start in starts]
-        if rows and (largest := max(int(row.max()) for row in rows)) >= self.vocab_size:
+        if rows and (largest := max(int(row.max()) for row in rows)) >= (vocab_size := self.meta["vocab_size"]):
             raise ValueError(
-                f"{self.folder / split}.bin holds token id {largest}, at or above the vocabulary size {self.vocab_size}"
+                f"{self.folder / split}.bin holds token id {largest}, at or above the vocabulary size {vocab_size}"
             )
         x, y = np.zeros((len(rows), T), np.int64), np.full((len(rows), T), -1, np.int64)
         for i, row in enumerate(rows):

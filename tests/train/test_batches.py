@@ -154,9 +154,9 @@ def test_rows_that_fill_a_batch_up_have_no_targets(corpus):
 # --- what is refused
 
 
-def refused(folder, *words, block_size=T, **options):
+def refused(folder, *words, block_size=T):
     with pytest.raises(ValueError) as error:
-        Corpus(str(folder), block_size, **options)
+        Corpus(str(folder), block_size)
     for word in words:
         assert word in str(error.value), error.value
     assert "\n" not in str(error.value)
@@ -257,12 +257,6 @@ def test_token_ids_outside_the_vocabulary(folder):
     write(folder, {"train": [65535] * LENGTHS["train"]})
     with pytest.raises(ValueError, match=r"train\.bin holds token id 65535, .* 400"):
         train(Corpus(str(folder), T))
-
-
-def test_a_vocabulary_larger_than_the_models(folder):
-    refused(folder, "400", "399", vocab_size=399)
-    assert Corpus(str(folder), T, vocab_size=448).vocab_size == 448
-    assert Corpus(str(folder), T).vocab_size == 400
 
 
 def test_a_dataset_in_the_home_folder(tmp_path, monkeypatch):
