@@ -1,7 +1,6 @@
 """Measure what reduced syncs cost and save, and predict what they would save on other machines.
 
 $ python bench.py train                          # training steps against transformers' GPT-2, at the 124M shape
-$ python bench.py traffic                        # the memory traffic of a training step, counted and not measured
 $ python bench.py decode --png=decode.png        # TTFT and TPOT for every sync pattern, tensor-parallel and not
 $ python bench.py decode baseline baseline+ladder grouped-4 3x1280 --tp_sizes 2 --added_delay_us 0 1000 2000
 $ python bench.py predict --n_shard=8            # the cost model of cost_model.py with public figures of links
@@ -50,7 +49,6 @@ from reduced_sync.bench import cost_model
 from reduced_sync.bench.candidates import (
     Candidate,
     build,
-    config_of,
     configs_of,
     describe,
     measure,
@@ -139,33 +137,6 @@ def train(args: "Train") -> list[dict]:
             )
             one = {"candidate": candidate.label, "tokens_per_s": speed, "speed_ratio": ratio, "rounds_s": seconds}
             table.append(one | {"peak_bytes": peak, "memory_ratio": memory})
-    return table
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# traffic: what a training step's forward and backward read and write under bfloat16 autocast
-
-
-def traffic(args: "Counted") -> list[dict]:
-    """GB that the kernels of a compiled training step read and write, counted as Inductor schedules them for a CPU.
-
-    Under bfloat16 autocast; nothing runs. `fused` are the kernels that Inductor makes, where the extra work of local
-    streams shows; the others are matrix products and attention. Ratios are to the first candidate.
-    """
-    if "gpt2" in args.candidates:
-        raise ValueError("candidate 'gpt2': only our own candidates are counted, RULE@N_SHARD such as grouped-4@2")
-    candidates = [parse_candidate(text, args.n_layer) for text in args.candidates]
-    configs = [config_of(candidate.keys, args) for candidate in candidates]
-    from reduced_sync.traffic import training_traffic  # here: it needs parts of Inductor that are not public
-
-    table = []
-    for candidate, config in zip(candidates, configs, strict=True):
-        counted = training_traffic(config, args.batch_size)
-        row = {"candidate": candidate.label, "total_bytes": counted.total, "fused_bytes": counted.fused}
-        table.append(row)
-        ratios = {key: row[key] / table[0][key] for key in ("total_bytes", "fused_bytes")}
-        cells = "".join(f"   {key[:5]} {row[key] / 1e9:7.2f} GB {ratio:6.3f}x" for key, ratio in ratios.items())
-        print(f"{candidate.label:16}{cells}", flush=True)
     return table
 
 
@@ -425,13 +396,6 @@ class Timed(Options):
 
 
 @dataclass
-class Counted(Options):
-    candidates: tuple[str, ...] = option(("baseline@1", "spd@2", "grouped-4@2", "grouped-4@4"), "RULE@N_SHARD")
-    block_size: int = option(1024, "tokens of a sequence", least=1)
-    batch_size: int = option(12, "sequences of a step", least=1)
-
-
-@dataclass
 class Train(Timed):
     candidates: tuple[str, ...] = option(("gpt2", "baseline@1", "grouped-4@2", "grouped-4@4"), "gpt2, RULE@N_SHARD")
     mode: str = option("both", "with torch.compile or without", allowed=("eager", "compiled", "both"))
@@ -468,12 +432,7 @@ class Predict(Options):
     itemsize: int = option(2, "bytes of a weight", least=1)
 
 
-COMMANDS = {  # name: (job, its options, the key of arguments without one)
-    "train": (train, Train, "candidates"),
-    "traffic": (traffic, Counted, "candidates"),
-    "decode": (decode, Decode, "candidates"),
-    "predict": (predict, Predict, "candidates"),
-}
+COMMANDS = {"train": (train, Train), "decode": (decode, Decode), "predict": (predict, Predict)}
 
 
 def main(argv: list[str]) -> None:
@@ -482,9 +441,9 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("command", choices=COMMANDS, help="bench.py COMMAND --help lists its keys")
     command = parser.parse_args(argv[:1]).command
-    job, options, listed = COMMANDS[command]
+    job, options = COMMANDS[command]
     with one_line_errors():
-        args = parse(options, argv[1:], listed, job.__doc__, f"{parser.prog} {command}")
+        args = parse(options, argv[1:], "candidates", job.__doc__, f"{parser.prog} {command}")
         for path in filter(None, (args.json, getattr(args, "png", None))):
             check_target(path)
         results = job(args)
