@@ -17,7 +17,6 @@ if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends 
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from reduced_sync.compare.report import report
 from reduced_sync.compare.runs import load_runs
 from reduced_sync.configurator import configure, describe, option
 from reduced_sync.data import Corpus
-from reduced_sync.distributed import choose_device
+from reduced_sync.distributed import ERROR_FILE, choose_device
 from reduced_sync.train.experiment import Config
 from reduced_sync.train.log import read_log
 from reduced_sync_model import SyncRule
@@ -146,9 +145,11 @@ class Run:
         if (self.out_dir / "ckpt.pt").exists():
             command += ["--init_from=resume"]
         environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        environment[ERROR_FILE] = str((self.out_dir / "error.txt").absolute())
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot)
         self.out_dir.mkdir(parents=True, exist_ok=True)
+        (self.out_dir / "error.txt").unlink(missing_ok=True)
         with open(self.out_dir / "output.txt", "w") as output:
             # a group of its own: a terminal's Ctrl-C reaches it through this process alone
             self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, process_group=0)
@@ -165,32 +166,18 @@ class Run:
         if self.process.poll() is None:
             return False
         if self.process.returncode:
-            path = self.out_dir / "output.txt"
-            self.failure = f"{reason(path.read_text(errors='replace'), self.process.returncode)} (more in {path})"
+            self.failure = f"{reason(self.out_dir, self.process.returncode)} (more in {self.out_dir / 'output.txt'})"
         self.process = None
         return True
 
 
-def reason(output: str, status: int) -> str:
-    """Why a process with this output ended with this status: a line that the training script said, or a traceback.
-
-    What a rank says of having lost another comes last, and torchrun's own traceback says nothing.
-    """
-    lines = [re.sub(r"^\[rank\d+\]: ?", "", line) for line in output.splitlines()]
-    said = [line.removeprefix("error: ") for line in lines if re.match(r"error: |rank \d+: ", line)]
-    raised, inside = [], False
-    for line in lines:
-        if line == "Traceback (most recent call last):":
-            inside = True
-        elif inside and not line.startswith(" "):
-            inside = False
-            raised.append(line)
-    causes = [line for line in said if "lost contact" not in line][:1]
-    causes += [line for line in raised if "ChildFailedError" not in line][-1:] + said
-    if causes:
-        return causes[0]
+def reason(out_dir: Path, status: int) -> str:
+    """Why a run ended with this status: what it wrote down itself, else how, with the last line of its output."""
+    with contextlib.suppress(FileNotFoundError):
+        return (out_dir / "error.txt").read_text(errors="replace")
     end = f"ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-    last = [line.strip() for line in lines if re.search(r"\w", line)][-1:]
+    lines = (out_dir / "output.txt").read_text(errors="replace").split("\n")
+    last = [line.strip() for line in lines if any(map(str.isalnum, line))][-1:]
     return ", after the line: ".join([end, *last])
 
 

@@ -24,6 +24,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 NO_MEMORY = "can't allocate memory|Storage size calculation overflowed|integer multiplication overflow"
 NO_COMPILER = "InvalidCxxCompiler|CppCompileError|TritonMissing|Failed to find C compiler"
 
+ERROR_FILE = "REDUCED_SYNC_ERROR_FILE"  # the environment variable with which study.py asks for it
+
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -269,6 +271,13 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
+def write_down(line: str) -> None:
+    """Write an error to the file that ERROR_FILE names, if any: the first one, since others may follow from it."""
+    if path := os.environ.get(ERROR_FILE):
+        with contextlib.suppress(OSError), open(path, "x", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(line)
+
+
 class SameOnAllRanks(ValueError):
     """An error that every rank raises at the same point, so one of them says it."""
 
@@ -307,11 +316,16 @@ def clear_errors() -> Iterator[None]:
                 reason = re.search(r"Last error:\s*(.+)", str(error))
                 line = f"lost contact with another rank: {line}{f' ({reason[1]})' if reason else ''}"
             elif not isinstance(error, torch.OutOfMemoryError | dist.DistError):
+                write_down(f"{type(error).__name__}: {line}")
                 raise  # a mistake of ours: its traceback is wanted
+    except Exception as error:  # as well
+        write_down(f"{type(error).__name__}: {one_line(error)}")
+        raise
     if RANK > 0 if shared else lost:
         # The rank at fault says the line, and then torchrun ends this process; on another node local rank 0 says it.
         for number in stop_signals():
             signal.signal(number, signal.SIG_DFL)
         time.sleep(20 if LOCAL_RANK == 0 else 30)
+    write_down(line if shared else f"rank {RANK}: {line}")
     print(f"rank {RANK}: {line}" if not shared else f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(1)
