@@ -38,8 +38,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reduced_sync.cli import check_figure, one_line_errors
+from reduced_sync.compare.figures import draw_comparison
 from reduced_sync.compare.frontier import add_measured, add_predicted
-from reduced_sync.compare.report import report
+from reduced_sync.compare.report import report, write_csv
 from reduced_sync.compare.runs import load_runs
 from reduced_sync.configurator import option, parse
 from reduced_sync.hardware import LINKS, NAMED
@@ -61,6 +62,10 @@ class Options:
     equal_time: bool = option(False, "the losses when each run has trained for as long as the baseline")
 
 
+# what an option needs one of
+NEEDED = {"batch": ("latency", "link"), "tp_size": ("latency", "link"), "accelerator": ("link",), "link": ("tp_size",)}
+
+
 def main(argv: list[str]) -> None:
     """Compare the runs that argv names."""
     with one_line_errors():
@@ -68,23 +73,26 @@ def main(argv: list[str]) -> None:
         check_figure(options.png)
         if options.latency and options.link:
             raise ValueError("times are either measured, --latency, or predicted, --link")
-        if (options.tp_size or options.batch) and not (options.latency or options.link):
-            raise ValueError("--tp_size and --batch go with --latency or --link")
-        if options.accelerator and not options.link:
-            raise ValueError("--accelerator goes with --link")
+        for key, others in NEEDED.items():
+            if getattr(options, key) and not any(getattr(options, other) for other in others):
+                raise ValueError(f"--{key} goes with --{' or --'.join(others)}")
         if options.csv and os.path.realpath(options.csv) == os.path.realpath(options.png):
             raise ValueError(f"--csv and --png are one file: {options.csv}")
-        if options.link and not options.tp_size:
-            raise ValueError("--link goes with --tp_size, the number of ranks")
         paths = options.paths or sorted(Path().glob("out*/log.txt"))
         if not paths:
             raise ValueError("no out*/log.txt here; name the runs' folders")
-        arms = load_runs(paths)
+        arms, skipped = load_runs(paths)
+        for line in skipped:
+            print(f"skipped: {line}", file=sys.stderr)
         if options.latency:
             add_measured(arms, options.latency, options.tp_size, options.batch)
         if options.link:
             add_predicted(arms, options.link, options.accelerator or "h100", options.tp_size, options.batch or 1)
-        report(arms, options.tolerance, options.png, options.csv, options.equal_time)
+        print(report(arms, options.tolerance, options.equal_time))
+        if options.csv:
+            write_csv(arms, options.csv, options.equal_time)
+        draw_comparison(arms, options.png, options.tolerance)
+        print(f"figure: {options.png}")
 
 
 if __name__ == "__main__":

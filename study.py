@@ -28,7 +28,8 @@ import torch
 from tqdm import tqdm
 
 from reduced_sync.cli import one_line, one_line_errors, stop_signals
-from reduced_sync.compare.report import report
+from reduced_sync.compare.figures import draw_comparison
+from reduced_sync.compare.report import report, write_csv
 from reduced_sync.compare.runs import load_runs
 from reduced_sync.configurator import configure, describe, option
 from reduced_sync.data import Corpus
@@ -284,8 +285,13 @@ def main(argv: list[str]) -> int:
             print(f"stopped, {len(finished)} of {len(runs)} runs finished; the same command goes on", file=sys.stderr)
             return 130
         if finished:
-            arms = load_runs(finished)
-            report(arms, study.tolerance, f"{study.out_dir}/comparison.png", f"{study.out_dir}/table.csv")
+            arms, skipped = load_runs(finished)
+            for line in skipped:
+                print(f"skipped: {line}", file=sys.stderr)
+            print(report(arms, study.tolerance))
+            write_csv(arms, f"{study.out_dir}/table.csv")
+            draw_comparison(arms, f"{study.out_dir}/comparison.png", study.tolerance)
+            print(f"figure: {study.out_dir}/comparison.png")
         for run in runs:
             if run.failure:
                 print(f"error: {one_line(f'{run.name}: {run.failure}')}", file=sys.stderr)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from reduced_sync.cli import one_line_errors
 from reduced_sync.compare.frontier import read_results
-from reduced_sync.compare.report import table, verdict, warnings
+from reduced_sync.compare.report import report
 from reduced_sync.compare.runs import baseline_of, by_scale, count_text, gap, load_runs
 from reduced_sync.spd.log import read_drop_log, table_of
 
@@ -25,8 +25,11 @@ TABLE = re.compile(r"(<!-- make results: (\w+) (\S+) -->\n).*?(<!-- end -->)", r
 
 
 def load(folder):
-    """The runs below a folder, as arms."""
-    return load_runs(sorted(log.parent for log in folder.glob("*/log.txt")))
+    """The runs below a folder, as arms. Raises ValueError where one is none."""
+    arms, skipped = load_runs(sorted(log.parent for log in folder.glob("*/log.txt")))
+    if skipped:
+        raise ValueError(skipped[0])
+    return arms
 
 
 def markdown(rows):
@@ -37,8 +40,7 @@ def markdown(rows):
 
 def runs_table(folder):
     """What `python compare.py FOLDER/*/` prints of its runs."""
-    arms = load(folder)
-    return "\n".join(["```", table(arms), *warnings(arms), verdict(arms, 2), "```"])
+    return f"```\n{report(load(folder), tolerance=2)}\n```"
 
 
 def gaps_table(folder):

@@ -4,7 +4,6 @@ import csv
 import itertools
 from pathlib import Path
 
-from reduced_sync.compare.figures import draw_comparison
 from reduced_sync.compare.frontier import on_frontier, settings_of
 from reduced_sync.compare.runs import (
     LEAST_TOKENS,
@@ -212,14 +211,7 @@ def write_csv(arms: list[Arm], path: str | Path, equal_time: bool = False) -> No
             writer.writerow((*start, *middle, a.losses.get(a.step, ""), a.deviation, *end, *equal, *times))
 
 
-def report(
-    arms: list[Arm], tolerance: float, png: str | Path, csv_path: str | Path | None = None, equal_time: bool = False
-) -> None:
-    """Print the table, warnings and verdicts; write the figure and, where asked for, the CSV. Raises OSError."""
-    print(table(arms, equal_time), *warnings(arms), verdict(arms, tolerance), sep="\n")
-    if settings_of(arms):
-        print(fastest(arms, tolerance))
-    if csv_path:
-        write_csv(arms, csv_path, equal_time)
-    draw_comparison(arms, png, tolerance)
-    print(f"figure: {png}")
+def report(arms: list[Arm], tolerance: float, equal_time: bool = False) -> str:
+    """The table, warnings and verdicts as text."""
+    parts = [table(arms, equal_time), *warnings(arms), verdict(arms, tolerance)]
+    return "\n".join([*parts, fastest(arms, tolerance)] if settings_of(arms) else parts)

@@ -3,7 +3,6 @@
 import itertools
 import math
 import statistics
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,25 +24,29 @@ class Arm:
     """Runs that differ in their seed alone: the header's facts, and evaluations as {seed: {step: validation loss}}."""
 
     names: list
-    rule: SyncRule
-    n_shard: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-    block: dict  # the keys of BLOCK
     config: dict  # the header's, and the sizes of the model that the header itself has
     n_params: int
-    max_iters: int
-    tokens: int  # of the whole run
-    learning_rate: float
     dtype: str
     settings: dict  # all that should be the same in runs that are compared
     data: tuple  # name, sha256 of train, sha256 of val; None for one that is not known
     changed: str  # settings that changed where the run was resumed
     seeds: dict
     update_seconds: dict  # {seed: the median time of an update}, of the seeds whose logs have times
-    scale: int = 0  # the place of its family and size among those of all runs: 1 for the first family's smallest
+    scale: int = 0  # from number_scales
     tpots: dict = field(default_factory=dict)  # {setting: seconds per token}, from compare/frontier.py
+
+    def __post_init__(self):
+        self.n_shard, self.n_layer, self.n_head, self.n_embd, self.max_iters = (
+            self.config[key] for key in ("n_shard", "n_layer", "n_head", "n_embd", "max_iters")
+        )
+        self.learning_rate = float(self.config["learning_rate"])
+        self.block = {key: self.config.get(key, default) for key, default in BLOCK.items()}
+        self.rule = SyncRule.parse(self.config["sync"], self.n_layer)
+
+    @property
+    def tokens(self) -> int:
+        """Those of the whole run."""
+        return self.settings["tokens a step"] * self.max_iters
 
     @property
     def model(self) -> tuple:
@@ -145,11 +148,11 @@ def count_text(syncs: int, hidden: int) -> str:
     return f"{syncs - hidden} and {hidden} hidden" if hidden else str(syncs)
 
 
-def load_runs(paths: Iterable[str | Path]) -> list[Arm]:
+def load_runs(paths: Iterable[str | Path]) -> tuple[list[Arm], list[str]]:
     """The runs in `paths`, folders with a log.txt or logs, as Arms: by size, n_shard and most syncs first.
 
-    What is no run is skipped with a note on stderr, and what is named twice is taken once. Raises ValueError with one
-    clear line where nothing else is left.
+    What is named twice is taken once. With them comes a line for each path that is no run: why it was skipped. Raises
+    ValueError with one clear line where nothing else is left.
     """
     arms, skipped = [], []
     logs = {(path / "log.txt" if path.is_dir() else path).resolve(): path for path in map(Path, paths)}
@@ -172,15 +175,21 @@ def load_runs(paths: Iterable[str | Path]) -> list[Arm]:
             arms.append(arm)
     if skipped and not arms:
         raise ValueError(skipped[0] + (f" (and {len(skipped) - 1} more that are no runs)" if skipped[1:] else ""))
-    for line in skipped:
-        print(f"skipped: {line}", file=sys.stderr)
+    number_scales(arms)
+    return sorted(arms, key=lambda arm: (arm.scale, arm.n_shard, -arm.syncs, arm.names)), skipped
+
+
+def number_scales(arms: list[Arm]) -> None:
+    """Number the scales of the arms from 1 on, each family's from its smallest.
+
+    Arms are of one scale, and compared, that have one family of blocks and as many parameters: up to 4 % more than the
+    smallest of them. Shards' norms and biases, and the rounded width of a dense control, are within 2 % of the middle.
+    """
     family, smallest, scale = None, 0, 0
     for arm in sorted(arms, key=lambda arm: (arm.family, arm.n_params)):
-        # shards' norms and controls: within 2 % of the middle
         if arm.family != family or arm.n_params > 1.04 * smallest:
             family, smallest, scale = arm.family, arm.n_params, scale + 1
         arm.scale = scale
-    return sorted(arms, key=lambda arm: (arm.scale, arm.n_shard, -arm.syncs, arm.names))
 
 
 def read_run(path: Path) -> Arm:
@@ -212,29 +221,18 @@ def _arm_of(log, name):
             raise ValueError(f"{key}={config[key]!r} must be a positive integer")
     # a config says which dtype was asked for, its header what that came to
     configs = [part["config"] | {"dtype": part.get("dtype")} for part in log.headers.values() if "config" in part]
-    rate, own = float(config["learning_rate"]), settings(configs[-1])
-    own["min_lr / learning_rate"] = f"{own.pop('min_lr') / (rate or 1):.4g}"
+    own = settings(configs[-1])
+    own["min_lr / learning_rate"] = f"{own.pop('min_lr') / (float(config['learning_rate']) or 1):.4g}"
     own |= {key: value for key, value in configs[0].items() if key == "init_from" and value != "resume"}
-    seed, rule = own.pop("seed"), SyncRule.parse(config["sync"], config["n_layer"])
-    if rule.syncs != int(header["syncs"].split(" of ")[0]):
-        raise ValueError(f"{header['syncs']} syncs with sync={config['sync']!r}")
+    seed = own.pop("seed")
     if (n_params := int(header["parameters"].split("(")[1].rstrip(")"))) < 1:
         raise ValueError(f"parameters {n_params}")
     times = [ms for _, _, ms, _, _ in log.iterations[1:] if ms > 0]  # the first one compiles
     hashes = [header.get(f"{split} data", "").removeprefix("sha256 ") for split in ("train", "val")]
-    return Arm(
+    arm = Arm(
         names=[" ".join(name.splitlines())],  # a cell of tables
-        rule=rule,
-        n_shard=int(config["n_shard"]),
-        n_layer=int(config["n_layer"]),
-        n_head=int(config["n_head"]),
-        n_embd=int(config["n_embd"]),
-        block={key: config.get(key, default) for key, default in BLOCK.items()},
         config=config,
         n_params=n_params,
-        max_iters=int(config["max_iters"]),
-        tokens=int(own["tokens a step"]) * int(config["max_iters"]),
-        learning_rate=rate,
         dtype=header["dtype"],
         settings=own,
         data=(config["dataset"], *(digest if digest not in ("", "unknown") else None for digest in hashes)),
@@ -242,6 +240,9 @@ def _arm_of(log, name):
         seeds={seed: {step: loss for step, _, loss in log.evaluations}},
         update_seconds={seed: statistics.median(times) / 1000} if times else {},
     )
+    if arm.syncs != int(header["syncs"].split(" of ")[0]):
+        raise ValueError(f"{header['syncs']} syncs with sync={config['sync']!r}")
+    return arm
 
 
 def same_data(a: Arm, b: Arm) -> bool:

@@ -86,7 +86,8 @@ def runs(tmp_path):
 
 
 def load(folder):
-    return load_runs(sorted(folder.glob("out*")))
+    arms, _ = load_runs(sorted(folder.glob("out*")))
+    return arms
 
 
 def test_table_and_verdict(runs):
@@ -540,7 +541,7 @@ def test_the_vocabulary_of_older_files_and_logs(runs):
 
 @pytest.mark.parametrize(("runs", "file"), [("pilot/3x192", "pilot/decode"), ("pypi/6x384", "pypi/decode-6x384")])
 def test_recorded_times(runs, file):
-    arms = load_runs(sorted(path.parent for path in (ROOT / "results").glob(f"{runs}-*/log.txt")))
+    arms, _ = load_runs(sorted(path.parent for path in (ROOT / "results").glob(f"{runs}-*/log.txt")))
     add_measured(arms, ROOT / f"results/{file}.json", None, None)
     assert sum(bool(arm.tpots) for arm in arms) >= 4
 
@@ -821,8 +822,9 @@ def test_what_is_no_run_is_skipped_with_a_note(runs, monkeypatch, capsys):
         (["out-base", "--accelerator=h200"], "--accelerator goes with --link"),
         (["out-base", "--csv=x.png", "--png=./x.png"], "--csv and --png are one file: x.png"),
         (["out-base", "--latency=a", "--link=nvlink"], "times are either measured, --latency, or predicted, --link"),
-        (["out-base", "--batch=2"], "--tp_size and --batch go with --latency or --link"),
-        (["out-base", "--link=nvlink"], "--link goes with --tp_size, the number of ranks"),
+        (["out-base", "--batch=2"], "--batch goes with --latency or --link"),
+        (["out-base", "--tp_size=2"], "--tp_size goes with --latency or --link"),
+        (["out-base", "--link=nvlink"], "--link goes with --tp_size"),
     ],
     ids=str,
 )
@@ -840,7 +842,7 @@ def test_mistakes_end_with_one_line(tmp_path, monkeypatch, capsys, arguments, li
 @pytest.mark.parametrize("folder", sorted({path.parents[1] for path in RECORDED}), ids=lambda p: p.name)
 def test_recorded_logs(folder, tmp_path):
     """The logs that the documents cite: complete and comparable."""
-    loaded = load_runs(sorted(path.parent for path in folder.glob("*/log.txt")))
+    loaded, _ = load_runs(sorted(path.parent for path in folder.glob("*/log.txt")))
     assert len(loaded) >= 4 and all(run.finished for run in loaded)
     # tuned, where they differ in the one, and with a baseline of each in the other
     assert all("learning_rate" in line or "dtype" in line for line in warnings(loaded))
