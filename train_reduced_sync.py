@@ -299,8 +299,7 @@ def train(
         progress.step += 1
         if stopping:
             return save_and_end()
-        interval = config.checkpoint_interval
-        if save_due or (interval and progress.step % interval == 0):
+        if save_due:
             save()
             last_save = time.monotonic()
     record.close()

@@ -24,7 +24,6 @@ class Config:
     always_save_checkpoint: bool = option(
         True, "save after every evaluation, not only when the validation loss is a new best"
     )
-    checkpoint_interval: int = option(0, "steps between further checkpoints; 0: none", least=0)
     checkpoint_minutes: float = option(0.0, "minutes between further checkpoints; 0: none", least=0)
     init_from: str = option("scratch", "scratch, resume, or the folder or hub name of a GPT-2, Llama or export")
     wandb_log: bool = option(False, "log to Weights & Biases as well")

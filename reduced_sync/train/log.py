@@ -28,7 +28,7 @@ ITER = re.compile(
     rf"iter (\d+): loss {NUMBER}, time {NUMBER}ms, tok/s (\d+)(?:, mfu {NUMBER}%)?, grad norm {NUMBER}"
     r"(?:, skipped \d+)?$"
 )
-# keys of a config that say which model it is, and keys that do not change what it learns
+# keys of a config that say which model it is, and keys, also of older runs, that do not change what it learns
 ARCHITECTURE = "sync n_shard n_layer n_head n_embd norm position mlp n_hidden n_kv_head".split()
 INDIFFERENT = """out_dir eval_interval log_interval eval_only always_save_checkpoint checkpoint_interval
 checkpoint_minutes init_from wandb_log wandb_project wandb_run_name tp_size backend device compile timeout_s

@@ -78,10 +78,13 @@ def test_a_study_is_resumed_and_never_runs_twice(small_dataset, tmp_path):
     assert (tmp_path / "out/spd/log.txt").read_bytes() == before
 
 
+LONG = dict(name="long", max_iters=1000, eval_interval=500, checkpoint_minutes=0.001)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_an_interrupted_study_goes_on(small_dataset, tmp_path, number):
     """Stopped as asked its run saves; killed, it leaves a run that another study.py waits for instead of failing."""
-    path = write(tmp_path, small_dataset, dict(name="long", max_iters=1000, eval_interval=500, checkpoint_interval=100))
+    path = write(tmp_path, small_dataset, LONG)
     log = tmp_path / "out/long/log.txt"
     with ending(start([STUDY, path], cwd=tmp_path)) as process:
         end = time.monotonic() + 60

@@ -1,7 +1,8 @@
 """Faults injected into real training runs: every one ends or recovers as TRAINING_INSTRUCTIONS.md says.
 
-The run is small, on two processes (two replicas, or two tensor-parallel ranks), with checkpoints every 3 updates and
-evaluations every 5. Whatever happens to it, it must end with the losses and, bit for bit, the weights of `whole`.
+The run is small, on two processes (two replicas, or two tensor-parallel ranks), with a checkpoint after every update
+and an evaluation after every fifth. Whatever happens to it, it must end with the losses and, bit for bit, the weights
+of `whole`.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ BOUND = 60  # seconds within which all processes of a run must have ended after 
 
 def arguments(data, tp_size=1, out_dir="out", **keys):
     shape = dict(sync="spd", n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=2, dataset=data)
-    steps = dict(gradient_accumulation_steps=2, max_iters=13, eval_interval=5, eval_iters=4, checkpoint_interval=3)
+    steps = dict(gradient_accumulation_steps=2, max_iters=13, eval_interval=5, eval_iters=4, checkpoint_minutes=1e-9)
     rest = dict(log_interval=1, warmup_iters=2, learning_rate=5e-3, device="cpu", tp_size=tp_size, out_dir=out_dir)
     return [f"--{key}={value}" for key, value in (shape | steps | rest | keys).items()]
 
@@ -82,8 +83,8 @@ def whole(small_dataset, made_once):
 
 # --- SIGKILL, with and without restarts
 
-# each list is one job, restarted after each kill; rank 0 saves twice between updates 3 and 6: fsync of file and folder,
-# link and two replaces a save, and one fsync and replace where it resumes
+# each list is one job, restarted after each kill; rank 0 saves after each update: fsync of file and folder, link and
+# two replaces a save, and one fsync and replace where it resumes
 KILLED = [
     (1, ["0:update:5", "1:evaluation:4", "0:gather:2"]),
     (2, ["1:update:5", "0:evaluation:8", "1:gather:2"]),
@@ -190,7 +191,7 @@ def torchrun_at(argv, folder, update, nproc=2, **options):
 
 def test_a_run_that_a_scheduler_stops_goes_on(small_dataset, tmp_path):
     """SIGTERM to torchrun saves on every rank; resumed, the run comes to the end of an uninterrupted one."""
-    argv = arguments(small_dataset, max_iters=300, eval_interval=100, checkpoint_interval=0)
+    argv = arguments(small_dataset, max_iters=300, eval_interval=100, checkpoint_minutes=0.0)
     with torchrun_at(argv, tmp_path, update=20) as process:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=BOUND)
@@ -228,7 +229,7 @@ def test_a_signal_saves_on_every_rank(small_dataset, tmp_path, number, to_worker
 
     SIGHUP comes when nobody reads what is printed any more; torchrun has to be told to pass SIGUSR1 on.
     """
-    argv = arguments(small_dataset, tp_size=2, max_iters=10_000, eval_interval=10_000, checkpoint_interval=0)
+    argv = arguments(small_dataset, tp_size=2, max_iters=10_000, eval_interval=10_000, checkpoint_minutes=0.0)
     launcher = ["--standalone", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     with torchrun_at(argv, tmp_path, update=20, launcher=launcher) as process:
         if number == signal.SIGHUP:

@@ -441,7 +441,7 @@ def test_it_learns(text_dataset, tmp_path):
 
 # --- g. resuming
 
-LONG = dict(max_iters=160, eval_interval=40, checkpoint_interval=10)
+LONG = dict(max_iters=160, eval_interval=40, checkpoint_minutes=0.001)
 
 
 def interrupt(argv, folder, number, after):
