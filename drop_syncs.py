@@ -72,13 +72,11 @@ class Config:
     evaluation_tokens: int = option(20480, "tokens of each evaluation text; 0: all", least=0)
     batch_size: int = option(8, "windows computed at once where nothing is trained", least=1)
     # stages
-    arrange: str = option(
-        "affinity", "neurons on shards: as_is, random or affinity", allowed=("as_is", "random", "affinity")
-    )
+    arrange: str = option("affinity", "neurons on shards: as_is or affinity", allowed=("as_is", "affinity"))
     arrange_heads: str = option(
         "affinity",
-        "KV groups on shards: as_is, random, affinity or scatter",
-        allowed=("as_is", "random", "affinity", "scatter"),
+        "KV groups on shards: as_is, affinity or scatter",
+        allowed=("as_is", "affinity", "scatter"),
     )
     arrange_windows: int = option(16, "windows to arrange by", least=1)
     sensitivity_windows: int = option(
@@ -100,7 +98,7 @@ class Config:
     finetune_learning_rate: float = option(1e-4, "peak", least=0)
     elastic: bool = option(False, "train dropped blocks with and without their sync, for any pattern on the way")
     curve: tuple = option((), "numbers of blocks: the end result is evaluated with so many dropped, too")
-    seed: int = option(1337, "of random arrangements and the order of windows", least=0)
+    seed: int = option(1337, "of the order of windows, and of those that finetuning draws", least=0)
     # system
     tp_size: int = option(1, "tensor-parallel ranks", least=1)
     checkpoint_minutes: float = option(10.0, "minutes between checkpoints inside a stage", least=0)
@@ -383,17 +381,12 @@ class Dropping:
         for i in self.bar(range(model.config.n_layer)):
             if i >= len(progress.groups):
                 dense = placement.dense_block(model, i)
-                generator = torch.Generator().manual_seed(distributed.seed_of(config.seed, i))
                 groups, neurons = list(range(K)), list(range(N))
-                if config.arrange_heads == "random":
-                    groups = torch.randperm(K, generator=generator).tolist()
-                elif config.arrange_heads != "as_is":
+                if config.arrange_heads != "as_is":
                     by = config.arrange_heads
                     groups = placement.place_groups(dense, model.config, batches, rope, by, self.layout)
                 dense = placement.permuted(dense, model.config, groups, neurons)
-                if config.arrange == "random":
-                    neurons = torch.randperm(N, generator=generator).tolist()
-                elif config.arrange == "affinity":
+                if config.arrange == "affinity":
                     neurons = placement.place_neurons(dense, model.config, batches, rope, self.layout)
                 dense = placement.permuted(dense, model.config, list(range(K)), neurons)
                 placement.set_dense_block(model, i, dense)

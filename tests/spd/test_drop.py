@@ -449,7 +449,8 @@ def test_texts_of_one_name_are_told_apart(llama, tmp_path):
         (dict(sync=""), "sync='': allowed are baseline"),
         (dict(evaluation_tokens=31), "evaluation_tokens=31 is less than a window, block_size=32"),
         (dict(sync="1a11"), "allowed are 2 and, for a dropped block, 1"),
-        (dict(arrange="best"), "allowed are as_is, random, affinity"),
+        (dict(arrange="best"), "allowed are as_is, affinity"),
+        (dict(arrange_heads="random"), "allowed are as_is, affinity, scatter"),
         (dict(device="tpu"), "device='tpu'"),
     ],
 )
