@@ -164,7 +164,7 @@ def _torchruns_store(timeout):
     store, *_ = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun keeps its store over restarts: a new group would find the addresses of the dead one there
-        # (pytorch#135712). Several nodes do not count restarts alike; TRAINING_INSTRUCTIONS.md says what to do.
+        # (pytorch#135712). Several nodes do not count restarts alike; docs/faults.md says what to do.
         store = dist.PrefixStore(f"restart {RESTART_COUNT}", store)
     return store
 

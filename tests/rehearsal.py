@@ -1,7 +1,7 @@
 """Rehearse runs on CUDA without a GPU: the real train() and sample() on fake tensors that say they are on cuda:0.
 
     python tests/rehearsal.py LIBRARY 'CASE' ...    a case is JSON: keys of the training script
-    python tests/rehearsal.py LIBRARY memory        the memory table of TRAINING_INSTRUCTIONS.md, in three minutes
+    python tests/rehearsal.py LIBRARY memory        the memory table of docs/memory.md, in three minutes
 
 LIBRARY is fake_cuda.cpp, compiled; it has to be loaded before torch. Fake tensors have shapes, types and devices but no
 numbers: what shows are wrong devices and types, graph breaks, recompilations, host synchronisations and memory. The

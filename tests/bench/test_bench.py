@@ -450,7 +450,6 @@ def test_ctrl_c_while_processes_start(tmp_path):
 
 
 RECORDED = ROOT / "results" / "decode"
-DOCUMENTS = ("EXPERIMENT_SUMMARY", "TRAINING_INSTRUCTIONS")
 
 
 def test_recorded_measurement(capsys):
@@ -469,11 +468,11 @@ def test_recorded_measurement(capsys):
     good = sum(row["model_tpot_s"] == pytest.approx(row["tpot_s"], rel=0.15) for row in rows)
     good_ttft = sum(row["model_ttft_s"] == pytest.approx(row["ttft_s"], rel=0.15) for row in rows)
     saved = 100 * (1 - one["compiled_tpot_s"] / one["patterns"][0]["tpot_s"])
-    summary, instructions = (" ".join((ROOT / f"{name}.md").read_text().split()) for name in DOCUMENTS)
+    summary = " ".join((ROOT / "EXPERIMENT_SUMMARY.md").read_text().split())
     assert worst < 0.10 and f"8 of 8 patterns are within {100 * worst:.1f} %" in summary
     assert good == good_ttft >= 12
     assert f"TPOT and TTFT within 15 % in {good} of {len(rows)} configurations" in summary
-    assert all(f"{saved:.0f} % off each token" in document for document in (summary, instructions))
+    assert f"{saved:.0f} % off each token" in summary
     for case in results:
         bench.print_case(case)
     assert capsys.readouterr().out == "".join((RECORDED / f"{name}.txt").read_text() for name in ("one", "two"))

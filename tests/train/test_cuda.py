@@ -78,8 +78,8 @@ def test_every_variant_trains_saves_and_samples_on_fake_cuda(library, small_data
 
 
 def test_the_memory_table_says_what_a_step_holds(library):
-    """Cells of the table in TRAINING_INSTRUCTIONS.md, computed anew."""
-    text = (ROOT / "TRAINING_INSTRUCTIONS.md").read_text()
+    """Cells of the table in docs/memory.md, computed anew."""
+    text = (ROOT / "docs/memory.md").read_text()
     table = {row[0]: row[1:] for row in re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", text, re.M)}
     keys = dict(n_embd=768, sync="grouped-4")
     cases = [dict(n_embd=768, n_shard=1), dict(n_embd=768, sync="spd", n_shard=2), keys | dict(n_shard=4)]

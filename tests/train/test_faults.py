@@ -1,4 +1,4 @@
-"""Faults injected into real training runs: every one ends or recovers as TRAINING_INSTRUCTIONS.md says.
+"""Faults injected into real training runs: every one ends or recovers as docs/faults.md says.
 
 The run is small, on two processes (two replicas, or two tensor-parallel ranks), with a checkpoint after every update
 and an evaluation after every fifth. Whatever happens to it, it must end with the losses and, bit for bit, the weights
@@ -24,7 +24,7 @@ from reduced_sync.train.log import read_log
 
 pytestmark = pytest.mark.timeout(150)
 INJECT = ROOT / "tests" / "inject.py"
-BOUND = 60  # seconds within which all processes of a run must have ended after a fault; see TRAINING_INSTRUCTIONS.md
+BOUND = 60  # seconds within which all processes of a run must have ended after a fault; see docs/faults.md
 
 
 def arguments(data, tp_size=1, out_dir="out", **keys):

@@ -377,8 +377,8 @@ def unrolled(names, body):
 
 
 def test_the_commands_of_the_documents_are_accepted(small_dataset, tmp_path, monkeypatch):
-    texts = [(ROOT / name).read_text() for name in ("README.md", "TRAINING_INSTRUCTIONS.md")]
-    text = "\n".join(texts).replace("\\\n", " ")
+    documents = [ROOT / "README.md", ROOT / "TRAINING_INSTRUCTIONS.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(path.read_text() for path in documents).replace("\\\n", " ")
     text = re.sub(r"for name in ([^;]*); do\n(.*?)\ndone", lambda loop: unrolled(*loop.groups()), text, flags=re.DOTALL)
     commands = re.findall(r"torchrun .*train_reduced_sync.py [^#|\n]*", text)
     for command in commands:
