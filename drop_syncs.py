@@ -8,7 +8,7 @@ The model is a folder or hub name of a GPT-2 or Llama, or an out_dir of ours tha
 lose the sync after their attention (the pattern's 2 becomes 1) in the order of how little that costs. The stages, each
 of which a key can leave out: arrange heads and neurons on the shards; measure each block's sensitivity; choose the
 blocks; distil each dropped block to what it computed before; finetune the whole model towards the one with all syncs.
-Perplexities of the evaluation texts before and after each stand in out_dir/log.txt, and in distillation.png; sample.py
+Perplexities of the evaluation texts before and after each stand in out_dir/log.txt, and in dropping.png; sample.py
 reads out_dir/ckpt.pt.
 
 Go on after a stop: the same command and --init_from=resume.
@@ -88,9 +88,6 @@ class Config:
         None, "in place of `drop`: as many as raise the perplexity by no more", least=0
     )
     distil_epochs: int = option(4, "passes over the calibration windows for each dropped block; 0: none", least=0)
-    distil_inputs: str = option(
-        "teacher", "whose streams a block is trained on: teacher or student", allowed=("teacher", "student")
-    )
     distil_batch_size: int = option(4, "windows of a step", least=1)
     distil_learning_rate: float = option(1e-4, "peak", least=0)
     finetune_steps: int = option(0, "steps of the whole model towards the dense one's distributions", least=0)
@@ -179,9 +176,10 @@ def prepare(config: Config) -> tuple[tuple, Source, dict | None, dict, dict, dic
             out_dir / "progress.pt", kinds=dict.fromkeys(("progress", "config", "model", "optimizer"), dict)
         )
         config.init_from = saved["config"]["init_from"]
-        given = dataclasses.asdict(config)
-        if changed := [key for key in given if key not in FREE and given[key] != saved["config"].get(key)]:
-            says = ", ".join(f"{key}={saved['config'].get(key)!r}, not {given[key]!r}" for key in changed)
+        # distil_inputs: a key of older runs
+        before, now = ({"distil_inputs": "teacher"} | keys for keys in (saved["config"], dataclasses.asdict(config)))
+        if changed := [key for key in now if key not in FREE and now[key] != before.get(key)]:
+            says = ", ".join(f"{key}={before.get(key)!r}, not {now[key]!r}" for key in changed)
             raise ValueError(f"{out_dir} was started with {says}: go on with the same, or choose another out_dir")
     elif any((out_dir / name).exists() for name in ("ckpt.pt", "progress.pt")):
         raise ValueError(f"out_dir={config.out_dir!r} holds a run already: --init_from=resume, or another out_dir")
@@ -445,19 +443,15 @@ class Dropping:
         with torch.no_grad():
             rope = teacher.embed(mine[0])[1]
             exact = torch.cat([teacher.embed(idx)[0].cpu() for idx in mine])  # (windows, T, C)
-        inputs = exact
         for i in self.bar(range(model.config.n_layer)):
             before = exact
             exact = self.through(teacher if i < done else model, i, before, rope, "baseline")
-            given = before if config.distil_inputs == "teacher" else inputs
             if i >= done:
                 if self.pattern[i] == "1":
-                    first, last = distillation.distil(model, i, given, exact, rope, config, self.layout)
+                    first, last = distillation.distil(model, i, before, exact, rope, config, self.layout)
                     self.say(f"distil: block {i}, relative error {first:.3e} to {last:.3e}")
                 if self.step_done(i + 1):
                     return None
-            if config.distil_inputs == "student":
-                inputs = self.through(model, i, inputs, rope, "baseline" if self.pattern[i] == "2" else "spd")
         return self.windows.numel() * config.distil_epochs
 
     @torch.no_grad()

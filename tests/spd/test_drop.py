@@ -20,7 +20,6 @@ import export
 import sample
 import train_reduced_sync
 from reduced_sync import checkpoint as ckpt
-from reduced_sync import distributed
 from reduced_sync.distributed import Layout
 from reduced_sync.hf import weights
 from reduced_sync.spd import distillation, placement
@@ -477,8 +476,12 @@ def test_an_empty_out_dir_is_not_this_folder(tmp_path, monkeypatch, capsys):
 def test_an_out_dir_is_used_once_and_resumed_with_the_same_keys(llama, whole, tmp_path, capsys):
     assert status(drop_syncs.main, arguments(llama, whole)) == 1
     assert "holds a run already" in capsys.readouterr().err
-    distributed.torch.save(
-        {"progress": {}, "config": dataclasses.asdict(drop_syncs.Config()), "model": {}, "optimizer": {}},
-        tmp_path / "progress.pt",
-    )
+    saved = {"progress": {}, "config": dataclasses.asdict(drop_syncs.Config()), "model": {}, "optimizer": {}}
+    torch.save(saved, tmp_path / "progress.pt")
     one_line_error(run_script([DROP, *arguments(llama, tmp_path, init_from="resume")]), "was started with")
+    capsys.readouterr()
+    for key, value in (("distil_inputs", "student"), ("arrange", "random")):  # what older runs could choose
+        older = saved["config"] | {key: value, "init_from": "model"}
+        torch.save(saved | {"config": older}, tmp_path / "progress.pt")
+        assert status(drop_syncs.main, [f"--out_dir={tmp_path}", "--init_from=resume"]) == 1
+        assert f"was started with {key}='{value}', not '" in capsys.readouterr().err
