@@ -69,7 +69,7 @@ def shards_to_dense(shards: dict, config: GPTConfig) -> dict:
     """State dict of the whole sharded model -> the dense model that computes the same.
 
     Raises ValueError if there is none, as the pattern drops a sync, the block is another one, or the copies of a KV
-    head have parted. A norm whose gains differ from shard to shard folds into the matrices behind it.
+    head have parted.
     """
     name, _, rival = config.sync.partition("+")
     if rival and rival != "desync":
@@ -77,28 +77,33 @@ def shards_to_dense(shards: dict, config: GPTConfig) -> dict:
     if name != "baseline" and config.n_shard > 1:
         raise ValueError(f"sync={config.sync!r}: only the baseline (or n_shard=1) equals a dense model")
     shards = dict(shards)
-    for i in range(config.n_layer):
-        for norm, behind in (("ln_1", ["attn.c_attn"]), ("ln_2", ["mlp.c_fc", "mlp.c_gate"])):
-            norm = f"transformer.h.{i}.{norm}"
-            gain, bias = shards[f"{norm}.weight"], shards.get(f"{norm}.bias")
-            if all(t is None or torch.equal(t, t[:1].expand_as(t)) for t in (gain, bias)):
-                continue
-            for linear in (f"transformer.h.{i}.{name}" for name in behind):
-                if f"{linear}.weight" not in shards:
-                    continue
-                weight = shards[f"{linear}.weight"]  # (S, out, C)
-                if bias is not None:
-                    shards[f"{linear}.bias"] = shards[f"{linear}.bias"] + torch.einsum("soc,sc->so", weight, bias)
-                shards[f"{linear}.weight"] = weight * gain[:, None, :]
-            shards[f"{norm}.weight"] = torch.ones_like(gain)
-            if bias is not None:
-                shards[f"{norm}.bias"] = torch.zeros_like(bias)
+    for block in (f"transformer.h.{i}" for i in range(config.n_layer)):
+        fold_norm(shards, f"{block}.ln_1", [f"{block}.attn.c_attn"])
+        fold_norm(shards, f"{block}.ln_2", [f"{block}.mlp.c_fc", f"{block}.mlp.c_gate"])
     dense = {name: unshard_tensor(name, tensor, config) for name, tensor in shards.items()}
     if config.n_kv_head < config.n_shard:
         for name, tensor in shards.items():
             if role_of(name).cut == "heads" and not torch.equal(shard_tensor(name, dense[name], config), tensor):
                 raise ValueError(f"{name}: the copies of a KV head differ, so no dense model computes the same")
     return dense
+
+
+def fold_norm(shards: dict, norm: str, linears: list[str]) -> None:
+    """Move the gains and biases of `norm`, where they differ between shards, into the `linears` that read it.
+
+    W (g*h + b) + c = (W g) h + (W b + c), and what is left of the norm is the same on all shards.
+    """
+    gain, bias = shards[f"{norm}.weight"], shards.get(f"{norm}.bias")  # (S, C)
+    if all(t is None or torch.equal(t, t[:1].expand_as(t)) for t in (gain, bias)):
+        return
+    for linear in (name for name in linears if f"{name}.weight" in shards):
+        weight = shards[f"{linear}.weight"]  # (S, out, C)
+        shards[f"{linear}.weight"] = weight * gain[:, None, :]
+        if bias is not None:
+            shards[f"{linear}.bias"] = shards[f"{linear}.bias"] + torch.einsum("soc,sc->so", weight, bias)
+    shards[f"{norm}.weight"] = torch.ones_like(gain)
+    if bias is not None:
+        shards[f"{norm}.bias"] = torch.zeros_like(bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
