@@ -40,24 +40,32 @@ class DropLog:
 
 
 def read_drop_log(path: str | Path) -> DropLog:
-    """The log at `path`; a last line without its newline is left out. Raises OSError."""
+    """The log at `path`; a last line without its newline is left out. Raises OSError, ValueError for a damaged line."""
     log = DropLog()
     with open(path, encoding="utf-8") as file:
-        for line in file.read().split("\n")[:-1]:
-            if line.startswith("# config: "):
-                log.config = json.loads(line.removeprefix("# config: "))
-            elif match := PERPLEXITY.match(line):
-                values = VALUE.findall(match[4])
-                if VALUE.sub("", match[4]):
-                    raise ValueError(f"{path}: not perplexities of texts: {line[:60]!r}")
-                perplexities = {json.loads(n) if n[0] == '"' else n: float(value) for n, value in values}
-                found = (match[1], int(match[2]), int(match[3]), perplexities)
-                # a run that was killed has said the last ones twice
-                log.perplexities = [old for old in log.perplexities if old[:2] != found[:2]] + [found]
-            elif match := SENSITIVITY.match(line):
-                found = (int(match[1]), float(match[2]), float(match[3]))
-                log.sensitivities = [old for old in log.sensitivities if old[0] != found[0]] + [found]
+        lines = file.read().split("\n")[:-1]
+    for line in lines:
+        try:
+            _read_line(log, line)
+        except ValueError:
+            raise ValueError(f"{path}: not a line of drop_syncs.py's log: {line[:60]!r}") from None
     return log
+
+
+def _read_line(log, line):
+    """Add what a line says to the log. A run that was killed has said the last ones twice."""
+    if line.startswith("# config: "):
+        log.config = json.loads(line.removeprefix("# config: "))
+    elif match := PERPLEXITY.match(line):
+        if VALUE.sub("", match[4]):
+            raise ValueError
+        values = VALUE.findall(match[4])
+        perplexities = {json.loads(n) if n[0] == '"' else n: float(value) for n, value in values}
+        found = (match[1], int(match[2]), int(match[3]), perplexities)
+        log.perplexities = [old for old in log.perplexities if old[:2] != found[:2]] + [found]
+    elif match := SENSITIVITY.match(line):
+        found = (int(match[1]), float(match[2]), float(match[3]))
+        log.sensitivities = [old for old in log.sensitivities if old[0] != found[0]] + [found]
 
 
 def beside_dense(perplexity: float, dense: float) -> str:

@@ -384,8 +384,12 @@ def test_lines_of_older_logs_with_such_names(tmp_path):
     ((*_, found),) = read_drop_log(tmp_path / "log.txt").perplexities
     assert str(found) == "{'a, b 2': 25.1, 'c d': 4.25, 'val': nan}"
     (tmp_path / "log.txt").write_text(line.replace("nan", "2# resumed"))
-    with pytest.raises(ValueError, match="not perplexities of texts"):
+    with pytest.raises(ValueError, match=r"log.txt: not a line of drop_syncs.py's log: 'perplexity dense"):
         read_drop_log(tmp_path / "log.txt")
+    for damaged in ('# config: {"a": ', "sensitivity: block 3 0.1x, perplexity 24.6"):
+        (tmp_path / "log.txt").write_text(damaged + "\n")
+        with pytest.raises(ValueError, match=r"log.txt: not a line of drop_syncs.py's log"):
+            read_drop_log(tmp_path / "log.txt")
 
 
 def test_a_run_whose_names_are_strange(llama, tmp_path, capsys):
