@@ -110,16 +110,18 @@ def load(path: str | Path, kinds: dict = KINDS) -> dict:
     except FileNotFoundError:
         raise ValueError(f"no checkpoint {path}") from None
     except Exception as error:  # whatever a damaged or foreign file provokes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         previous = Path(path).with_name("ckpt_previous.pt")
         other = previous != Path(path) and previous.exists()
         hint = f"; to go on from the one before, copy {previous} over it" if other else ""
-        raise ValueError(f"checkpoint {path} cannot be used: {reason}{hint}") from None
+        raise ValueError(f"checkpoint {path} cannot be used: {one_line(error)}{hint}") from None
     return checkpoint
 
 
 def check_model(checkpoint: dict, config: GPTConfig, path: str | Path) -> None:
-    """Raise ValueError unless the checkpoint holds the model of GPTConfig `config`, naming the fields that differ."""
+    """Raise ValueError unless the checkpoint holds the model of GPTConfig `config`, and nothing else, in float32.
+
+    It names the fields that differ, or a tensor.
+    """
     try:
         saved = dataclasses.asdict(GPTConfig(**checkpoint["model_args"]))  # older ones lack some fields
     except (TypeError, ValueError) as error:
@@ -130,6 +132,9 @@ def check_model(checkpoint: dict, config: GPTConfig, path: str | Path) -> None:
         raise ValueError(f"checkpoint {path} holds another model: {'; '.join(differing)}")
     with torch.device("meta"):  # shapes without memory
         parameters = dict(GPT(config).named_parameters())
+    for name in [*checkpoint["model"], *checkpoint["optimizer"]]:
+        if name not in parameters:
+            raise ValueError(f"checkpoint {path} cannot be used: {name!r} in it is no parameter of its model")
     for name, parameter in parameters.items():
         weight, moments = checkpoint["model"].get(name), checkpoint["optimizer"].get(name)
         known = isinstance(moments, dict) and moments.keys() in (set(), MOMENTS)
@@ -140,6 +145,10 @@ def check_model(checkpoint: dict, config: GPTConfig, path: str | Path) -> None:
         ):
             raise ValueError(
                 f"checkpoint {path} cannot be used: {name} or its optimizer state is not what it should be"
+            )
+        if other := [str(t.dtype) for t in tensors if t.dtype != torch.float32]:
+            raise ValueError(
+                f"checkpoint {path} cannot be used: {name} or its optimizer state is {other[0]}; allowed is float32"
             )
 
 

@@ -264,6 +264,27 @@ def test_an_optimizer_without_a_moment(path):
         ckpt.check_model(saved, GPTConfig(**CONFIG), path)
 
 
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+def test_a_tensor_that_the_model_has_not(path, part):
+    saved = ckpt.load(path)
+    saved[part]["transformer.h.7.ln_1.weight"] = saved[part]["transformer.h.1.ln_1.weight"]
+    with pytest.raises(ValueError, match=r"'transformer\.h\.7\.ln_1\.weight' in it is no parameter of its model"):
+        ckpt.check_model(saved, GPTConfig(**CONFIG), path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64])
+def test_a_tensor_of_another_type(path, dtype):
+    saved, name = ckpt.load(path), "transformer.wte.weight"
+    weights = {name: saved["model"][name].to(dtype)}
+    moments = {name: saved["optimizer"][name] | {"exp_avg": saved["optimizer"][name]["exp_avg"].to(dtype)}}
+    for other in (
+        saved | {"model": saved["model"] | weights},
+        saved | {"optimizer": saved["optimizer"] | moments},
+    ):
+        with pytest.raises(ValueError, match=rf"wte\.weight or its optimizer state is {dtype}; allowed is float32"):
+            ckpt.check_model(other, GPTConfig(**CONFIG), path)
+
+
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(torch.zeros(2))
 TREES = st.recursive(PLAIN, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
 KEPT = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
