@@ -194,7 +194,7 @@ def bind_to_cores(local_rank: int, local_size: int) -> None:
 
 def sum_over_world(values: list[float], device: torch.device | str) -> list[float]:
     """The sums over all ranks of a list of numbers."""
-    if WORLD_SIZE == 1:
+    if not dist.is_initialized():
         return values
     # float64: counts of tokens and sums of losses stay exact
     total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -211,10 +211,17 @@ def until_stopped(
     """
     least = -(-(n_windows // layout.dp_size) // batch_size)
     for i, batch in enumerate(batches):
-        if stop and i < least and sum_over_world([float(stop.asked is not None)], layout.device)[0]:
+        if stop and i < least and agree([], [stop.asked is not None], layout.device)[1][0]:
             stop.agreed = True
             return
         yield batch
+
+
+def agree(numbers: list[float], questions: list[bool], device: torch.device | str) -> tuple[list[float], list[bool]]:
+    """The means over all ranks of the numbers, and whether any rank says yes to each question: one all-reduce."""
+    n = dist.get_world_size() if dist.is_initialized() else 1
+    found = sum_over_world([*(x / n for x in numbers), *map(float, questions)], device)
+    return found[: len(numbers)], [votes > 0 for votes in found[len(numbers) :]]
 
 
 def average_gradients(model: torch.nn.Module, group: dist.ProcessGroup | None, bucket_bytes: int = 64 * 2**20) -> None:
@@ -259,7 +266,7 @@ def clip_gradients(
 def gradient_scaler(layout: Layout) -> torch.amp.GradScaler:
     """A GradScaler for float16, one that does nothing otherwise. All ranks see the same overflow."""
     enabled = layout.dtype == torch.float16
-    if enabled and WORLD_SIZE > 1:
+    if enabled and dist.is_initialized():
         from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler  # half a second, rarely needed
 
         return ShardedGradScaler(layout.device.type, process_group=dist.group.WORLD)
@@ -284,9 +291,9 @@ class SameOnAllRanks(ValueError):
 
 def raise_together(error: str) -> None:
     """Raise SameOnAllRanks on every rank if `error` is not empty on any."""
-    if sum_over_world(
-        [float(bool(error))], "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
-    )[0]:
+    device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+    _, [failed] = agree([], [bool(error)], device)
+    if failed:
         raise SameOnAllRanks(error or "another rank failed")
 
 
