@@ -22,6 +22,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from reduced_sync.cli import one_line
 from reduced_sync.old_keys import OLD, with_sync
 
 
@@ -138,8 +139,7 @@ def _run_file(cls, path, values):
     try:
         exec(compile(source.read_text(encoding="utf-8-sig"), path, "exec"), namespace)
     except Exception as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"config file {path}: {type(error).__name__}: {reason}") from None
+        raise ValueError(f"config file {path}: {type(error).__name__}: {one_line(error)}") from None
     result = {}
     for key, value in namespace.items():
         own = key.startswith("_") or isinstance(value, types.ModuleType) or callable(value)

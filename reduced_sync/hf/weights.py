@@ -284,7 +284,7 @@ def pretrained_fields(name: str) -> tuple[str, dict]:
                     raise ValueError(f"config.json gives {key}={value}; it must be at least 1")
         config = dataclasses.asdict(GPTConfig(**fields))
     except Exception as error:  # whatever a damaged or foreign config.json provokes
-        line = " ".join(str(error).split()) or type(error).__name__
+        line = one_line(error)
         line = line if isinstance(error, OSError | ValueError) else f"config.json cannot be used: {line}"
         raise ValueError(f"init_from={str(name)!r}: {line}") from None
     return family, {key: config[key] for key in fields}
