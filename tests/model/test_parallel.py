@@ -48,7 +48,6 @@ def test_tp_size_changes_neither_loss_nor_gradients(tp_size):
 
 
 def assert_stop_of_an_evaluation(rank):
-    distributed.WORLD_SIZE = 2
     layout = distributed.Layout(torch.device("cpu"), torch.float32, dp_size=2, dp_rank=rank)
     for asked, seen in ((0, [0, 0]), (1, [1, 1]), (2, [3, 2])):  # before which of rank 0's batches; those seen
         stop = SimpleNamespace(asked=None, agreed=False)
