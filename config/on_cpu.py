@@ -1,6 +1,7 @@
-"""Overlay: any of the 12-layer configs at a size for two CPU cores, on the Shakespeare characters.
+"""Overlay: shrinks any of the 12-layer configs to a size for two CPU cores, on the Shakespeare characters.
 
-8 micro-steps x 2 sequences x 64 tokens = 1,024 tokens a step; 8 micro-steps divide over 1, 2, 4 or 8 processes.
+8 micro-steps x 2 sequences x 64 tokens = 1,024 tokens a step; 8 micro-steps divide over 1, 2, 4 or 8 processes. 500
+steps show that training works. They are too few to compare variants: config/study_demo.py does that.
 
 $ python data/shakespeare_char/prepare.py
 $ torchrun --standalone --nproc_per_node=2 train_reduced_sync.py config/train_spd_12sync.py config/on_cpu.py
