@@ -1,4 +1,4 @@
-"""Measure what reduced syncs cost and save, and predict what they would save on other machines.
+"""Measure what reduced syncs cost and save, and predict it for other machines.
 
 $ python bench.py train                          # training steps against transformers' GPT-2, at the 124M shape
 $ python bench.py decode --png=decode.png        # TTFT and TPOT for every sync pattern, tensor-parallel and not
@@ -6,22 +6,27 @@ $ python bench.py decode baseline baseline+ladder grouped-4 3x1280 --tp_sizes 2 
 $ python bench.py predict --n_shard=8            # the cost model of cost_model.py with public figures of links
 
 A candidate is RULE[@N_SHARD]. RULE is a sync rule as everywhere (baseline, spd, grouped-4, 110111011101, spd+ladder),
-or LAYERSxWIDTH, a dense control with standard TP. What is timed takes turns, each candidate in processes of its own,
-and figures are medians over all rounds.
+or LAYERSxWIDTH, a dense control with standard TP. Candidates take turns, each in its own processes, and figures are
+medians over all rounds.
 
-decode prints, in milliseconds: TTFT, the time to the first token; TPOT, the time of each token after it; `syncs`, with
-hidden ones those that block and those that are hidden, 1+23; `run` and `bytes`, the all-reduces that really ran in a
-decode step and the size of each; `in-syncs`, the time spent in them; `no-syncs`, TPOT of the same model whose
-all-reduces send nothing (timing only: the no-communication bound); `bound/TPOT`, where bound is the time in which a
-rank reads its weights and cache once, at the bandwidth with which it sums its weights; `residual`, what a least-squares
-fit TPOT = compute + syncs x all_reduce leaves of the models of the first one's size without hidden syncs; `measured`,
-how far that line is off with both constants measured, as no-syncs and in-syncs; `model`, how far cost_model.py is off.
-`exposed` is what a hidden sync still costs, TPOT less no-syncs and the blocking syncs, and the model's figure of it.
+decode prints, with times in milliseconds:
+    TTFT        the time to the first token
+    TPOT        the time of each token after it
+    syncs       blocking syncs; with hidden ones both, as in 1+23
+    run, bytes  the all-reduces that really ran in a decode step, and the size of each
+    in-syncs    the time spent in them
+    no-syncs    TPOT of the same model if its all-reduces send nothing: the bound without communication
+    bound/TPOT  bound: the time a rank needs to read its weights and cache once, at the bandwidth at which it sums them
+    residual    of the least-squares fit TPOT = compute + syncs x all_reduce, over the models of the first one's size
+                without hidden syncs
+    measured    how far that line is off with both constants measured, as no-syncs and in-syncs
+    model       how far cost_model.py is off
+    exposed     what a hidden sync still costs: TPOT less no-syncs and the blocking syncs, and the model's figure
 
-With --added_delay_us every all-reduce takes at least so long from its start on, waited for where its result is used:
-real ranks and real all-reduces on a slower link. Each delay has its tables. A last one has the slopes of TPOT from each
-delay to the next, measured and by the cost model: the number of exposed syncs. A delay shorter than a real all-reduce
-adds nothing; one longer than that exposes all blocking syncs, and one longer than a sublayer the hidden ones, too.
+With --added_delay_us every all-reduce takes at least that long from its start until its result is used: real ranks and
+real all-reduces on a slower link. Each delay has its own tables. The last table has the slopes of TPOT from each delay
+to the next, measured and by the cost model: the number of exposed syncs. A delay shorter than a real all-reduce adds
+nothing; a longer one exposes all blocking syncs, and one longer than a sublayer exposes the hidden ones too.
 """
 
 from reduced_sync.cli import set_up
@@ -379,9 +384,9 @@ class Options:
     n_embd: int = option(768, "width of the residual stream", least=1)
     n_head: int = option(12, "attention heads", least=1)
     vocab_size: int = option(50304, "tokens of the vocabulary", least=1)
-    modern: bool = option(False, "our candidates have the block of Llama's family, config/modern.py's")
+    modern: bool = option(False, "give our candidates Llama's block, as config/modern.py does")
     n_kv_head: int = option(0, "with modern: heads of keys and values; 0: n_head", least=0)
-    json: str | None = option(None, "write the results there as well", is_path=True)
+    json: str | None = option(None, "also write the results to this file", is_path=True)
 
 
 @dataclass
@@ -413,9 +418,9 @@ class Decode(Timed):
     batch_sizes: tuple[int, ...] = option((1,), "sequences decoded at once", least=1)
     prompts: tuple[int, ...] = option((128,), "tokens of the prompts", least=1)
     new_tokens: int = option(16, "tokens decoded after the first one", least=1)
-    compile: bool = option(False, "the first candidate compiled, too; on several ranks also without communication")
-    added_delay_us: tuple[int, ...] = option((0,), "microseconds that an all-reduce takes at least, on a CPU", least=0)
-    png: str | None = option(None, "where a figure of TPOT against syncs goes: .png, .pdf or .svg", is_path=True)
+    compile: bool = option(False, "also the first candidate compiled; on several ranks without communication, too")
+    added_delay_us: tuple[int, ...] = option((0,), "microseconds that an all-reduce takes at least; CPU only", least=0)
+    png: str | None = option(None, "file for a figure of TPOT against syncs: .png, .pdf or .svg", is_path=True)
 
 
 @dataclass

@@ -1,30 +1,31 @@
-"""Compare runs: a table, the fewest syncs that still learn as well, and a figure, from their log.txt files.
+"""Compare runs by their log.txt files: a table, the fewest syncs that still learn as well, and a figure.
 
 $ python compare.py out-*
 $ python compare.py out-* --tolerance=1 --png=figure.png --csv=table.csv
-$ python compare.py out-* --latency=decode.json                                       # what is fastest? as measured
+$ python compare.py out-* --latency=decode.json                                       # which is fastest, as measured
 $ python compare.py out-* --link=nvlink --accelerator=h100 --tp_size=8 --batch=1      # or PREDICTED
 
-Runs that differ in their seed alone are one line: the mean of their losses, and its standard deviation. A gap is to the
-baseline, standard TP of the same size (parameters within 2 %) and, where there is one, of the same float type and
-n_shard; among several learning rates, or n_shard of which none is its own, the one with the lowest loss; a shallower
-dense model is no baseline but a control. +- is half of the gap's 95 % confidence interval, by Student's t and the
-standard deviation pooled over all lines with several seeds, so that it also says something where there is one.
+Runs that differ only in their seed share a line: the mean of their losses and its standard deviation. The gap is to the
+baseline: standard TP of the same size (parameters within 2 %), and of the same float type and n_shard if there is one.
+If several baselines remain, with other learning rates or n_shard, it is the one with the lowest loss. A shallower dense
+model is a control, not a baseline. +- is half of the gap's 95 % confidence interval, from Student's t and the standard
+deviation pooled over all lines with several seeds, so that lines with one seed have it too.
 
-Whatever runs of one size differ in, besides the architecture, is named in a warning; runs on other data, or evaluated
-on other windows of it, have no gap. Below 10 tokens a parameter a verdict is no answer, and says so.
+A warning names everything else in which runs of one size differ. Runs on other data, or evaluated on other windows,
+have no gap. Below 10 tokens per parameter, the verdict says that it is no answer.
 
---latency takes each run's time per token from what `bench.py decode --json=decode.json` measured of the same model:
-n_layer, n_embd, vocab_size, sync, block, and n_head and n_shard, which of a dense model make no difference.
---link predicts it by the cost model of bench.py predict for the model of the run's log, in bfloat16 and behind a full
-context. Either adds columns, a panel and a verdict. A run, variant, rival or control, is on the frontier unless it is
-dominated: another one is as good or better in loss and time.
+--latency reads each run's time per token from what `bench.py decode --json=decode.json` measured for the same model:
+the same n_layer, n_embd, vocab_size, sync, block, n_head and n_shard (for a dense model the last two do not matter).
+--link predicts it with the cost model of bench.py predict, in bfloat16 with a full context. Either adds columns, a
+panel and a verdict. A run is on the frontier unless it is dominated: another one is as good or better in both loss and
+time.
 
---equal_time adds the loss that each run had when it had trained for as long as the baseline did in all: updates times
-their median time, so without compilation and evaluations, interpolated between evaluations. A slower run is caught in
-the middle of its schedule, a faster one has finished. Times from a machine that was busy with other things are wrong.
+--equal_time adds the loss of each run after training for as long as the whole baseline: updates times their median
+time, without compilation and evaluations, interpolated between evaluations. A slower run is then in the middle of its
+schedule, while a faster one has finished. The times are wrong if the machine was busy with other work.
 
-Works while the runs go on: an unfinished run is marked, its gap taken at the last step that the baseline has too.
+This also works while runs are training: an unfinished run is marked, and its gap is at the last step that the baseline
+has too.
 """
 
 from reduced_sync.cli import set_up
@@ -52,14 +53,14 @@ class Options:
 
     paths: tuple[str, ...] = option((), "folders with a log.txt, or logs; default: out*/log.txt")
     tolerance: float = option(2.0, "percent above the baseline that count as equal", least=0)
-    png: str = option("comparison.png", "where the figure goes: .png, .pdf or .svg", is_path=True)
-    csv: str | None = option(None, "where the table goes as CSV, if anywhere", is_path=True)
-    latency: str | None = option(None, "what bench.py decode wrote with --json: times per token", is_path=True)
-    link: str | None = option(None, "predict the times per token with this link between ranks", allowed=tuple(LINKS))
-    accelerator: str | None = option(None, "with link: what a rank computes on; h100", allowed=tuple(NAMED))
-    tp_size: int | None = option(None, "with latency or link: ranks; with latency by default the most in it", least=1)
-    batch: int | None = option(None, "with latency or link: sequences; by default the fewest in it, or 1", least=1)
-    equal_time: bool = option(False, "the losses when each run has trained for as long as the baseline")
+    png: str = option("comparison.png", "file for the figure: .png, .pdf or .svg", is_path=True)
+    csv: str | None = option(None, "file for the table as CSV", is_path=True)
+    latency: str | None = option(None, "measured times per token: what bench.py decode wrote with --json", is_path=True)
+    link: str | None = option(None, "predict the times per token, with this link between ranks", allowed=tuple(LINKS))
+    accelerator: str | None = option(None, "with link: what a rank computes on; default: h100", allowed=tuple(NAMED))
+    tp_size: int | None = option(None, "with latency or link: ranks; with latency, default: the most in it", least=1)
+    batch: int | None = option(None, "with latency or link: sequences; default: the fewest in the file, or 1", least=1)
+    equal_time: bool = option(False, "add the losses after training for as long as the baseline")
 
 
 # what an option needs one of

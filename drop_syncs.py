@@ -4,14 +4,14 @@ $ python models/smollm2/prepare.py && python data/prose/prepare.py
 $ python drop_syncs.py config/spd_smollm2.py
 $ torchrun --standalone --nproc_per_node=3 drop_syncs.py config/spd_smollm2.py --tp_size=3
 
-The model is a folder or hub name of a GPT-2 or Llama, or an out_dir of ours that was trained with all syncs. Its blocks
-lose the sync after their attention (the pattern's 2 becomes 1) in the order of how little that costs. The stages, each
-of which a key can leave out: arrange heads and neurons on the shards; measure each block's sensitivity; choose the
-blocks; distil each dropped block to what it computed before; finetune the whole model towards the one with all syncs.
-Perplexities of the evaluation texts before and after each stand in out_dir/log.txt, and in dropping.png; sample.py
-reads out_dir/ckpt.pt.
+The model is the folder or hub name of a GPT-2 or Llama, or an out_dir of ours that was trained with all syncs. Its
+blocks lose the sync after their attention (the pattern's 2 becomes 1), those that need it least first. The stages, each
+of which you can switch off: arrange heads and neurons on the shards; measure each block's sensitivity; choose the
+blocks; distil each dropped block to compute what it did before; finetune the whole model towards the one with all
+syncs. out_dir/log.txt and dropping.png have the perplexity of the evaluation texts after each stage. sample.py reads
+out_dir/ckpt.pt.
 
-Go on after a stop: the same command and --init_from=resume.
+To continue after a stop, add --init_from=resume to the same command.
 """
 
 from reduced_sync.cli import set_up
@@ -67,10 +67,10 @@ class Config:
         "", "text files, as a shell pattern; empty: train.bin of an out_dir's dataset", is_path=True
     )
     evaluation: str = option("", "text files, as a shell pattern; empty: val.bin of an out_dir's dataset", is_path=True)
-    block_size: int = option(256, "tokens of a window, of calibration and evaluation", least=2)
+    block_size: int = option(256, "tokens of a window, for calibration and evaluation", least=2)
     calibration_windows: int = option(128, "windows to distil on", least=1)
     evaluation_tokens: int = option(20480, "tokens of each evaluation text; 0: all", least=0)
-    batch_size: int = option(8, "windows computed at once where nothing is trained", least=1)
+    batch_size: int = option(8, "windows computed at once when nothing is trained", least=1)
     # stages
     arrange: str = option("affinity", "neurons on shards: as_is or affinity", allowed=("as_is", "affinity"))
     arrange_heads: str = option(
@@ -79,23 +79,21 @@ class Config:
         allowed=("as_is", "affinity", "scatter"),
     )
     arrange_windows: int = option(16, "windows to arrange by", least=1)
-    sensitivity_windows: int = option(
-        40, "windows to measure sensitivity on; 0: blocks are dropped last to first", least=0
-    )
-    drop: int | None = option(None, "how many blocks lose a sync; None: all", least=0)
-    sync: str | None = option(None, "the pattern to drop to, of 2 and 1, in place of `drop`")
+    sensitivity_windows: int = option(40, "windows to measure sensitivity on; 0: drop the last blocks first", least=0)
+    drop: int | None = option(None, "number of blocks that lose a sync; None: all", least=0)
+    sync: str | None = option(None, "instead of `drop`: the pattern to drop to, of 2 and 1")
     max_loss_percent: float | None = option(
-        None, "in place of `drop`: as many as raise the perplexity by no more", least=0
+        None, "instead of `drop`: as many blocks as raise the perplexity by at most this", least=0
     )
     distil_epochs: int = option(4, "passes over the calibration windows for each dropped block; 0: none", least=0)
     distil_batch_size: int = option(4, "windows of a step", least=1)
     distil_learning_rate: float = option(1e-4, "peak", least=0)
-    finetune_steps: int = option(0, "steps of the whole model towards the dense one's distributions", least=0)
+    finetune_steps: int = option(0, "steps that train the whole model towards the dense one's distributions", least=0)
     finetune_batch_size: int = option(4, "windows of a step", least=1)
     finetune_learning_rate: float = option(1e-4, "peak", least=0)
-    elastic: bool = option(False, "train dropped blocks with and without their sync, for any pattern on the way")
-    curve: tuple = option((), "numbers of blocks: the end result is evaluated with so many dropped, too")
-    seed: int = option(1337, "of the order of windows, and of those that finetuning draws", least=0)
+    elastic: bool = option(False, "train dropped blocks with and without their sync, for any number of dropped blocks")
+    curve: tuple = option((), "numbers of dropped blocks with which the result is evaluated as well")
+    seed: int = option(1337, "for the order of windows, and for those that finetuning draws", least=0)
     # system
     tp_size: int = option(1, "tensor-parallel ranks", least=1)
     checkpoint_minutes: float = option(10.0, "minutes between checkpoints inside a stage", least=0)

@@ -1,12 +1,12 @@
-"""Make a Hugging Face folder of a trained model: for transformers, for serving, for evaluation.
+"""Export a trained model as a Hugging Face folder, for transformers, serving and evaluation.
 
 $ python export.py out-spd-12sync --to=spd-12sync           # the last checkpoint
-$ python export.py out-spd-12sync --to=spd-12sync --best    # the one of the lowest validation loss
+$ python export.py out-spd-12sync --to=spd-12sync --best    # the one with the lowest validation loss
 
-A model that equals a dense one, as its pattern has all syncs or it is one shard, becomes a plain GPT-2 or Llama, which
-transformers loads without our code. Any other carries its code, to be loaded with trust_remote_code=True. The folder
-has the tokenizer and a README.md that says what the model is; --init_from=FOLDER of train_reduced_sync.py and sample.py
-takes it back. A run that is not finished is exported as far as it has come.
+A model that equals a dense one, because it has all syncs or only one shard, becomes a plain GPT-2 or Llama, which
+transformers loads without our code. Any other model carries its code and loads with trust_remote_code=True. The folder
+includes the tokenizer and a README.md that says what the model is. train_reduced_sync.py and sample.py read it with
+--init_from=FOLDER. You can also export a run that has not finished.
 """
 
 from reduced_sync.cli import set_up
@@ -27,9 +27,9 @@ from reduced_sync.hf.export import export
 class Options:
     """Every key."""
 
-    out_dir: tuple[str, ...] = option((), "folder of the checkpoint, one", is_path=False)
+    out_dir: tuple[str, ...] = option((), "folder of the checkpoint", is_path=False)
     to: str = option("", "the folder to make; it must not exist", is_path=True)
-    best: bool = option(False, "ckpt_best.pt in the place of ckpt.pt")
+    best: bool = option(False, "export ckpt_best.pt instead of ckpt.pt")
 
 
 def main(argv):

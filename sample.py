@@ -4,11 +4,12 @@ $ python sample.py --out_dir=out-spd-12sync --start="To be"
 $ python sample.py --init_from=gpt2 --start=FILE:prompt.txt --num_samples=3      # FILE:- is standard input
 $ python sample.py --init_from=FOLDER_OR_HUB_NAME                  # a model of save_pretrained or of export.py
 
-With real tensor parallelism, any number of processes that divides the model's n_shard; the text is the same. The `--`
-keeps torchrun from taking --start for an option of its own:
+Tensor-parallel, with any number of processes that divides the model's n_shard; the text is the same. The `--` keeps
+torchrun from taking --start for an option of its own:
 $ torchrun --standalone --nproc_per_node=2 -- sample.py --out_dir=out-spd-12sync --start="To be"
 
-The first sample appears as it is generated, the others, computed in the same batch, behind it. Keys as in nanoGPT.
+The first sample is printed as it is generated; the others are computed in the same batch and follow. Keys as in
+nanoGPT.
 """
 
 from reduced_sync.cli import set_up
@@ -42,15 +43,15 @@ class Config:
     init_from: str = option("resume", "resume: out_dir's ckpt.pt; or folder or hub name of a GPT-2, Llama or export")
     out_dir: str = option("out", "folder of the checkpoint", is_path=True)
     start: str = option("\n", "the prompt; FILE:NAME reads it from a file, FILE:- from standard input")
-    num_samples: int = option(1, "samples, computed as one batch", least=1)
-    max_new_tokens: int = option(500, "tokens of a sample; end-of-text ends it earlier", least=1)
-    temperature: float = option(0.8, "below 1 bolder, above 1 wilder; 0: always the likeliest token", least=0)
-    top_k: int = option(200, "choose among so many likeliest tokens; 0: among all", least=0)
-    top_p: float = option(1.0, "choose among the likeliest tokens that have this probability together; 1: among all")
-    seed: int = option(1337, "of the random choices", least=0)
+    num_samples: int = option(1, "number of samples, computed as one batch", least=1)
+    max_new_tokens: int = option(500, "most tokens of a sample; an end-of-text token ends it earlier", least=1)
+    temperature: float = option(0.8, "lower: more predictable, higher: more varied; 0: the likeliest token", least=0)
+    top_k: int = option(200, "choose among this many of the likeliest tokens; 0: among all", least=0)
+    top_p: float = option(1.0, "choose among the likeliest tokens that add up to this probability; 1: among all")
+    seed: int = option(1337, "for the random choices", least=0)
     device: str | None = option(None, "cuda, cuda:N or cpu; None: cuda where there is one")
     dtype: str | None = option(None, "float32, bfloat16 or float16; None: bfloat16 on CUDA, float32 on CPU")
-    compile: bool = option(False, "torch.compile: a minute at the start, then faster; worth it for many tokens")
+    compile: bool = option(False, "torch.compile: takes a minute to start, then is faster; worth it for many tokens")
     backend: str | None = option(None, "nccl or gloo; None: nccl on CUDA")
 
 

@@ -1,13 +1,13 @@
-"""Run a study: train the runs that a study file lists, those that are missing, then compare them all.
+"""Run a study: train the missing runs of those that a study file lists, then compare them all.
 
 $ python study.py config/study_cpu.py
 $ python study.py config/study_pypi.py --device=cpu --out_dir=out-mine
 
-A study file is a config file whose keys are those of Study, below. Each run is an ordinary train_reduced_sync.py run in
-its own folder, out_dir/NAME; runs start in the order of the file, as many at once as there are cores, or GPUs, for
-`processes` each. Finished ones are left alone and started ones go on from their checkpoint, so the same command goes on
-after a stop of any kind: Ctrl-C (twice ends at once), a closed terminal, a kill, another study.py that holds some of
-the runs.
+A study file is a config file with the keys of Study, below. Each run is an ordinary train_reduced_sync.py run in its
+own folder, out_dir/NAME. Runs start in the order of the file, as many at once as there are cores (or GPUs) for
+`processes` each. Finished runs are left alone and started ones continue from their checkpoint, so the same command
+continues after any stop: Ctrl-C (twice ends at once), a closed terminal, a kill, or another study.py that is training
+some of the runs.
 """
 
 from reduced_sync.cli import set_up
@@ -45,11 +45,11 @@ HERE = Path(__file__).parent
 class Study:
     """Every key of a study file."""
 
-    out_dir: str = option("out-study", "folder for the runs' folders and the comparison", is_path=True)
-    runs: list | None = option(None, "dicts: name, max_iters, n_layer, n_embd, any training key")  # noqa: RUF009
-    processes: int = option(1, "processes a run; above 1 each run is started by torchrun", least=1)
-    device: str | None = option(None, "cuda or cpu, whatever the runs say")
-    tolerance: float = option(2.0, "percent above the baseline that count as equal, for compare.py", least=0)
+    out_dir: str = option("out-study", "folder for the runs and the comparison", is_path=True)
+    runs: list | None = option(None, "list of dicts: name, max_iters, n_layer, n_embd, any training key")  # noqa: RUF009
+    processes: int = option(1, "processes per run; above 1, torchrun starts each run", least=1)
+    device: str | None = option(None, "cuda or cpu, in place of what the runs say")
+    tolerance: float = option(2.0, "percent above the baseline that count as equal", least=0)
 
 
 def check_study(study: Study) -> None:

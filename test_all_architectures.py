@@ -1,12 +1,12 @@
-"""Smoke test: build every variant, check it, and say `✓ PASS` or `✗ FAIL` with the reason, a line each.
+"""Smoke test: build and check every variant, and print a line for each: `✓ PASS`, or `✗ FAIL` with the reason.
 
 $ python test_all_architectures.py            # full size: 12 layers, 768 wide, about 124 M parameters
 $ python test_all_architectures.py --small    # 12 layers, 64 wide, in seconds
 
-No GPU and no launcher needed. Of each variant it checks: the number of parameters; the all-reduces that one forward
-and one backward pass really execute on a TP rank (counted by PyTorch's CommDebugMode on a process group that sends
-nothing) against the sync pattern; loss and gradients finite, the loss that of an untrained model; and, on a small copy
-with two real processes, that tp_size 2 computes the same loss and gradients as tp_size 1.
+It needs no GPU and no launcher. For each variant it checks: the number of parameters; that a forward and a backward
+pass execute as many all-reduces on a TP rank as the sync pattern says (counted by PyTorch's CommDebugMode on a process
+group that sends nothing); that loss and gradients are finite, and the loss is that of an untrained model; and, with a
+small copy in two real processes, that tp_size 2 computes the same loss and gradients as tp_size 1.
 """
 
 from reduced_sync.cli import set_up

@@ -8,7 +8,9 @@ On two CPU cores, with the Shakespeare characters, as two replicas or as two ten
 $ torchrun --standalone --nproc_per_node=2 train_reduced_sync.py config/train_spd_12sync.py config/on_cpu.py
 $ torchrun --standalone --nproc_per_node=2 train_reduced_sync.py config/train_spd_12sync.py config/on_cpu.py --tp_size=2
 
-Go on after a stop: the same command and --init_from=resume. Then: tail -f out-*/log.txt; python compare.py out-*
+To continue after a stop, add --init_from=resume to the same command. To follow runs and compare them:
+$ tail -f out-*/log.txt
+$ python compare.py out-*
 """
 
 from reduced_sync.cli import set_up

@@ -18,38 +18,38 @@ class Config:
     eval_interval: int = option(500, "steps between evaluations; there is always one at the last step", least=1)
     log_interval: int = option(10, "steps between `iter` lines", least=1)
     eval_iters: int = option(
-        200, "fixed batches of each split in an evaluation; 0: the whole of val, as many of train", least=0
+        200, "fixed batches of each split in an evaluation; 0: all of val, and as many of train", least=0
     )
     eval_only: bool = option(False, "evaluate once and stop")
     always_save_checkpoint: bool = option(
-        True, "save after every evaluation, not only when the validation loss is a new best"
+        True, "save after every evaluation, not only after a new best validation loss"
     )
-    checkpoint_minutes: float = option(0.0, "minutes between further checkpoints; 0: none", least=0)
+    checkpoint_minutes: float = option(0.0, "minutes between additional checkpoints; 0: none", least=0)
     init_from: str = option("scratch", "scratch, resume, or the folder or hub name of a GPT-2, Llama or export")
-    wandb_log: bool = option(False, "log to Weights & Biases as well")
-    wandb_project: str = option("reduced-sync", "its project")
-    wandb_run_name: str | None = option(None, "its run name; None: out_dir")
+    wandb_log: bool = option(False, "also log to Weights & Biases")
+    wandb_project: str = option("reduced-sync", "project name in Weights & Biases")
+    wandb_run_name: str | None = option(None, "run name in Weights & Biases; None: out_dir")
     # data: 12 sequences x 1024 tokens x 40 micro-steps = 491,520 tokens a step, shared by the data-parallel ranks
     dataset: str = option("openwebtext", "folder under data/, or an absolute path")
-    gradient_accumulation_steps: int = option(40, "micro-steps of a step, all replicas together", least=1)
+    gradient_accumulation_steps: int = option(40, "micro-steps of a step, over all replicas together", least=1)
     batch_size: int = option(12, "sequences of a micro-step", least=1)
     block_size: int = option(1024, "tokens of a sequence", least=1)
     # model
     sync: str = option("baseline", "baseline, spd, grouped-N (N syncs in all) or one of 2 1 0 a per layer; then +RIVAL")
-    n_shard: int = option(2, "shards that the transformer is cut into: part of the architecture", least=1)
+    n_shard: int = option(2, "shards that the model is cut into: part of the architecture", least=1)
     n_layer: int = option(12, "layers", least=1)
     n_head: int = option(12, "attention heads of the whole model", least=1)
     n_embd: int = option(768, "width of the residual stream", least=1)
-    dropout: float = option(0.0, "for pretraining 0 is good; above 0 needs tp_size 1", least=0)
+    dropout: float = option(0.0, "0 is good for pretraining; above 0 needs tp_size 1", least=0)
     bias: bool = option(False, "biases in linear layers and layer norms")
     # the layers of Llama's family beside GPT-2's; config/modern.py sets them all
     norm: str = option("layernorm", "layernorm or rmsnorm", allowed=("layernorm", "rmsnorm"))
-    position: str = option("learned", "a learned embedding, or rope, which is rotary", allowed=("learned", "rope"))
+    position: str = option("learned", "learned embedding, or rope (rotary)", allowed=("learned", "rope"))
     rope_theta: float = option(10000.0, "the base of rope's frequencies", least=1)
-    mlp: str = option("gelu", "gelu, or swiglu, which is gated", allowed=("gelu", "swiglu"))
-    n_hidden: int = option(0, "neurons of an MLP; 0: as many as make the parameters those of GPT-2's block", least=0)
+    mlp: str = option("gelu", "gelu, or swiglu (gated)", allowed=("gelu", "swiglu"))
+    n_hidden: int = option(0, "neurons of an MLP; 0: chosen for as many parameters as GPT-2's block", least=0)
     n_kv_head: int = option(0, "heads of keys and values; 0: n_head", least=0)
-    tie_embeddings: bool = option(True, "one matrix for the tokens of input and output")
+    tie_embeddings: bool = option(True, "share one matrix between input and output tokens")
     # AdamW and its schedule
     learning_rate: float = option(6e-4, "peak learning rate", least=0)
     max_iters: int = option(20000, "steps of the run", least=1)
@@ -61,17 +61,17 @@ class Config:
     warmup_iters: int = option(2000, "steps of linear warm-up", least=0)
     lr_decay_iters: int | None = option(None, "step at which min_lr is reached; None: max_iters", least=1)
     min_lr: float = option(6e-5, "a tenth of learning_rate, as in Chinchilla", least=0)
-    max_bad_steps: int = option(25, "stop after this many steps in a row with a non-finite loss or gradient", least=1)
-    seed: int = option(1337, "of the initial weights, the batches and dropout", least=0)
+    max_bad_steps: int = option(25, "stop after this many steps in a row whose loss or gradient is not finite", least=1)
+    seed: int = option(1337, "for the initial weights, the batches and dropout", least=0)
     # system
-    tp_size: int = option(1, "tensor-parallel ranks; 1 trains fastest, the result does not depend on it", least=1)
+    tp_size: int = option(1, "tensor-parallel ranks; 1 trains fastest, and the result is the same", least=1)
     backend: str | None = option(None, "nccl or gloo; None: nccl on CUDA")
     device: str | None = option(None, "cuda, cuda:N or cpu; None: cuda where there is one")
     dtype: str | None = option(None, "float32, bfloat16 or float16; None: bfloat16 on CUDA, float32 on CPU")
     compile: bool | None = option(None, "torch.compile; None: on CUDA")
     timeout_s: int = option(
         600,
-        "seconds that ranks wait for one another, at the start and later, before the run ends",
+        "seconds that ranks wait for each other before the run ends",
         least=1,
         below=10**6,
     )
