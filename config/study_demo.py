@@ -3,7 +3,7 @@
     python data/shakespeare_char/prepare.py
     python study.py config/study_demo.py
 
-0.05 M parameters. 32 sequences x 64 characters = 2,048 tokens a step; 1,200 steps = 2.46 M tokens, 44 a parameter.
+0.06 M parameters. 32 sequences x 64 characters = 2,048 tokens a step; 1,200 steps = 2.46 M tokens, 44 a parameter.
 """
 
 out_dir = "out-demo"
