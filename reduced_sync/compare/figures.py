@@ -1,6 +1,5 @@
 """The figures that compare.py and bench.py draw."""
 
-import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -9,8 +8,6 @@ from pathlib import Path
 from reduced_sync.compare.frontier import on_frontier, settings_of
 from reduced_sync.compare.runs import Arm, by_scale, comparable, differ, reference_of, too_short
 from reduced_sync.spd.log import DropLog
-
-SIDES = ((1, 1), (1, 0), (-1, 0), (-1, -1), (1, -1), (-1, 1), (0, 1), (0, -1))  # of a point, where its label may be
 
 
 def draw_comparison(arms: list[Arm], path: str | Path, tolerance: float) -> None:
@@ -165,7 +162,7 @@ def _draw_times(axes, look, setting, tolerance):
     _draw_key(axes, look, shown, tolerance)
     axes.set(xlabel="time per token (ms)", ylabel="validation loss (nats per token)")
     axes.set_title(f"Loss against time (grey: dominated)\n{setting}")
-    return sorted(labels, key=lambda label: (label[3] != "black", label[1]))  # the frontier's choose places first
+    return labels
 
 
 def _draw_point(axes, look, arm, x, colour):
@@ -189,28 +186,15 @@ def _draw_key(axes, look, shown, tolerance):
 
 
 def _label_points(axes, points):
-    """Write the text of each of `points`, (x, y, text, colour), beside it: where it covers no point and no other text.
+    """Write the text of each of `points`, (x, y, text, colour), beside it, where it covers no point or other text."""
+    from adjustText import adjust_text
 
-    Places are tried ever further away, in points of 1/72 inch; a thin line leads from a text to its point.
-    """
-    unit = axes.figure.dpi / 72
-    left, bottom, right, top = (end / unit for end in axes.bbox.extents)
-    places = [axes.transData.transform((x, y)) / unit for x, y, _, _ in points]
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
-    for (x, y, text, colour), (px, py) in zip(points, places, strict=True):
-        if not text:
-            continue
-        width, height = sum(4.5 if character.isdigit() else 3.9 for character in text), 8  # in 7 points
-        for distance, (side, above) in itertools.product(range(5, 90, 5), SIDES):
-            dx, dy = side * (distance + width / 2), above * (0.7 * distance + height / 2)
-            box = (px + dx - width / 2, py + dy - height / 2, px + dx + width / 2, py + dy + height / 2)
-            inside = left < box[0] and bottom < box[1] and box[2] < right and box[3] < top
-            if inside and not any(a < box[2] and box[0] < c and b < box[3] and box[1] < d for a, b, c, d in taken):
-                break
-        taken.append(box)
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 3}
-        keys = {"fontsize": 7, "color": colour, "ha": "center", "va": "center", "arrowprops": line}
-        axes.annotate(text, (x, y), (dx, dy), textcoords="offset points", **keys).set_in_layout(False)
+    texts = [axes.text(x, y, text, fontsize=7, color=colour) for x, y, text, colour in points if text]
+    if texts:
+        x, y, *_ = zip(*points, strict=True)
+        room = dict(expand=(1.4, 2.2), force_static=(0.3, 0.5))  # beside the middle of a point: it has a size
+        line = dict(arrowstyle="-", color="0.5", linewidth=0.4)
+        adjust_text(texts, x, y, ax=axes, iter_lim=300, min_arrow_len=8, arrowprops=line, **room)
 
 
 def draw_decoding(table: list[dict], path: str | Path) -> None:
