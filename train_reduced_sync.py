@@ -35,15 +35,12 @@ from reduced_sync import distributed
 from reduced_sync.cli import StopSignal
 from reduced_sync.configurator import configure, describe
 from reduced_sync.data import Corpus, vocabulary_hash
-from reduced_sync.distributed import RANK, RESTART_COUNT, WORLD_SIZE
+from reduced_sync.distributed import RANK, RESTART_COUNT
 from reduced_sync.files import lock_folder
 from reduced_sync.hf.weights import GPT2_SHAPES, from_pretrained, pretrained_fields
 from reduced_sync.train.experiment import Config, check_config, learning_rate, model_keys
 from reduced_sync.train.log import changes, step_line
 from reduced_sync.train.recorder import Recorder
-
-# what is chosen of a pretrained model: its weights fit any
-CHOICES = "block_size dropout n_shard sync".split()
 
 
 def check_shape(config: Config, theirs: rsm.GPTConfig, keys: set[str]) -> None:
@@ -78,7 +75,8 @@ def check_tokens(config: Config, meta: dict) -> str:
 def prepare(config: Config) -> tuple[tuple, Corpus, dict, rsm.GPTConfig, dict | None]:
     """Refuse what can be refused before a process group exists: keys, device, data, the model's shape, a checkpoint.
 
-    Returns (device choice, corpus, notes for the log, GPTConfig, checkpoint or None). Raises ValueError.
+    Returns (what distributed.choose_device has found, corpus, notes for the log, GPTConfig, checkpoint or None). Raises
+    ValueError.
     """
     path = Path(config.out_dir) / "ckpt.pt"
     if RESTART_COUNT > 0 and path.exists():  # torchrun --max-restarts: go on instead of starting over
@@ -102,7 +100,7 @@ def prepare(config: Config) -> tuple[tuple, Corpus, dict, rsm.GPTConfig, dict | 
     check_config(config)
     shape |= model_keys(vars(config))
     corpus = Corpus(config.dataset, config.block_size)
-    choice = distributed.choose_device(config.device, config.dtype, config.backend)
+    hardware = distributed.choose_device(config.device, config.dtype, config.backend)
     # a multiple of 64 is fast on GPUs: GPT-2's 50257 tokens become 50304
     shape.setdefault("vocab_size", -(-corpus.meta["vocab_size"] // 64) * 64)
     model_config = rsm.GPTConfig(**shape)
@@ -121,7 +119,7 @@ def prepare(config: Config) -> tuple[tuple, Corpus, dict, rsm.GPTConfig, dict | 
     if RANK == 0:
         for key, note in notes.items():
             print(f"{key}: {note}", file=sys.stderr)
-    return choice, corpus, notes, model_config, saved
+    return hardware, corpus, notes, model_config, saved
 
 
 @dataclass
@@ -139,9 +137,9 @@ def build_model(config: Config, model_config: rsm.GPTConfig, layout: distributed
     """The model, on its device, with initial or pretrained weights. Raises SameOnAllRanks where those are not there."""
     if config.init_from in ("scratch", "resume"):
         return rsm.GPT(model_config, layout.tp_group).to(layout.device)
-    choices = {key: getattr(model_config, key) for key in CHOICES}
+    free = {key: getattr(model_config, key) for key in ("block_size", "dropout", "n_shard", "sync")}
     try:
-        return from_pretrained(config.init_from, layout.tp_group, **choices).to(layout.device)
+        return from_pretrained(config.init_from, layout.tp_group, **free).to(layout.device)
     except (OSError, ValueError) as error:
         raise distributed.SameOnAllRanks(str(error)) from None
 
@@ -173,102 +171,123 @@ def evaluate(
     return losses
 
 
-def update(
-    model: rsm.GPT,
-    loss_of: Callable,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    corpus: Corpus,
-    config: Config,
-    layout: distributed.Layout,
-    step: int,
-) -> tuple[float, float]:
-    """Accumulate this replica's share of the step's global batch, and average and clip its gradients over all ranks.
+class Trainer:
+    """What a run trains: model, optimizer and progress, on every rank."""
 
-    Returns the mean loss of this rank's micro-steps, and the norm of the gradient before clipping.
-    """
-    torch.manual_seed(distributed.seed_of(config.seed, step, layout.dp_rank))  # of dropout: nothing to save
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
-    windows = config.gradient_accumulation_steps * config.batch_size
-    micro_steps = config.gradient_accumulation_steps // layout.dp_size
-    total, device = torch.zeros((), device=layout.device), layout.device
-    for x, y in corpus.train_batches(config.seed, step, windows, config.batch_size, layout.dp_rank, layout.dp_size):
-        if device.type == "cuda":
-            x, y = x.pin_memory(), y.pin_memory()
-        with layout.autocast():
-            loss = loss_of(x.to(device, non_blocking=True), y.to(device, non_blocking=True)) / micro_steps
-        scaler.scale(loss).backward()
-        total += loss.detach()
-    distributed.average_gradients(model, layout.dp_group)
-    scaler.unscale_(optimizer)
-    return total.item(), distributed.clip_gradients(model, config.grad_clip, rsm.is_sharded, layout.tp_group)
+    def __init__(self, config, layout, corpus, model_config, saved):
+        self.config, self.layout, self.corpus = config, layout, corpus
+        torch.manual_seed(config.seed)
+        self.model = model = build_model(config, model_config, layout)
+        betas, device_type = (config.beta1, config.beta2), layout.device.type
+        self.optimizer = self.model.configure_optimizers(config.weight_decay, config.learning_rate, betas, device_type)
+        self.scaler = distributed.gradient_scaler(layout)
+        self.progress, self.changed = Progress(), ""
+        # what a checkpoint and the log remember of the config; `changed` is in what a resumed run differs
+        self.settled = dataclasses.asdict(config) | {"dtype": str(layout.dtype).removeprefix("torch.")}
+        if saved is not None:
+            self.resume(saved)
+
+        def loss_of(x, y):  # without the logits: as an output of a compiled graph they would get a gradient, all zeros
+            return model(x, y)[1]  # not self.model: in a circle the process group would outlive the run
+
+        compiled = device_type == "cuda" if config.compile is None else config.compile
+        self.loss_of = torch.compile(loss_of) if compiled else loss_of
+
+    def resume(self, saved: dict) -> None:
+        """Go on from a checkpoint."""
+        ckpt.restore(saved, self.model, self.optimizer)
+        if saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        self.progress = Progress(**{field.name: saved[field.name] for field in dataclasses.fields(Progress)})
+        self.settled["init_from"] = saved["config"]["init_from"]  # where the weights came from at first
+        self.changed = changes(self.settled | saved["config"], self.settled)
+
+    def evaluate(self, stop: StopSignal) -> list[float] | None:
+        """Mean losses of train and val, or None where all ranks have agreed to stop."""
+        return evaluate(self.model, self.loss_of, self.corpus, self.config, self.layout, stop)
+
+    def accumulate(self) -> tuple[float, float]:
+        """Make the step's gradients: this replica's share of the global batch, then the mean over replicas, clipped.
+
+        Returns the mean loss of this rank's micro-steps, and the norm of the gradient before clipping.
+        """
+        config, layout, device, step = self.config, self.layout, self.layout.device, self.progress.step
+        torch.manual_seed(distributed.seed_of(config.seed, step, layout.dp_rank))  # of dropout: nothing to save
+        windows = config.gradient_accumulation_steps * config.batch_size
+        micro_steps = config.gradient_accumulation_steps // layout.dp_size
+        total, share = torch.zeros((), device=device), (layout.dp_rank, layout.dp_size)
+        for x, y in self.corpus.train_batches(config.seed, step, windows, config.batch_size, *share):
+            if device.type == "cuda":
+                x, y = x.pin_memory(), y.pin_memory()
+            with layout.autocast():
+                loss = self.loss_of(x.to(device, non_blocking=True), y.to(device, non_blocking=True)) / micro_steps
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        distributed.average_gradients(self.model, layout.dp_group)
+        self.scaler.unscale_(self.optimizer)
+        norm = distributed.clip_gradients(self.model, config.grad_clip, rsm.is_sharded, layout.tp_group)
+        return total.item(), norm
+
+    def update(self, is_finite: bool) -> None:
+        """Update the weights by their gradients, or skip a step whose loss or gradient is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.progress.step)
+        if is_finite:
+            self.optimizer.step()  # scaler.step would look for what all ranks have just agreed on
+            self.progress.bad_steps = 0
+        else:
+            self.progress.skipped += 1
+            self.progress.bad_steps += 1
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def save(self, is_best: bool = False) -> None:
+        """Write ckpt.pt, on rank 0. Raises SameOnAllRanks where that fails."""
+        state = ckpt.gather(self.model, self.optimizer) if self.layout.dp_rank == 0 else {}
+        error, out_dir = "", self.config.out_dir
+        if RANK == 0:
+            state |= {"model_args": dataclasses.asdict(self.model.config), "config": self.settled}
+            state |= {"data": self.corpus.meta, "scaler": self.scaler.state_dict()} | dataclasses.asdict(self.progress)
+            try:
+                ckpt.save(state, out_dir, is_best)
+            except OSError as failure:
+                error = f"saving to {out_dir} failed, the checkpoint before it is whole: {failure}"
+        distributed.raise_together(error)
 
 
 def train(
-    config: Config, choice: tuple, corpus: Corpus, notes: dict, model_config: rsm.GPTConfig, saved: dict | None
+    config: Config, hardware: tuple, corpus: Corpus, notes: dict, model_config: rsm.GPTConfig, saved: dict | None
 ) -> None:
     """The loop, on every rank."""
-    layout = distributed.start(*choice, config.tp_size, config.timeout_s)
-    device_type, on_rank_0 = layout.device.type, RANK == 0
+    layout = distributed.start(*hardware, config.tp_size, config.timeout_s)
     stop = StopSignal()
-    torch.manual_seed(config.seed)
-    model = build_model(config, model_config, layout)
-    betas = (config.beta1, config.beta2)
-    optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, device_type)
-    scaler = distributed.gradient_scaler(layout)
-    progress, resumed = Progress(), ""
-    settled = dataclasses.asdict(config) | {"dtype": str(layout.dtype).removeprefix("torch.")}
-    if saved is not None:
-        settled["init_from"] = saved["config"]["init_from"]  # where the weights came from at first
-        ckpt.restore(saved, model, optimizer)
-        if saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
-        progress = Progress(**{field.name: saved[field.name] for field in dataclasses.fields(Progress)})
-        resumed = changes(settled | saved["config"], settled)
-        del saved
-
-    def loss_of(x, y):  # without the logits: as an output of a compiled graph their gradient would be made, all zeros
-        return model(x, y)[1]
-
-    if config.compile or (config.compile is None and device_type == "cuda"):
-        loss_of = torch.compile(loss_of)
+    trainer = Trainer(config, layout, corpus, model_config, saved)
+    progress = trainer.progress
 
     if config.eval_only:
-        losses = evaluate(model, loss_of, corpus, config, layout, stop)
+        losses = trainer.evaluate(stop)
         if losses is None:
             sys.exit(130)
-        if on_rank_0:
+        if RANK == 0:
             print(step_line(progress.step, *losses), flush=True)
         return
     if progress.step > config.max_iters or progress.evaluated == config.max_iters:
-        if on_rank_0:
+        if RANK == 0:
             print(f"{config.out_dir}: finished already, at step {progress.step} of {config.max_iters}: nothing to do")
         return
 
-    def save(is_best=False):
-        state = ckpt.gather(model, optimizer) if layout.dp_rank == 0 else {}
-        error = ""
-        if on_rank_0:
-            state |= {"model_args": dataclasses.asdict(model_config), "config": settled, "data": corpus.meta}
-            state |= dataclasses.asdict(progress) | {"scaler": scaler.state_dict()}
-            try:
-                ckpt.save(state, config.out_dir, is_best)
-            except OSError as failure:
-                error = f"saving to {config.out_dir} failed, the checkpoint before it is whole: {failure}"
-        distributed.raise_together(error)
-
     def save_and_end():
-        save()
+        trainer.save()
         record.close(f"stopped at step {progress.step} and saved; go on with --init_from=resume")
 
-    record = Recorder(config, model, layout, corpus.meta, progress, resumed, notes)
+    record = Recorder(config, trainer.model, layout, corpus.meta, progress, trainer.changed, notes)
     last_save = time.monotonic()
     while True:
+        # evaluate, and save what has been evaluated
         at_end = progress.step >= config.max_iters
         if (progress.step % config.eval_interval == 0 or at_end) and progress.evaluated < progress.step:
             with record.pause():
-                losses = evaluate(model, loss_of, corpus, config, layout, stop)
+                losses = trainer.evaluate(stop)
                 if losses is None:  # the resumed run makes this evaluation anew
                     return save_and_end()
                 train_loss, val_loss = losses
@@ -276,33 +295,31 @@ def train(
                 progress.evaluated, progress.best_val_loss = progress.step, min(progress.best_val_loss, val_loss)
                 record.evaluation(progress.step, train_loss, val_loss)
                 if progress.step > 0 and (is_best or config.always_save_checkpoint or at_end):
-                    save(is_best)
+                    trainer.save(is_best)
                     last_save = time.monotonic()
         if at_end:
             break
 
-        loss, norm = update(model, loss_of, optimizer, scaler, corpus, config, layout, progress.step)
-        save_due = on_rank_0 and 0 < config.checkpoint_minutes * 60 <= time.monotonic() - last_save
-        signals = [loss / WORLD_SIZE, norm / WORLD_SIZE, float(stop.asked is not None), float(save_due)]
-        loss, norm, stopping, save_due = distributed.sum_over_world(signals, layout.device)  # every rank decides alike
-        if math.isfinite(loss) and math.isfinite(norm):
-            optimizer.step()  # scaler.step would look for what all ranks have just agreed on
-            progress.bad_steps = 0
-        else:
-            progress.skipped, progress.bad_steps = progress.skipped + 1, progress.bad_steps + 1
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        record.update(progress.step, loss, norm, progress.bad_steps and progress.skipped)
+        # forward, backward and update; whatever a rank finds, every rank decides alike
+        loss, norm = trainer.accumulate()
+        is_due = RANK == 0 and 0 < config.checkpoint_minutes * 60 <= time.monotonic() - last_save
+        (loss, norm), (stopping, is_due) = distributed.agree(
+            [loss, norm], [stop.asked is not None, is_due], layout.device
+        )
+        is_finite = math.isfinite(loss) and math.isfinite(norm)
+        trainer.update(is_finite)
+        record.update(progress.step, loss, norm, skipped=0 if is_finite else progress.skipped)
         if progress.bad_steps >= config.max_bad_steps:
             raise distributed.SameOnAllRanks(
                 f"step {progress.step}: loss {loss}, gradient norm {norm}: the last {progress.bad_steps} steps were "
                 "not finite; lower learning_rate or resume from an earlier checkpoint"
             )
         progress.step += 1
+
         if stopping:
             return save_and_end()
-        if save_due:
-            save()
+        if is_due:
+            trainer.save()
             last_save = time.monotonic()
     record.close()
 

@@ -147,10 +147,11 @@ class Recorder:
         if self.log:
             self._say(step_line(step, train_loss, val_loss), {"train/loss": train_loss, "val/loss": val_loss}, step)
 
-    def update(self, step: int, loss: float, norm: float, skipped: int | None) -> None:
-        """The line of update `step` where it is due: at every log_interval, and after `skipped` skipped updates.
+    def update(self, step: int, loss: float, norm: float, skipped: int) -> None:
+        """The line of update `step` where it is due: at every log_interval, and where it was skipped.
 
-        `norm` is that of the gradient before clipping. Raises OSError.
+        `skipped`: the number of updates skipped so far where this is one of them, else 0. `norm`: that of the
+        gradient before clipping. Raises OSError.
         """
         self.updates += 1
         if not self.log:
