@@ -21,7 +21,6 @@ if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends 
 
 import dataclasses
 import datetime
-import functools
 import math
 import sys
 import time
@@ -40,13 +39,12 @@ from reduced_sync import distributed
 from reduced_sync.cli import StopSignal
 from reduced_sync.compare.figures import draw_dropping
 from reduced_sync.configurator import configure, describe, option
-from reduced_sync.data import Corpus
 from reduced_sync.distributed import RANK, WORLD_SIZE
 from reduced_sync.files import lock_folder, replace_file
-from reduced_sync.hf.tokenizer import KEPT, Tokens, pretrained_meta, write_pretrained
-from reduced_sync.hf.weights import OURS, from_dense, from_pretrained, pretrained_fields, shards_to_dense
+from reduced_sync.hf.tokenizer import KEPT, write_pretrained
 from reduced_sync.spd import distillation, placement, texts
 from reduced_sync.spd.log import perplexity_line, read_drop_log, sensitivity_line, table_of
+from reduced_sync.spd.source import Source
 from reduced_sync.train.log import RunLog
 from reduced_sync.train.recorder import conditions
 
@@ -115,58 +113,11 @@ class Progress:
     sync: str = ""  # the rule that was chosen
 
 
-class Source:
-    """The trained model: its shape, its tokens, and how it is built in any number of shards."""
-
-    def __init__(self, name: str):
-        """Raises ValueError or OSError where there is none, or none with all syncs."""
-        self.name, path = name, Path(name) / "ckpt.pt"
-        self.saved = None
-        if not path.exists():
-            family, fields = pretrained_fields(name)
-            if family == OURS:
-                raise ValueError(f"init_from={name!r} was exported with its code: name the out_dir it came from")
-            self.meta = pretrained_meta(name, fields["vocab_size"]) | {"source": str(name)}
-            self.fields = fields
-        else:
-            self.saved, trained, self.meta = ckpt.load_with_tokens(path)
-            self.dense = shards_to_dense(self.saved["model"], trained)
-            self.fields = dataclasses.asdict(trained) | {"sync": "baseline"}
-
-    def build(self, n_shard: int, tp_group: dist.ProcessGroup | None = None) -> rsm.GPT:
-        """The model with all syncs, on the CPU. Raises ValueError where it cannot be cut so."""
-        if self.saved is None:
-            return from_pretrained(self.name, tp_group, n_shard=n_shard)
-        config = rsm.GPTConfig(**self.fields | {"n_shard": n_shard})
-        return from_dense(config, self.dense.items(), tp_group, self.name)
-
-    def texts(self, config: Config) -> tuple[dict, dict]:
-        """{name: token ids} to calibrate and to evaluate on. Raises ValueError or OSError."""
-        found = []
-        if self.meta["tokenizer"] not in ("gpt2", "char"):
-            self.tokens  # noqa: B018  without a text, too: the result gets them
-        for key, split in (("calibration", "train"), ("evaluation", "val")):
-            if pattern := getattr(config, key):
-                found.append(texts.read_texts(pattern, self.tokens, key))
-            elif self.saved is None or "dataset" not in self.saved["config"]:  # of this command, it has none
-                raise ValueError(f"{key} is empty: it must name text files")
-            else:
-                corpus = Corpus(self.saved["config"]["dataset"], config.block_size)
-                ckpt.check_data(self.saved, corpus.meta, Path(self.name) / "ckpt.pt")
-                found.append({split: corpus.splits[split]})
-        return found[0], found[1]
-
-    @functools.cached_property
-    def tokens(self) -> Tokens:
-        """Loaded once, and only where there is text."""
-        return Tokens(self.meta, self.fields["vocab_size"])
-
-
 def prepare(config: Config) -> tuple[tuple, Source, dict | None, dict, dict, dict]:
     """Refuse what can be refused before a process group exists. Raises ValueError or OSError.
 
-    Returns (device choice, source, checkpoint or None, texts to calibrate on, windows of them by the key that says how
-    many, windows of each text to evaluate on).
+    Returns (what distributed.choose_device has found, source, checkpoint or None, texts to calibrate on, windows of
+    them by the key that says how many, windows of each text to evaluate on).
     """
     out_dir, saved = Path(config.out_dir), None
     if config.init_from == "resume":
@@ -203,22 +154,26 @@ def prepare(config: Config) -> tuple[tuple, Source, dict | None, dict, dict, dic
     for key in ("calibration_windows", "distil_batch_size", "finetune_batch_size"):
         if getattr(config, key) % dp_size:
             raise ValueError(f"{key}={getattr(config, key)} is not divisible by the {dp_size} replicas")
-    choice = distributed.choose_device(config.device, config.dtype, config.backend)
+    hardware = distributed.choose_device(config.device, config.dtype, config.backend)
     calibration, evaluation = source.texts(config)
     T = config.block_size
     keys = ("arrange_windows", "calibration_windows", "sensitivity_windows")
     windows = {key: texts.spread_windows(calibration, n, T, key) for key in keys if (n := getattr(config, key))}
     evaluation = {name: texts.first_windows(ids, config.evaluation_tokens, T, name) for name, ids in evaluation.items()}
-    return choice, source, saved, calibration, windows, evaluation
+    return hardware, source, saved, calibration, windows, evaluation
+
+
+class Stopped(Exception):
+    """A signal has asked for a stop, and the run is saved."""
 
 
 class Dropping:
     """One run: the model on its way through the stages."""
 
-    def __init__(self, config, choice, source, saved, calibration, windows, evaluation):
+    def __init__(self, config, hardware, source, saved, calibration, windows, evaluation):
         self.config, self.source, self.calibration, self.evaluation = config, source, calibration, evaluation
         self.all_windows, self.windows = windows, windows["calibration_windows"]
-        self.layout = distributed.start(*choice, config.tp_size, config.timeout_s)
+        self.layout = distributed.start(*hardware, config.tp_size, config.timeout_s)
         self.stop, self.last_save = StopSignal(), time.monotonic()
         self.progress = Progress(**saved["progress"]) if saved else Progress()
         self.model = self.build_arranged()
@@ -299,8 +254,7 @@ class Dropping:
             try:
                 if final:
                     model_args = dataclasses.asdict(self.model.with_sync(self.progress.sync).config)
-                    state |= {"model_args": model_args, "data": self.source.meta, "scaler": {}, "step": 0}
-                    state |= {"evaluated": -1, "best_val_loss": math.inf, "skipped": 0, "bad_steps": 0}
+                    state |= {"model_args": model_args, "data": self.source.meta}
                     if self.source.meta["tokenizer"] not in ("gpt2", "char"):
                         tokens = self.source.tokens
                         write_pretrained(tokens.pretrained, tokens.generation, out_dir / KEPT)
@@ -312,35 +266,35 @@ class Dropping:
                 error = f"saving to {out_dir} failed, what was saved before is whole: {failure}"
         distributed.raise_together(error)
 
-    def step_done(self, done: int) -> bool:
-        """Remember that so much of the stage is done, and save where it is due. Whether the run is to stop."""
+    def step_done(self, done: int) -> None:
+        """Remember that so much of the stage is done, and save where it is due. Raises Stopped."""
         self.progress.done = done
         due = RANK == 0 and time.monotonic() - self.last_save > self.config.checkpoint_minutes * 60
-        asked = [float(self.stop.asked is not None), float(due)]
-        stopping, due = distributed.sum_over_world(asked, self.layout.device)  # every rank decides alike
+        asked = [self.stop.asked is not None, due]
+        _, (stopping, due) = distributed.agree([], asked, self.layout.device)  # every rank decides alike
         if stopping or due:
             self.save()
-        return bool(stopping)
+        if stopping:
+            raise Stopped
 
-    def run(self) -> bool:
-        """All stages from where the run stands. Returns whether it came to the end."""
-        n_layer = self.model.config.n_layer
-        if (self.progress.stage, self.progress.done) == (STAGES[0], 0):
-            self.evaluate("dense", "2" * n_layer, self.stop)
+    def run(self) -> None:
+        """All stages from where the run stands. Raises Stopped."""
+        progress, stages = self.progress, [self.arrange, self.sensitivity, self.drop, self.distil, self.finetune]
+        if (progress.stage, progress.done) == (STAGES[0], 0):
+            self.evaluate("dense", "2" * self.model.config.n_layer, self.stop)
             if self.stop.agreed:
                 self.save()
-                return False
-        while self.progress.stage != STAGES[-1]:
-            stage, begin = self.progress.stage, time.monotonic()
-            n_tokens = getattr(self, stage)()
-            if n_tokens is None:
-                return False
-            if n_tokens:
+                raise Stopped
+        for do, stage, following in zip(stages, STAGES, STAGES[1:], strict=False):
+            if STAGES.index(stage) < STAGES.index(progress.stage):
+                continue
+            begin = time.monotonic()
+            if n_tokens := do():
                 self.say(f"{stage}: {time.monotonic() - begin:.1f} s, {n_tokens} tokens")
-            self.progress.stage, self.progress.done = STAGES[STAGES.index(stage) + 1], 0
+            progress.stage, progress.done = following, 0
             if stage == "drop" or (n_tokens and stage in DONE):
                 self.evaluate(DONE[stage], self.pattern)
-            if self.progress.stage != STAGES[-1]:
+            if following != STAGES[-1]:
                 self.save()
         last = "finetune" if self.config.finetune_steps else "distil" if self.config.distil_epochs else "drop"
         for n in self.config.curve:
@@ -350,7 +304,6 @@ class Dropping:
             log = read_drop_log(Path(self.config.out_dir) / "log.txt")
             draw_dropping({"": log}, Path(self.config.out_dir) / "dropping.png")
             print(table_of({Path(self.config.out_dir).name: log}))
-        return True
 
     @property
     def pattern(self) -> str:
@@ -362,10 +315,10 @@ class Dropping:
         first = set(self.progress.order[:n])
         return "".join("1" if i in first else "2" for i in range(self.model.config.n_layer))
 
-    # --- the stages: each returns the tokens it has used, 0 if it is left out, None if the run is to stop
+    # --- the stages: each returns the tokens it has used, 0 if it is left out. Those with steps raise Stopped
 
     @torch.no_grad()
-    def arrange(self) -> int | None:
+    def arrange(self) -> int:
         """Order the heads and neurons of every layer, the dense function unchanged."""
         config, model, progress = self.config, self.model, self.progress
         if config.arrange == config.arrange_heads == "as_is" or config.n_shard == 1:
@@ -373,28 +326,18 @@ class Dropping:
         windows = self.all_windows["arrange_windows"]
         batches = [model.embed(idx.to(self.layout.device)) for idx in windows.split(config.batch_size)]
         rope, batches = batches[0][1], [x for x, _ in batches]
-        K, N = model.config.n_kv_head, model.config.n_hidden
         for i in self.bar(range(model.config.n_layer)):
             if i >= len(progress.groups):
-                dense = placement.dense_block(model, i)
-                groups, neurons = list(range(K)), list(range(N))
-                if config.arrange_heads != "as_is":
-                    by = config.arrange_heads
-                    groups = placement.place_groups(dense, model.config, batches, rope, by, self.layout)
-                dense = placement.permuted(dense, model.config, groups, neurons)
-                if config.arrange == "affinity":
-                    neurons = placement.place_neurons(dense, model.config, batches, rope, self.layout)
-                dense = placement.permuted(dense, model.config, list(range(K)), neurons)
-                placement.set_dense_block(model, i, dense)
+                by = config.arrange_heads, config.arrange
+                groups, neurons = placement.arrange(model, i, batches, rope, *by, self.layout)
                 progress.groups.append(groups)
                 progress.neurons.append(neurons)
-                if self.step_done(i + 1):
-                    return None
+                self.step_done(i + 1)
             with self.layout.autocast():
                 batches = [model.run_blocks(x, rope, range(i, i + 1)) for x in batches]
         return windows.numel()
 
-    def sensitivity(self) -> int | None:
+    def sensitivity(self) -> int:
         """The order in which blocks are dropped."""
         L = self.model.config.n_layer
         self.progress.order = list(range(L))[::-1]
@@ -405,7 +348,7 @@ class Dropping:
         measured = distillation.sensitivities(self.model, windows, batch_size, layout, self.bar, self.stop)
         if measured is None:
             self.save()
-            return None
+            raise Stopped
         found, perplexities = measured
         for i in range(L):
             self.say(sensitivity_line(i, found[i], perplexities[i]))
@@ -431,7 +374,7 @@ class Dropping:
         model = self.model.with_sync(self.dropped(n))
         return distillation.mean_loss(model, self.windows, self.config.batch_size, self.layout)
 
-    def distil(self) -> int | None:
+    def distil(self) -> int:
         """Block to block: each dropped block learns what it computed before, on the same windows."""
         config, model, done = self.config, self.model, self.progress.done
         if config.distil_epochs == 0 or "1" not in self.pattern:
@@ -443,60 +386,42 @@ class Dropping:
             exact = torch.cat([teacher.embed(idx)[0].cpu() for idx in mine])  # (windows, T, C)
         for i in self.bar(range(model.config.n_layer)):
             before = exact
-            exact = self.through(teacher if i < done else model, i, before, rope, "baseline")
+            exact = distillation.run_layer(
+                teacher if i < done else model, i, "baseline", before, rope, config.batch_size, self.layout
+            )
             if i >= done:
                 if self.pattern[i] == "1":
                     first, last = distillation.distil(model, i, before, exact, rope, config, self.layout)
                     self.say(f"distil: block {i}, relative error {first:.3e} to {last:.3e}")
-                if self.step_done(i + 1):
-                    return None
+                self.step_done(i + 1)
         return self.windows.numel() * config.distil_epochs
 
-    @torch.no_grad()
-    def through(self, model: rsm.GPT, i: int, x: torch.Tensor, rope: tuple | None, sync: str) -> torch.Tensor:
-        """All windows x (windows, T, C) through layer i, under another sync rule; on the CPU."""
-        model, done = model.with_sync(sync), []
-        for part in x.split(self.config.batch_size):
-            with self.layout.autocast():
-                done.append(model.run_blocks(part.to(self.layout.device), rope, range(i, i + 1)).cpu())
-        return torch.cat(done)
-
-    def finetune(self) -> int | None:
+    def finetune(self) -> int:
         """The whole model towards the distributions of the one with all syncs, on other windows at each step."""
         config, model, layout = self.config, self.model, self.layout
         if config.finetune_steps == 0 or "1" not in self.pattern:
             return 0
         teacher = self.build_arranged()
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+        descent = distillation.Descent(model, config.finetune_learning_rate, config.finetune_steps, layout)
+        self.optimizer = descent.optimizer
         if self.progress.done:
             ckpt.restore_optimizer(self.saved_optimizer, model, self.optimizer)
         share = config.finetune_batch_size // layout.dp_size
         dropped = [i for i in self.progress.order if self.pattern[i] == "1"]
         for step in self.bar(range(self.progress.done, config.finetune_steps)):
             generator = torch.Generator().manual_seed(distributed.seed_of(config.seed, 1 << 20, step))
-            idx = self.draw(config.finetune_batch_size, generator)[layout.dp_rank * share :][:share].to(layout.device)
+            idx = texts.random_windows(self.calibration, config.finetune_batch_size, config.block_size, generator)
+            idx = idx[layout.dp_rank * share :][:share].to(layout.device)
             n = int(torch.randint(len(dropped) + 1, (), generator=generator)) if config.elastic else len(dropped)
             pattern = "".join("1" if i in dropped[:n] else "2" for i in range(model.config.n_layer))
             loss = distillation.divergence(model.with_sync(pattern), teacher, idx, layout)
-            peak, steps = config.finetune_learning_rate, config.finetune_steps
-            distillation.descend(model, loss, self.optimizer, peak, step, steps, layout, model.tp_group)
+            descent.update(step, loss)
             if step % 10 == 0:
-                mean = distributed.sum_over_world([loss.item() / WORLD_SIZE], layout.device)[0]
+                (mean,), _ = distributed.agree([loss.item()], [], layout.device)
                 self.say(f"finetune: step {step}, divergence {mean:.4f}")
-            if self.step_done(step + 1):
-                return None
+            self.step_done(step + 1)
         self.optimizer = None
         return config.finetune_steps * config.finetune_batch_size * config.block_size
-
-    def draw(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """n windows (n, T) from random places of the calibration texts, each text as likely."""
-        arrays, T = list(self.calibration.values()), self.config.block_size
-        found = []
-        for _ in range(n):
-            ids = arrays[int(torch.randint(len(arrays), (), generator=generator))]
-            start = int(torch.randint(len(ids) - T + 1, (), generator=generator))
-            found.append(torch.from_numpy(ids[start : start + T].astype("int64")))
-        return torch.stack(found)
 
 
 def main(argv):
@@ -507,9 +432,11 @@ def main(argv):
         config = configure(Config, argv)
         prepared = prepare(config)
         lock = lock_folder(config.out_dir) if RANK == 0 else None
-        finished = Dropping(config, *prepared).run()
-        if RANK == 0 and not finished:
-            print("stopped and saved; go on with --init_from=resume", flush=True)
+        try:
+            Dropping(config, *prepared).run()
+        except Stopped:
+            if RANK == 0:
+                print("stopped and saved; go on with --init_from=resume", flush=True)
         if dist.is_initialized():
             dist.destroy_process_group()
         del lock  # held until here

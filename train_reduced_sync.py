@@ -85,7 +85,7 @@ def prepare(config: Config) -> tuple[tuple, Corpus, dict, rsm.GPTConfig, dict | 
         raise ValueError(
             f"out_dir={config.out_dir!r} holds a run already: go on with --init_from=resume, or choose another out_dir"
         )
-    saved = ckpt.load(path) if config.init_from == "resume" else None
+    saved = ckpt.load(path, ckpt.KINDS) if config.init_from == "resume" else None
     origin = saved["config"]["init_from"] if saved else config.init_from
     shape, notes = {}, {}
     if origin not in ("scratch", "resume"):  # what the user does not write is the pretrained model's

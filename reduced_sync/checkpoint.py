@@ -21,6 +21,8 @@ from reduced_sync.hf.tokenizer import KEPT
 from reduced_sync.old_keys import with_sync
 from reduced_sync_model import GPT, GPTConfig, is_sharded
 
+# the keys of a checkpoint and their types: of a run of the training script, and of the result of drop_syncs.py
+DROPPED = dict.fromkeys("model optimizer model_args config data progress".split(), dict)
 KINDS = dict.fromkeys("model optimizer model_args config data scaler".split(), dict)
 KINDS |= dict.fromkeys("step evaluated skipped bad_steps".split(), int) | {"best_val_loss": float}
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of AdamW; none before its first update
@@ -87,10 +89,10 @@ def save(checkpoint: dict, out_dir: str | Path, is_best: bool) -> None:
     sync_folder(out_dir)
 
 
-def load(path: str | Path, kinds: dict = KINDS) -> dict:
+def load(path: str | Path, kinds: dict | None = None) -> dict:
     """The checkpoint in `path`, read without running anything in it. Raises ValueError with one clear line.
 
-    kinds: {key that it must have: type}.
+    kinds: {key that it must have: type}; None: KINDS, or DROPPED where it has a key of those alone.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -98,9 +100,11 @@ def load(path: str | Path, kinds: dict = KINDS) -> dict:
         if damaged is not None:
             raise ValueError(f"{damaged} in it is damaged")
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if kinds is None:
+            kinds = DROPPED if isinstance(checkpoint, dict) and "progress" in checkpoint else KINDS
         for key, kind in kinds.items():
             if not isinstance(checkpoint, dict) or key not in checkpoint:
-                raise ValueError(f"it is not a checkpoint of this project: no {key}")
+                raise ValueError(f"it is not a checkpoint of this project, or not one of this kind: no {key}")
             if type(checkpoint[key]) is not kind:
                 raise ValueError(f"its {key} is {type(checkpoint[key]).__name__}, not {kind.__name__}")
         for key in kinds.keys() & {"model_args", "config", "data"}:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from reduced_sync import distributed
@@ -94,27 +93,25 @@ def relative_error(x: Tensor, exact: Tensor) -> Tensor:
     return ((x - exact).square().sum(-1) / exact.square().sum(-1)).mean()
 
 
-def descend(
-    module: nn.Module,
-    loss: Tensor,
-    optimizer: torch.optim.Optimizer,
-    peak: float,
-    step: int,
-    steps: int,
-    layout: Layout,
-    tp_group: ProcessGroup | None,
-) -> None:
-    """Update `step` of `steps` of `module` by `loss`, its gradients averaged over replicas and clipped to norm 1.
+class Descent:
+    """AdamW for `steps` updates of `module`: gradients are averaged over replicas and clipped to norm 1.
 
     The learning rate: 5 % of the steps of warm-up to `peak`, then a cosine to a tenth of it.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = cosine_schedule(step, peak, peak / 10, max(1, steps // 20), steps)
-    loss.backward()
-    distributed.average_gradients(module, layout.dp_group)
-    distributed.clip_gradients(module, 1.0, is_sharded, tp_group)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+
+    def __init__(self, module: nn.Module, peak: float, steps: int, layout: Layout):
+        self.module, self.peak, self.steps, self.layout = module, peak, steps, layout
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def update(self, step: int, loss: Tensor) -> None:
+        """Update number `step`, counted from 0, by `loss`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = cosine_schedule(step, self.peak, self.peak / 10, max(1, self.steps // 20), self.steps)
+        loss.backward()
+        distributed.average_gradients(self.module, self.layout.dp_group)
+        distributed.clip_gradients(self.module, 1.0, is_sharded, self.layout.tp_group)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def distil(
@@ -126,10 +123,9 @@ def distil(
     sync is trained beside it.
     """
     block, synced, dropped = model.transformer.h[i], model.with_sync("baseline"), model.with_sync("spd")
-    optimizer = torch.optim.AdamW(block.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
     size = max(1, config.distil_batch_size // layout.dp_size)
     steps_of_epoch = -(-len(inputs) // size)
-    steps, step = config.distil_epochs * steps_of_epoch, 0
+    descent = Descent(block, config.distil_learning_rate, config.distil_epochs * steps_of_epoch, layout)
 
     def loss_of(rows):
         x, target = inputs[rows].to(layout.device), exact[rows].to(layout.device)
@@ -144,15 +140,24 @@ def distil(
             losses = [loss_of(slice(first, first + size)).item() for first in range(0, len(inputs), size)]
         return sum(losses) / len(losses)
 
-    before = error()
+    before, step = error(), 0
     for epoch in range(config.distil_epochs):
         generator = torch.Generator().manual_seed(distributed.seed_of(config.seed, i, epoch))
         order = torch.randperm(len(inputs), generator=generator)
         for first in range(0, len(inputs), size):
-            loss, peak = loss_of(order[first : first + size]), config.distil_learning_rate
-            descend(block, loss, optimizer, peak, step, steps, layout, model.tp_group)
+            descent.update(step, loss_of(order[first : first + size]))
             step += 1
     return before, error()
+
+
+@torch.no_grad()
+def run_layer(model: GPT, i: int, sync: str, x: Tensor, rope: Rope, batch_size: int, layout: Layout) -> Tensor:
+    """All windows x (windows, T, C) through layer i of the model under the rule `sync`; on the CPU."""
+    model, found = model.with_sync(sync), []
+    for part in x.split(batch_size):
+        with layout.autocast():
+            found.append(model.run_blocks(part.to(layout.device), rope, range(i, i + 1)).cpu())
+    return torch.cat(found)
 
 
 def divergence(model: GPT, teacher: GPT, idx: Tensor, layout: Layout) -> Tensor:

@@ -66,6 +66,25 @@ def whole_block(dense: Dense, config: GPTConfig, device: torch.device) -> Block:
     return block.to(device).eval()
 
 
+def arrange(
+    model: GPT, i: int, batches: list[torch.Tensor], rope: Rope, heads: str, neurons: str, layout: Layout
+) -> tuple[list[int], list[int]]:
+    """Order layer i's KV groups and its neurons, in place, by `heads` and `neurons`: as_is, affinity or scatter.
+
+    batches: x (B, T, C), what the layer reads. Returns both orders.
+    """
+    config, dense = model.config, dense_block(model, i)
+    groups, order = list(range(config.n_kv_head)), list(range(config.n_hidden))
+    as_they_are = list(groups)
+    if heads != "as_is":
+        groups = place_groups(dense, config, batches, rope, heads, layout)
+    dense = permuted(dense, config, groups, order)
+    if neurons == "affinity":
+        order = place_neurons(dense, config, batches, rope, layout)
+    set_dense_block(model, i, permuted(dense, config, as_they_are, order))
+    return groups, order
+
+
 @torch.no_grad()
 def place_groups(
     dense: Dense, config: GPTConfig, batches: list[torch.Tensor], rope: Rope, by: str, layout: Layout

@@ -48,6 +48,16 @@ def spread_windows(texts: dict[str, np.ndarray], windows: int, length: int, key:
     return torch.stack(parts)
 
 
+def random_windows(texts: dict[str, np.ndarray], n: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """n windows (n, length) int64 from random places, each text as likely."""
+    arrays, found = list(texts.values()), []
+    for _ in range(n):
+        ids = arrays[int(torch.randint(len(arrays), (), generator=generator))]
+        start = int(torch.randint(len(ids) - length + 1, (), generator=generator))
+        found.append(torch.from_numpy(ids[start : start + length].astype(np.int64)))
+    return torch.stack(found)
+
+
 def first_windows(ids: np.ndarray, n_tokens: int, length: int, name: str) -> torch.Tensor:
     """The first `n_tokens` tokens (0: all) in windows of `length`: (windows, length). Raises ValueError for none."""
     if 0 < n_tokens < length:

@@ -211,7 +211,7 @@ def test_foreign_files(path, tmp_path):
     torch.save(torch.zeros(3), path)
     refused(path, "not a checkpoint of this project")
     torch.save({"model": {}, "iter_num": 3}, path)  # nanoGPT's
-    refused(path, "not a checkpoint of this project: no optimizer")
+    refused(path, "not a checkpoint of this project", "no optimizer")
     refused(tmp_path, "cannot be used")  # a folder
 
 
