@@ -45,26 +45,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 import reduced_sync_model as rsm
 from reduced_sync import distributed
 from reduced_sync.bench import cost_model
-from reduced_sync.bench.candidates import (
-    Candidate,
-    build,
-    configs_of,
-    describe,
-    measure,
-    parse_candidate,
-    synchronize,
-)
-from reduced_sync.bench.timing import Decoding
+from reduced_sync.bench.candidates import Candidate, build, keys_of, measure, synchronize
+from reduced_sync.bench.figures import draw_decoding
+from reduced_sync.bench.results import Case, Prediction, Row, Times, Training, Variant, describe, to_json
+from reduced_sync.bench.timing import Constants, Decoding, Round, Setting, Workload
 from reduced_sync.cli import check_figure, check_target, one_line_errors
-from reduced_sync.compare.figures import draw_decoding
 from reduced_sync.configurator import option, parse
 from reduced_sync.hardware import LINKS, NAMED, Accelerator, Link
+from reduced_sync.train.experiment import MODERN, model_keys
 
 
 def peak_memory(device: torch.device, reset: bool = False) -> int:
@@ -87,50 +82,53 @@ def peak_memory(device: torch.device, reset: bool = False) -> int:
 # train: a step is forward, backward and AdamW
 
 
-def training(candidate: Candidate, layout: distributed.Layout, args: "Train") -> Callable[[], tuple[float, int]]:
-    """A function that trains `args.steps` steps and returns (seconds a step, peak bytes)."""
-    model = build(candidate, layout, args)
-    if candidate.keys:
-        optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), layout.device.type)
-    else:
+def training(
+    candidate: Candidate, layout: distributed.Layout, batch_size: int, steps: int
+) -> Callable[[], tuple[float, int]]:
+    """A function that trains so many steps and returns (seconds a step, peak bytes)."""
+    model, config = build(candidate, layout), candidate.config
+    if candidate.is_gpt2:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    tokens = torch.randint(args.vocab_size, (args.batch_size, args.block_size + 1), device=layout.device)
+    else:
+        optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), layout.device.type)
+    tokens = torch.randint(config.vocab_size, (batch_size, config.block_size + 1), device=layout.device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def loss_of(x, y):  # as train_reduced_sync.py compiles it
-        return model(x, y)[1] if candidate.keys else model(x, labels=x).loss
+        return model(x, labels=x).loss if candidate.is_gpt2 else model(x, y)[1]
 
     if candidate.compile:
         loss_of = torch.compile(loss_of)
-
-    def step():
-        with layout.autocast():
-            loss = loss_of(x, y)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    step()  # compiles, and makes the optimizer's state
 
     def measured():
         peak_memory(layout.device, reset=True)
         synchronize(layout.device)
         begin = time.perf_counter()
-        for _ in range(args.steps):
-            step()
+        for _ in range(steps):
+            with layout.autocast():
+                loss = loss_of(x, y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         synchronize(layout.device)
-        return (time.perf_counter() - begin) / args.steps, peak_memory(layout.device)
+        return (time.perf_counter() - begin) / steps, peak_memory(layout.device)
 
     return measured
 
 
-def train(args: "Train") -> list[dict]:
+def train(args: "Train") -> list[Training]:
     """Tokens/s and peak memory a rank of every candidate, eager and compiled, with the ratios to the first."""
     modes = {"eager": [False], "compiled": [True], "both": [False, True]}[args.mode]
     table = []
     for compiled in modes:
-        candidates = [parse_candidate(text, args.n_layer, args.tp_size, compiled) for text in args.candidates]
-        results = measure(candidates, training, args)
+        candidates = [
+            Candidate(text, args.config("baseline@1"), is_gpt2=True, compile=compiled)
+            if text == "gpt2"
+            else Candidate(text, args.config(text), tp_size=args.tp_size, compile=compiled)
+            for text in args.candidates
+        ]
+        job = partial(training, batch_size=args.batch_size, steps=args.steps)
+        results = measure(candidates, job, args.device, args.dtype, args.rounds, args.launches)
         rounds = [[max(s for s, _ in ranks) for ranks in one] for one in results]
         peaks = [max(peak for ranks in one for _, peak in ranks) for one in results]
         medians = [statistics.median(one) for one in rounds]
@@ -140,8 +138,7 @@ def train(args: "Train") -> list[dict]:
                 f"{candidate.label:28} {speed:10.0f} tok/s {ratio:6.3f}x {peak / 2**20:8.0f} MiB {memory:6.3f}x",
                 flush=True,
             )
-            one = {"candidate": candidate.label, "tokens_per_s": speed, "speed_ratio": ratio, "rounds_s": seconds}
-            table.append(one | {"peak_bytes": peak, "memory_ratio": memory})
+            table.append(Training(candidate.label, speed, ratio, seconds, peak, memory))
     return table
 
 
@@ -149,38 +146,47 @@ def train(args: "Train") -> list[dict]:
 # decode: time to the first token (TTFT) and per token after it (TPOT)
 
 
-def summarize(rounds: list, case: tuple, n_forwards: int) -> dict:
-    """One case in figures: medians over tokens and rounds, of the slowest rank; all-reduces over all ranks."""
-    ranks = [[one[rank][0][case] for one in rounds] for rank in range(len(rounds[0]))]
-    calls = [calls for rank in ranks for _, _, calls in rank]
-    count = len(calls[0]) // n_forwards
-    per_token = [sum(s for _, s in one[i : i + count]) for one in calls for i in range(count, len(one), count or 1)]
-    return {
-        "ttft_s": max(statistics.median(ttft for ttft, _, _ in rank) for rank in ranks),
-        "tpot_s": max(statistics.median(step for _, steps, _ in rank for step in steps) for rank in ranks),
-        "all_reduces": count,
-        "bytes": calls[0][-1][0] if count else 0,
-        "prefill_bytes": calls[0][0][0] if count else 0,
-        "in_all_reduces_s": statistics.median(per_token) if count else 0.0,
-    }
+class Machine(NamedTuple):
+    """What a rank decodes with, as measured: bytes/s at which it sums its weights, and the cost model's constants."""
+
+    stream: float
+    accelerator: Accelerator
+    link: Link | None
 
 
-def constants_of(rounds: list, B: int, T: int, args: "Decode") -> tuple[float, Accelerator, Link | None]:
-    """(bytes/s that a rank streams, Accelerator, Link or None): medians of what all ranks measured."""
-    found = [constants for one in rounds for _, constants in one]
-    middle = {key: statistics.median(one[key] for one in found) for key in found[0]}
-    accelerator = Accelerator(middle["bandwidth", B], middle["peak", B, T], middle["overhead", B], "measured")
+def summarize(rounds: list[list[Round]], setting: Setting, n_forwards: int) -> Times:
+    """One setting in figures, of [round][rank]: medians, of the slowest rank; all-reduces over all ranks."""
+    ranks = [[ranks[i].generations[setting] for ranks in rounds] for i in range(len(rounds[0]))]
+    calls = [one.all_reduces for rank in ranks for one in rank]
+    count = len(calls[0]) // n_forwards  # the first so many are the prefill's
+    per_token = [
+        sum(c.seconds for c in one[i : i + count]) for one in calls for i in range(count, len(one), count or 1)
+    ]
+    return Times(
+        ttft_s=max(statistics.median(one.ttft for one in rank) for rank in ranks),
+        tpot_s=max(statistics.median(step for one in rank for step in one.steps) for rank in ranks),
+        all_reduces=count,
+        bytes=calls[0][-1].bytes if count else 0,
+        prefill_bytes=calls[0][0].bytes if count else 0,
+        in_all_reduces_s=statistics.median(per_token) if count else 0.0,
+    )
+
+
+def machine_of(rounds: list[list[Round]], B: int, T: int, n_embd: int) -> Machine:
+    """Medians of what all ranks measured of themselves; the link is the line through two all-reduces' times."""
+    ranks = [rank for ranks in rounds for rank in ranks]
+    middle = Constants(*map(statistics.median, zip(*(rank.constants[B, T] for rank in ranks), strict=True)))
+    accelerator = Accelerator(middle.bandwidth, middle.peak, middle.overhead, "measured")
     link, n = None, len(rounds[0])
     if n > 1:
-        sizes = [4 * B * t * args.n_embd for t in (1, T)]
-        base, per_byte, _ = cost_model.fit(sizes, [middle["all_reduce", B, t] for t in (1, T)])
+        sizes = [4 * B * t * n_embd for t in (1, T)]
+        base, per_byte, _ = cost_model.fit(sizes, [middle.token_all_reduce, middle.prompt_all_reduce])
         link = Link(base, 0.0, 2 * (n - 1) / n / per_byte, "measured")
-    return middle["stream"], accelerator, link
+    return Machine(statistics.median(rank.stream for rank in ranks), accelerator, link)
 
 
-def decode(args: "Decode") -> list[dict]:
-    """TTFT and TPOT of every candidate at every tp_size, its all-reduces, and what bounds it; against rivals."""
-    configs = configs_of(args)
+def check_decode(args: "Decode", configs: dict[str, rsm.GPTConfig], device: str) -> None:
+    """Raise ValueError for what cannot be decoded or drawn."""
     for tp_size, (name, config) in itertools.product(args.tp_sizes, configs.items()):
         if config.n_shard % tp_size:
             raise ValueError(f"tp_size={tp_size} must divide n_shard={config.n_shard} of {name}")
@@ -190,32 +196,40 @@ def decode(args: "Decode") -> list[dict]:
         raise ValueError("--png draws TPOT against sync count at tp_size 2 or more; --tp_sizes names none")
     if args.png:
         check_figure(args.png)
-    device, dtype, _ = distributed.choose_device(args.device, args.dtype)
-    args.added_delay_us = tuple(sorted(set(args.added_delay_us)))
     if any(args.added_delay_us) and (device != "cpu" or max(args.tp_sizes) < 2):
         raise ValueError("--added_delay_us holds up all-reduces on a CPU: it needs --device=cpu and tp_size 2 or more")
-    setups = {}  # tp_size: ours eager, the rival, ours compiled, and that without communication
+
+
+def decode(args: "Decode") -> list[Case]:
+    """TTFT and TPOT of every candidate at every tp_size, its all-reduces, and what bounds it; against rivals."""
+    configs = {name: args.config(name, args.n_shard) for name in args.candidates}
+    base = args.config("baseline", args.n_shard)
+    device, dtype, _ = distributed.choose_device(args.device, args.dtype)
+    check_decode(args, configs, device)
+    delays = tuple(sorted(set(args.added_delay_us)))
+    work = Workload(configs, args.batch_sizes, args.prompts, args.new_tokens, delays)
+    setups = {}  # tp_size: {what it is of a Case: candidate}
     for tp_size in args.tp_sizes:
-        ours = partial(Candidate, "ours", dict(n_shard=args.n_shard), tp_size)
-        rival = Candidate("PyTorch's tensor parallelism" if tp_size > 1 else "transformers' generate", tp_size=tp_size)
-        silences = ([False, True] if tp_size > 1 else [False]) if args.compile else []
-        compiled = [ours(compile=True, silent=silent) for silent in silences]
-        setups[tp_size] = [ours(), rival, *compiled]
-    results = iter(measure([one for setup in setups.values() for one in setup], Decoding, args))
+        rival = "PyTorch's tensor parallelism" if tp_size > 1 else "transformers' generate"
+        setups[tp_size] = setup = {"patterns": Candidate("ours", base, tp_size=tp_size)}
+        setup["rival_times"] = Candidate(rival, base, is_gpt2=True, tp_size=tp_size)
+        if args.compile:
+            setup["compiled"] = Candidate("ours", base, tp_size=tp_size, compile=True)
+        if args.compile and tp_size > 1:
+            setup["compiled_silent"] = Candidate("ours", base, tp_size=tp_size, compile=True, silent=True)
+    candidates = [one for setup in setups.values() for one in setup.values()]
+    job = partial(Decoding, work=work)
+    results = iter(measure(candidates, job, args.device, args.dtype, args.rounds, args.launches))
     table = []
     for tp_size, setup in setups.items():
-        measured = [next(results) for _ in setup]
+        measured = {kind: next(results) for kind in setup}
         for B, T in itertools.product(args.batch_sizes, args.prompts):
             cases = []
-            for delay in args.added_delay_us if tp_size > 1 else (0,):
-                cases.append(figures_of(setup, measured, configs, B, T, delay, dtype.itemsize, args))
+            for delay in delays if tp_size > 1 else (0,):
+                cases.append(case_of(setup, measured, work, B, T, delay, dtype.itemsize))
                 print_case(cases[-1])
-            for before, after in itertools.pairwise(cases):
-                added = after["added_delay_s"] - before["added_delay_s"]
-                for a, b in zip(before["patterns"], after["patterns"], strict=True):
-                    for key in ("", "model_"):
-                        b[f"{key}exposed_syncs"] = (b[f"{key}tpot_s"] - a[f"{key}tpot_s"]) / added
             if len(cases) > 1:
+                add_exposed(cases)
                 print_exposed(cases)
             table += cases
     if args.png:
@@ -223,126 +237,177 @@ def decode(args: "Decode") -> list[dict]:
     return table
 
 
-def figures_of(
-    setup: list[Candidate],
-    measured: list,
-    configs: dict[str, rsm.GPTConfig],
-    B: int,
-    T: int,
-    delay: int,
-    itemsize: int,
-    args: "Decode",
-) -> dict:
+def case_of(
+    setup: dict[str, Candidate], measured: dict[str, list], work: Workload, B: int, T: int, delay: int, itemsize: int
+) -> Case:
     """The figures of one tp_size, batch size, prompt length and added delay in microseconds."""
-    figures, tp_size = partial(summarize, n_forwards=args.new_tokens + 1), setup[0].tp_size
-    stream, accelerator, link = constants_of(measured[0], B, T, args)
-    middle = T + args.new_tokens // 2  # a token in the middle of those decoded
-    case = {"tp_size": tp_size, "batch_size": B, "prompt": T, "added_delay_s": delay / 1e6, "stream": stream}
-    case |= {"rival": setup[1].name, "accelerator": vars(accelerator), "link": link and vars(link)}
-    first = next(iter(configs.values()))
-    case["bound_s"] = cost_model.bytes_read(first, tp_size, B, middle, itemsize) / stream
-    rival = figures(measured[1], (setup[1].name, True, B, T, delay))
-    case |= {f"rival_{key}": value for key, value in rival.items()}
-    for candidate, rounds in zip(setup[2:], measured[2:], strict=True):
-        if delay:
-            continue  # a compiled all-reduce is not held up
-        kind = "compiled_silent" if candidate.silent else "compiled"
-        compiled = figures(rounds, (next(iter(configs)), not candidate.silent, B, T, 0))
-        case |= {f"{kind}_{key}": value for key, value in compiled.items()}
-        theirs = statistics.median(constants["stream"] for one in rounds for _, constants in one)
-        case[f"{kind}_bound_s"] = case["bound_s"] * stream / theirs
-    case["patterns"] = rows = []
-    for variant, config in configs.items():
-        row = {"variant": variant} | describe(config)
-        row |= figures(measured[0], (variant, True, B, T, delay))
-        row["bound_s"] = cost_model.bytes_read(config, tp_size, B, middle, itemsize) / stream
-        model = partial(cost_model.forward_seconds, config, accelerator, itemsize=itemsize, added_delay=delay / 1e6)
-        row |= {"model_ttft_s": model(link, tp_size, B, T, T), "model_tpot_s": model(link, tp_size, B, 1, middle)}
-        if tp_size > 1:
-            silent = figures(measured[0], (variant, False, B, T, 0))
-            row |= {"silent_ttft_s": silent["ttft_s"], "silent_tpot_s": silent["tpot_s"]}
-            row["exposed_s"] = row["tpot_s"] - row["silent_tpot_s"]
-            row["model_exposed_s"] = row["model_tpot_s"] - model(None, tp_size, B, 1, middle)
-        if tp_size > 1 and row["hidden"]:
-            blocking = max(link.all_reduce(4 * B * config.n_embd, tp_size), delay / 1e6)  # the last one
-            for key in ("exposed_s", "model_exposed_s"):
-                row[f"hidden_{key}"] = (row[key] - blocking) / row["hidden"]
-        rows.append(row)
-    size = (first.n_layer, first.n_embd)
-    alike = [row for row in rows if not row["hidden"] and (row["model"]["n_layer"], row["model"]["n_embd"]) == size]
-    counts, tpots = [row["syncs"] for row in alike], [row["tpot_s"] for row in alike]
-    if tp_size > 1 and len(set(counts)) > 1:
-        case["fit_compute_s"], case["fit_all_reduce_s"], residuals = cost_model.fit(counts, tpots)
-        case["compute_s"] = statistics.median(row["silent_tpot_s"] for row in alike)
-        case["all_reduce_s"] = sum(row["in_all_reduces_s"] for row in alike) / sum(counts)
-        for row, residual in zip(alike, residuals, strict=True):
-            row["residual_s"] = residual
-            row["line_s"] = case["compute_s"] + row["syncs"] * case["all_reduce_s"]
+    ours, rival = setup["patterns"], setup["rival_times"]
+    machine = machine_of(measured["patterns"], B, T, ours.config.n_embd)
+    # of the tokens decoded one in the middle
+    token = cost_model.Forward(ours.tp_size, B, 1, T + work.new_tokens // 2, itemsize)
+    prefill = cost_model.Forward(ours.tp_size, B, T, T, itemsize)
+
+    def times(kind, name, sent=True, delay=delay):
+        return summarize(measured[kind], Setting(name, sent, B, T, delay), work.new_tokens + 1)
+
+    rows = []
+    for name, config in work.configs.items():
+        silent = times("patterns", name, False, 0) if ours.tp_size > 1 else None
+        rows.append(row_of(name, config, machine, prefill, token, times("patterns", name), silent, delay / 1e6))
+    case = Case(
+        tp_size=ours.tp_size,
+        batch_size=B,
+        prompt=T,
+        patterns=rows,
+        added_delay_s=delay / 1e6,
+        stream=machine.stream,
+        rival=rival.name,
+        accelerator=vars(machine.accelerator),
+        link=machine.link and vars(machine.link),
+        bound_s=rows[0].bound_s,
+        rival_times=times("rival_times", rival.name),
+    )
+    if "compiled" in setup and not delay:  # a compiled all-reduce is not held up
+        case.compiled = times("compiled", rows[0].variant)
+        case.compiled.bound_s = bound_of_compiled(case, measured["compiled"])
+    if "compiled_silent" in setup and not delay:
+        case.compiled_silent = times("compiled_silent", rows[0].variant, sent=False)
+        case.compiled_silent.bound_s = bound_of_compiled(case, measured["compiled_silent"])
+    add_fit(case)
     return case
 
 
-def count_of(row: dict) -> str:
+def bound_of_compiled(case: Case, rounds: list[list[Round]]) -> float:
+    """The case's bound at the rate at which the processes of a compiled model stream."""
+    return case.bound_s * case.stream / statistics.median(rank.stream for ranks in rounds for rank in ranks)
+
+
+def row_of(
+    name: str,
+    config: rsm.GPTConfig,
+    machine: Machine,
+    prefill: cost_model.Forward,
+    token: cost_model.Forward,
+    times: Times,
+    silent: Times | None,
+    added_delay: float,
+) -> Row:
+    """A variant's figures; `silent` are its times without communication, where there are several ranks."""
+    model = partial(cost_model.forward_seconds, config, machine.accelerator, added_delay=added_delay)
+    row = Row(variant=name, **describe(config), **vars(times))
+    row.bound_s = cost_model.bytes_read(config, token) / machine.stream
+    row.model_ttft_s, row.model_tpot_s = model(machine.link, prefill), model(machine.link, token)
+    if silent is None:
+        return row
+    row.silent_ttft_s, row.silent_tpot_s = silent.ttft_s, silent.tpot_s
+    row.exposed_s, row.model_exposed_s = row.tpot_s - silent.tpot_s, row.model_tpot_s - model(None, token)
+    if row.hidden:
+        payload = 4 * token.batch_size * config.n_embd
+        blocking = max(machine.link.all_reduce(payload, token.tp_size), added_delay)  # the last one
+        row.hidden_exposed_s = (row.exposed_s - blocking) / row.hidden
+        row.hidden_model_exposed_s = (row.model_exposed_s - blocking) / row.hidden
+    return row
+
+
+def add_fit(case: Case) -> None:
+    """Fit TPOT = compute + syncs x all_reduce to the models of the first one's size without hidden syncs."""
+
+    def size(row):
+        return row.model["n_layer"], row.model["n_embd"]
+
+    alike = [row for row in case.patterns if not row.hidden and size(row) == size(case.patterns[0])]
+    counts = [row.syncs for row in alike]
+    if case.tp_size > 1 and len(set(counts)) > 1:
+        tpots = [row.tpot_s for row in alike]
+        case.fit_compute_s, case.fit_all_reduce_s, residuals = cost_model.fit(counts, tpots)
+        case.compute_s = statistics.median(row.silent_tpot_s for row in alike)
+        case.all_reduce_s = sum(row.in_all_reduces_s for row in alike) / sum(counts)
+        for row, residual in zip(alike, residuals, strict=True):
+            row.residual_s = residual
+            row.line_s = case.compute_s + row.syncs * case.all_reduce_s
+
+
+def add_exposed(cases: list[Case]) -> None:
+    """Give the rows of cases that differ in their added delay the slopes of TPOT from each to the next."""
+    for before, after in itertools.pairwise(cases):
+        added = after.added_delay_s - before.added_delay_s
+        for a, b in zip(before.patterns, after.patterns, strict=True):
+            b.exposed_syncs = (b.tpot_s - a.tpot_s) / added
+            b.model_exposed_syncs = (b.model_tpot_s - a.model_tpot_s) / added
+
+
+def count_of(row: Variant) -> str:
     """A row's all-reduces, with those that are hidden apart."""
-    return f"{row['syncs'] - row['hidden']}+{row['hidden']}" if row.get("hidden") else str(row["syncs"])
+    return f"{row.syncs - row.hidden}+{row.hidden}" if row.hidden else str(row.syncs)
 
 
-def print_case(case: dict) -> None:
+def print_case(case: Case) -> None:
     """One case as a table, in milliseconds."""
-    many, bound = case["tp_size"] > 1, 1000 * case["bound_s"]
-    delay = 1e6 * case.get("added_delay_s", 0)
+    delay = 1e6 * case.added_delay_s
     added = f", every all-reduce at least {delay:.0f} us (added)" if delay else ""
-    print(f"\ntp_size {case['tp_size']}, batch {case['batch_size']}, prompt {case['prompt']}{added}")
-    print(f"a rank streams {case['stream'] / 1e9:.1f} GB/s: its weights and cache take {bound:.2f} ms a token")
-    print(f"{case['rival']}: TTFT {1000 * case['rival_ttft_s']:.2f}, TPOT {1000 * case['rival_tpot_s']:.2f}")
-    for kind, words in (("compiled", "compiled"), ("compiled_silent", "compiled, all-reduces send nothing")):
-        if f"{kind}_tpot_s" in case:
-            share, tpot = case[f"{kind}_bound_s"] / case[f"{kind}_tpot_s"], 1000 * case[f"{kind}_tpot_s"]
-            times = f"TTFT {1000 * case[f'{kind}_ttft_s']:.2f}, TPOT {tpot:.2f}, bound/TPOT {share:.2f}"
-            print(f"ours, {case['patterns'][0]['variant']} {words}: {times}")
-    if "fit_compute_s" in case:
-        for kind, key in (("least squares", "fit_"), ("as measured", "")):
-            compute, all_reduce = 1000 * case[f"{key}compute_s"], 1000 * case[f"{key}all_reduce_s"]
-            print(f"TPOT, {kind}: {compute:.2f} + syncs x {all_reduce:.3f}")
-    hidden = many and any(row.get("hidden") for row in case["patterns"])
-    width = max(14, *(len(row["variant"]) + 1 for row in case["patterns"]))
+    print(f"\ntp_size {case.tp_size}, batch {case.batch_size}, prompt {case.prompt}{added}")
+    bound = f"its weights and cache take {1000 * case.bound_s:.2f} ms a token"
+    print(f"a rank streams {case.stream / 1e9:.1f} GB/s: {bound}")
+    print(f"{case.rival}: TTFT {1000 * case.rival_times.ttft_s:.2f}, TPOT {1000 * case.rival_times.tpot_s:.2f}")
+    kinds = {"compiled": case.compiled, "compiled, all-reduces send nothing": case.compiled_silent}
+    for words, times in kinds.items():
+        if times is not None:
+            line = f"TTFT {1000 * times.ttft_s:.2f}, TPOT {1000 * times.tpot_s:.2f}"
+            print(f"ours, {case.patterns[0].variant} {words}: {line}, bound/TPOT {times.bound_s / times.tpot_s:.2f}")
+    if case.fit_compute_s is not None:
+        print(f"TPOT, least squares: {1000 * case.fit_compute_s:.2f} + syncs x {1000 * case.fit_all_reduce_s:.3f}")
+        print(f"TPOT, as measured: {1000 * case.compute_s:.2f} + syncs x {1000 * case.all_reduce_s:.3f}")
+    many = case.tp_size > 1
+    hidden = many and any(row.hidden for row in case.patterns)
+    width = max(14, *(len(row.variant) + 1 for row in case.patterns))
     columns = "syncs run bytes TTFT model TPOT model bound/TPOT".split()
     columns += "in-syncs no-syncs residual measured".split() if many else []
     columns += ["exposed", "model"] if hidden else []
     print(f"{'variant':{width}}" + "".join(f"{name:>11}" for name in columns))
-    for row in case["patterns"]:
-        cells = [count_of(row), row["all_reduces"], row["bytes"]]
-        for key in ("ttft", "tpot"):
-            cells += [f"{1000 * row[f'{key}_s']:.2f}", f"{100 * (row[f'model_{key}_s'] / row[f'{key}_s'] - 1):+.1f}%"]
-        cells.append(f"{row.get('bound_s', case['bound_s']) / row['tpot_s']:.2f}")
-        if many:
-            keys = ("in_all_reduces_s", "silent_tpot_s", "residual_s")
-            cells += [f"{1000 * row[key]:.2f}" if key in row else "" for key in keys]
-            cells.append(f"{100 * (row['line_s'] / row['tpot_s'] - 1):+.1f}%" if "line_s" in row else "")
-        if hidden and row["hidden"]:
-            cells += [f"{1000 * row[f'hidden_{key}']:.2f}" for key in ("exposed_s", "model_exposed_s")]
-        print((f"{row['variant']:{width}}" + "".join(f"{cell:>11}" for cell in cells)).rstrip(), flush=True)
+    for row in case.patterns:
+        line = "".join(f"{cell:>11}" for cell in cells_of(row, case, many))
+        print(f"{row.variant:{width}}{line}".rstrip(), flush=True)
 
 
-def print_exposed(cases: list[dict]) -> None:
+def cells_of(row: Row, case: Case, many: bool) -> list[str]:
+    """A row of print_case's table, without its name; `many`: of several ranks."""
+
+    def ms(seconds):
+        return "" if seconds is None else f"{1000 * seconds:.2f}"
+
+    def off(seconds, measured):
+        return "" if seconds is None else f"{100 * (seconds / measured - 1):+.1f}%"
+
+    cells = [count_of(row), str(row.all_reduces), str(row.bytes)]
+    cells += [ms(row.ttft_s), off(row.model_ttft_s, row.ttft_s), ms(row.tpot_s), off(row.model_tpot_s, row.tpot_s)]
+    cells.append(f"{(case.bound_s if row.bound_s is None else row.bound_s) / row.tpot_s:.2f}")
+    if many:
+        cells += [ms(row.in_all_reduces_s), ms(row.silent_tpot_s), ms(row.residual_s), off(row.line_s, row.tpot_s)]
+        cells += [ms(row.hidden_exposed_s), ms(row.hidden_model_exposed_s)]
+    return cells
+
+
+def print_exposed(cases: list[Case]) -> None:
     """Exposed syncs of cases that differ in their added delay: by how many times what was added TPOT grew."""
-    first, delays = cases[0], [1e6 * case["added_delay_s"] for case in cases]
-    setting = f"tp_size {first['tp_size']}, batch {first['batch_size']}, prompt {first['prompt']}"
+    first, delays = cases[0], [1e6 * case.added_delay_s for case in cases]
+    setting = f"tp_size {first.tp_size}, batch {first.batch_size}, prompt {first.prompt}"
     print(f"\n{setting}: exposed syncs, measured and by the model, as an all-reduce takes at least so many us")
-    width = max(14, *(len(row["variant"]) + 1 for row in first["patterns"]))
+    width = max(14, *(len(row.variant) + 1 for row in first.patterns))
     spans = [f"{a:.0f}-{b:.0f}" for a, b in itertools.pairwise(delays)]
     print(f"{'variant':{width}}{'syncs':>11}" + "".join(f"{span:>13}{'model':>8}" for span in spans))
-    for rows in zip(*(case["patterns"] for case in cases), strict=True):
-        cells = [f"{row['exposed_syncs']:13.2f}{row['model_exposed_syncs']:8.2f}" for row in rows[1:]]
-        print(f"{rows[0]['variant']:{width}}{count_of(rows[0]):>11}" + "".join(cells), flush=True)
+    for rows in zip(*(case.patterns for case in cases), strict=True):
+        cells = [f"{row.exposed_syncs:13.2f}{row.model_exposed_syncs:8.2f}" for row in rows[1:]]
+        print(f"{rows[0].variant:{width}}{count_of(rows[0]):>11}" + "".join(cells), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # predict: cost_model.py with public figures
 
 
-def predict(args: "Predict") -> list[dict]:
+def predict(args: "Predict") -> list[Prediction]:
     """PREDICTED time per token and to the first token on named links, by the cost model of cost_model.py."""
-    configs, accelerator = configs_of(args), NAMED[args.accelerator]
+    configs = {name: args.config(name, args.n_shard) for name in args.candidates}
+    accelerator = NAMED[args.accelerator]
     for name, config in configs.items():
         if config.n_shard != args.n_shard:
             raise ValueError(f"{name}: predict has a rank a shard, here n_shard={args.n_shard}")
@@ -350,19 +415,21 @@ def predict(args: "Predict") -> list[dict]:
     print(f"PREDICTED, not measured: {args.accelerator}, {setting}")
     width = max(14, *(len(name) + 1 for name in configs))
     print(f"{'link':16}{'variant':{width}}{'syncs':>6}{'TTFT ms':>10}{'TPOT ms':>10}{'faster':>8}{'bound':>8}")
+    prefill = cost_model.Forward(args.n_shard, args.batch_size, args.prompt, args.prompt, args.itemsize)
+    token = dataclasses.replace(prefill, tokens=1)
     table = []
     for name in args.links or LINKS:
         first = None
         for variant, config in configs.items():
-            row = {"predicted": True, "link": name, "variant": variant} | describe(config)
-            model = partial(cost_model.forward_seconds, config, accelerator, itemsize=args.itemsize)
-            sizes, link = (args.n_shard, args.batch_size), LINKS[name]
-            ttft = model(link, *sizes, args.prompt, args.prompt)
-            tpot, bound = (model(one, *sizes, 1, args.prompt) for one in (link, None))
+            model = partial(cost_model.forward_seconds, config, accelerator)
+            ttft, tpot, bound = model(LINKS[name], prefill), model(LINKS[name], token), model(None, token)
+            row = Prediction(
+                variant=variant, **describe(config), link=name, ttft_s=ttft, tpot_s=tpot, no_communication_tpot_s=bound
+            )
             first = first or tpot
             line = f"{name:16}{variant:{width}}{count_of(row):>6}{1000 * ttft:10.3f}{1000 * tpot:10.3f}"
             print(f"{line}{first / tpot:7.2f}x{first / bound:7.2f}x")
-            table.append(row | {"ttft_s": ttft, "tpot_s": tpot, "no_communication_tpot_s": bound})
+            table.append(row)
     print("faster: than the first variant on this link; bound: the same without any communication. Sources:")
     for name in args.links or LINKS:
         print(f"  {name}: {LINKS[name].source}")
@@ -387,6 +454,14 @@ class Options:
     modern: bool = option(False, "give our candidates Llama's block, as config/modern.py does")
     n_kv_head: int = option(0, "with modern: heads of keys and values; 0: n_head", least=0)
     json: str | None = option(None, "also write the results to this file", is_path=True)
+
+    def config(self, candidate: str, n_shard: int | None = None) -> rsm.GPTConfig:
+        """The GPTConfig of a candidate, as keys_of takes it. Raises ValueError."""
+        names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")  # predict has no block_size
+        shape = {name: vars(self)[name] for name in names if name in vars(self)}
+        if self.modern:
+            shape |= MODERN | dict(n_kv_head=self.n_kv_head, bias=False)
+        return rsm.GPTConfig(**model_keys(shape | keys_of(candidate, self.n_layer, n_shard)))
 
 
 @dataclass
@@ -455,7 +530,7 @@ def main(argv: list[str]) -> None:
         if args.json:
             with open(args.json, "w", encoding="utf-8") as file:
                 settings = {"command": command} | dataclasses.asdict(args)  # vars would have what is no key
-                json.dump({"settings": settings, "results": results}, file, indent=1)
+                json.dump({"settings": settings, "results": list(map(to_json, results))}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -37,12 +37,12 @@ import reduced_sync_model as rsm
 from reduced_sync import checkpoint as ckpt
 from reduced_sync import distributed
 from reduced_sync.cli import StopSignal
-from reduced_sync.compare.figures import draw_dropping
 from reduced_sync.configurator import configure, describe, option
 from reduced_sync.distributed import RANK, WORLD_SIZE
 from reduced_sync.files import lock_folder, replace_file
 from reduced_sync.hf.tokenizer import KEPT, write_pretrained
 from reduced_sync.spd import distillation, placement, texts
+from reduced_sync.spd.figures import draw_dropping
 from reduced_sync.spd.log import perplexity_line, read_drop_log, sensitivity_line, table_of
 from reduced_sync.spd.source import Source
 from reduced_sync.train.log import RunLog

@@ -29,10 +29,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from reduced_sync.cli import ctrl_c_held, one_line_errors
-from reduced_sync.train.experiment import model_keys
+from reduced_sync.train.experiment import MODERN, model_keys
 from reduced_sync_model import GPT, GPTConfig
 
-MODERN = dict(norm="rmsnorm", position="rope", mlp="swiglu")  # config/modern.py's block
 VARIANTS = {  # sync rule, of Llama's kind of block where `modern`: syncs
     "baseline": 24,
     "spd": 12,

@@ -13,8 +13,8 @@ import re
 import statistics
 from pathlib import Path
 
+from reduced_sync.bench.results import read_results
 from reduced_sync.cli import one_line_errors
-from reduced_sync.compare.frontier import read_results
 from reduced_sync.compare.report import report
 from reduced_sync.compare.runs import baseline_of, by_scale, count_text, gap, load_runs
 from reduced_sync.spd.log import read_drop_log, table_of
@@ -106,54 +106,49 @@ def decoding_table(folder):
 def training_table(folder):
     """What bench.py train measured, of train.json in a folder: tokens/s and memory, with ratios to our first."""
     _, results = read_results(folder / "train.json")
-    ours = next(row for row in results if not row["candidate"].startswith("gpt2"))
+    ours = next(row for row in results if not row.candidate.startswith("gpt2"))
     lines = [["candidate", "tokens/s", "speed", "peak memory, GB", "memory"]]
     for row in results:
-        speed, peak = row["tokens_per_s"], row["peak_bytes"]
-        ratios = (speed / ours["tokens_per_s"], peak / ours["peak_bytes"])
-        cells = [row["candidate"], f"{speed:,.0f}", f"{ratios[0]:.2f}x", f"{peak / 1e9:.1f}", f"{ratios[1]:.2f}x"]
-        lines.append(cells)
+        speed, memory = row.tokens_per_s / ours.tokens_per_s, row.peak_bytes / ours.peak_bytes
+        cells = [f"{row.tokens_per_s:,.0f}", f"{speed:.2f}x", f"{row.peak_bytes / 1e9:.1f}", f"{memory:.2f}x"]
+        lines.append([row.candidate, *cells])
     return markdown(lines)
 
 
 def decoding_case(case):
     """The patterns of one tp_size, batch size and prompt: milliseconds, and how much faster than the first."""
-    head = f"**tp_size {case['tp_size']}, batch {case['batch_size']}, prompt {case['prompt']}.**"
-    others = {case["rival"]: "rival", "Ours, baseline, compiled": "compiled"}
-    others["The same without communication"] = "compiled_silent"
-    for name, key in others.items():
-        if f"{key}_tpot_s" in case:
-            head += f" {name}: TTFT {1000 * case[f'{key}_ttft_s']:.0f} ms, TPOT {1000 * case[f'{key}_tpot_s']:.1f} ms."
-    head += f" Memory alone: {1000 * case['bound_s']:.1f} ms a token."
+    head = f"**tp_size {case.tp_size}, batch {case.batch_size}, prompt {case.prompt}.**"
+    others = {case.rival: case.rival_times, "Ours, baseline, compiled": case.compiled}
+    others["The same without communication"] = case.compiled_silent
+    for name, times in others.items():
+        if times is not None:
+            head += f" {name}: TTFT {1000 * times.ttft_s:.0f} ms, TPOT {1000 * times.tpot_s:.1f} ms."
+    head += f" Memory alone: {1000 * case.bound_s:.1f} ms a token."
     columns = ["variant", "syncs", "TTFT, ms", "TPOT, ms", "faster"]
-    columns += ["in all-reduces, ms", "without them, ms"] if case["tp_size"] > 1 else []
+    columns += ["in all-reduces, ms", "without them, ms"] if case.tp_size > 1 else []
     lines = [columns]
-    for row in case["patterns"]:
-        tpot = row["tpot_s"]
-        cells = [row["variant"], counted(row), f"{1000 * row['ttft_s']:.0f}", f"{1000 * tpot:.1f}"]
-        cells.append(f"{case['patterns'][0]['tpot_s'] / tpot:.2f}x")
-        if case["tp_size"] > 1:
-            cells += [f"{1000 * row[key]:.1f}" for key in ("in_all_reduces_s", "silent_tpot_s")]
+    for row in case.patterns:
+        cells = [row.variant, count_text(row.syncs, row.hidden)]
+        cells += [f"{1000 * row.ttft_s:.0f}", f"{1000 * row.tpot_s:.1f}"]
+        cells.append(f"{case.patterns[0].tpot_s / row.tpot_s:.2f}x")
+        if case.tp_size > 1:
+            cells += [f"{1000 * row.in_all_reduces_s:.1f}", f"{1000 * row.silent_tpot_s:.1f}"]
         lines.append(cells)
     return f"{head}\n\n{markdown(lines)}"
-
-
-def counted(row):
-    """The syncs of a row of bench.py decode; older ones know of no hidden ones."""
-    return count_text(row["syncs"], row.get("hidden", 0))
 
 
 def delays_table(folder):
     """What bench.py decode measured with added delays: TPOT with each, and the exposed syncs between two of them."""
     (path,) = folder.glob("*.json")
     _, cases = read_results(path)
-    delays = [f"{1000 * case['added_delay_s']:g}" for case in cases]
+    delays = [f"{1000 * case.added_delay_s:g}" for case in cases]
     columns = ["variant", "syncs", *(f"{delay} ms" for delay in delays)]
     columns += [f"exposed, {a} to {b} ms" for a, b in itertools.pairwise(delays)]
     lines = [columns]
-    for rows in zip(*(case["patterns"] for case in cases), strict=True):
-        cells = [rows[0]["variant"], counted(rows[0]), *(f"{1000 * row['tpot_s']:.1f}" for row in rows)]
-        cells += [f"{row['exposed_syncs']:.1f} ({row['model_exposed_syncs']:.1f})" for row in rows[1:]]
+    for rows in zip(*(case.patterns for case in cases), strict=True):
+        cells = [rows[0].variant, count_text(rows[0].syncs, rows[0].hidden)]
+        cells += [f"{1000 * row.tpot_s:.1f}" for row in rows]
+        cells += [f"{row.exposed_syncs:.1f} ({row.model_exposed_syncs:.1f})" for row in rows[1:]]
         lines.append(cells)
     return markdown(lines)
 

@@ -9,9 +9,8 @@ import os
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,17 +20,17 @@ from torch import nn
 import reduced_sync_model as rsm
 from reduced_sync import distributed
 from reduced_sync.cli import ctrl_c_held
-from reduced_sync.train.experiment import model_keys
 
 CANDIDATE = re.compile(r"(?:([1-9][0-9]*)x([1-9][0-9]*)|[^+@]+)(\+[a-z]+)?(?:@([1-9][0-9]*))?")
 
 
 @dataclass
 class Candidate:
-    """What is measured: `gpt2` (transformers') or one of our models, on tp_size ranks."""
+    """What is measured, on tp_size ranks: one of our models, or transformers' GPT-2 of the same sizes."""
 
     name: str
-    keys: dict = field(default_factory=dict)  # of its GPTConfig, beside the options'; none: transformers' GPT-2
+    config: rsm.GPTConfig
+    is_gpt2: bool = False
     tp_size: int = 1
     compile: bool = False
     silent: bool = False  # its all-reduces send nothing
@@ -66,45 +65,32 @@ def keys_of(text: str, n_layer: int, n_shard: int | None = None) -> dict:
     return dict(n_shard=n_shard, n_layer=n_layer, n_embd=n_embd, n_head=n_head, sync=sync)
 
 
-def parse_candidate(text: str, n_layer: int, tp_size: int = 1, compiled: bool = False) -> Candidate:
-    """`gpt2`, or one of ours as keys_of takes it, with its @N_SHARD. Raises ValueError."""
-    if text == "gpt2":
-        return Candidate(text, compile=compiled)
-    return Candidate(text, keys_of(text, n_layer), tp_size, compiled)
-
-
-def configs_of(args: Any) -> dict[str, rsm.GPTConfig]:
-    """{name: GPTConfig} of the candidates to decode with. Raises ValueError."""
-    return {name: config_of(keys_of(name, args.n_layer, args.n_shard), args) for name in args.candidates}
-
-
-def describe(config: rsm.GPTConfig) -> dict:
-    """What a row of results says of its model: pattern, all-reduces of a forward pass and how many are hidden, keys."""
-    rule = config.rule
-    names = "n_layer n_embd n_head n_shard sync norm position mlp n_hidden n_kv_head head_size vocab_size".split()
-    row = {"pattern": rule.pattern, "syncs": rule.syncs, "hidden": rule.hidden}
-    return row | {"model": {name: getattr(config, name) for name in names}}
-
-
-def measure(candidates: list[Candidate], job: Callable, args: Any) -> list[list[list]]:
+def measure(
+    candidates: list[Candidate],
+    job: Callable,
+    device: str | None = None,
+    dtype: str | None = None,
+    rounds: int = 1,
+    launches: int = 1,
+) -> list[list[list]]:
     """What `job` measures of the candidates in alternating rounds: [candidate][round][rank].
 
-    job(candidate, layout, args), on each rank, returns the function that measures once. `args` are bench.py's options.
-    Raises ValueError for what cannot be built, ChildProcessError if a process ends before its time.
+    job(candidate, layout), on each rank, returns the function that measures once; its first result is left out: there
+    code is compiled and memory allocated. Raises ValueError for a device that is not there, ChildProcessError if a
+    process ends before its time.
     """
-    device, _, _ = distributed.choose_device(args.device, args.dtype)
+    place = distributed.choose_device(device, dtype)
     for candidate in candidates:
-        if device.startswith("cuda") and candidate.tp_size > torch.cuda.device_count():
+        if place[0].startswith("cuda") and candidate.tp_size > torch.cuda.device_count():
             raise ValueError(f"{candidate.label} needs {candidate.tp_size} GPUs; here are {torch.cuda.device_count()}")
-        config_of(candidate.keys, args)
     results = [[] for _ in candidates]
-    for launch in range(args.launches):
+    for launch in range(launches):
         order = [(i + launch) % len(candidates) for i in range(len(candidates))]
         with tempfile.TemporaryDirectory() as folder:
-            launched = {i: start(candidates[i], job, f"{folder}/{i}", args) for i in order}
+            launched = {i: start(candidates[i], job, place, f"{folder}/{i}") for i in order}
             for i in order:
-                answers(launched[i], "measure")  # once built, to warm up
-            for _ in range(args.rounds):
+                answers(launched[i], "measure")
+            for _ in range(rounds):
                 for i in order:
                     results[i].append(answers(launched[i], "measure"))
             for ranks in launched.values():
@@ -114,14 +100,17 @@ def measure(candidates: list[Candidate], job: Callable, args: Any) -> list[list[
     return results
 
 
-def start(candidate: Candidate, job: Callable, store: str, args: Any) -> list[Connection]:
-    """Start a candidate's processes, which build what they measure; returns a pipe for each rank."""
+def start(candidate: Candidate, job: Callable, place: tuple[str, torch.dtype, str], store: str) -> list[Connection]:
+    """Start a candidate's processes, which build what they measure; returns a pipe for each rank.
+
+    place: device, dtype and backend. store: a file in which the ranks meet.
+    """
     context = mp.get_context("spawn")
     ranks = []
     for rank in range(candidate.tp_size):
         ours, theirs = context.Pipe()
         with ctrl_c_held():
-            context.Process(target=serve, args=(theirs, rank, candidate, job, store, args), daemon=True).start()
+            context.Process(target=serve, args=(theirs, rank, candidate, job, place, store), daemon=True).start()
         theirs.close()
         ranks.append(ours)
     return ranks
@@ -138,14 +127,13 @@ def answers(ranks: list[Connection], message: str) -> list:
 
 
 @distributed.clear_errors()
-def serve(pipe: Connection, rank: int, candidate: Candidate, job: Callable, store: str, args: Any) -> None:
+def serve(pipe, rank, candidate, job, place, store):
     """A rank's process: build what `job` makes, then measure at each message until the last one."""
-    device, dtype, backend = distributed.choose_device(args.device, args.dtype)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // candidate.tp_size))
-    if backend == "gloo":
+    if place[2] == "gloo":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    layout = distributed.start(device, dtype, backend, candidate.tp_size, timeout_s=1800, spawned=(rank, store))
-    measured = job(candidate, layout, args)
+    layout = distributed.start(*place, candidate.tp_size, timeout_s=1800, spawned=(rank, store))
+    measured = job(candidate, layout)
     with contextlib.suppress(EOFError, ConnectionError):  # whoever started it has gone
         while pipe.recv() == "measure":
             pipe.send(measured())
@@ -154,25 +142,17 @@ def serve(pipe: Connection, rank: int, candidate: Candidate, job: Callable, stor
         dist.destroy_process_group()
 
 
-def config_of(keys: dict, args: Any) -> rsm.GPTConfig:
-    """The GPTConfig of one of our candidates, or the sizes of transformers' in its terms. Raises ValueError."""
-    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")  # predict has no block_size
-    shape = {name: vars(args)[name] for name in names if name in vars(args)}
-    if args.modern:
-        shape |= dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=args.n_kv_head, bias=False)
-    return rsm.GPTConfig(**model_keys(shape | keys))
-
-
-def build(candidate: Candidate, layout: distributed.Layout, args: Any) -> nn.Module:
+def build(candidate: Candidate, layout: distributed.Layout) -> nn.Module:
     """The model of a candidate with random weights, on its device."""
     torch.manual_seed(0)
-    if candidate.keys:
-        return rsm.GPT(config_of(candidate.keys, args), layout.tp_group).to(layout.device)
+    c = candidate.config
+    if not candidate.is_gpt2:
+        return rsm.GPT(c, layout.tp_group).to(layout.device)
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    shape = dict(vocab_size=args.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
+    shape = dict(vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
     no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    return GPT2LMHeadModel(GPT2Config(**shape, n_positions=args.block_size, **no_dropout)).to(layout.device)
+    return GPT2LMHeadModel(GPT2Config(**shape, n_positions=c.block_size, **no_dropout)).to(layout.device)
 
 
 def synchronize(device: torch.device) -> None:

@@ -14,6 +14,7 @@ compute meanwhile: hidden syncs cost more than this says, TPOT is up to a third 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,64 +22,65 @@ from reduced_sync.hardware import Accelerator, Link
 from reduced_sync_model import GPTConfig
 
 
-def sublayers(
-    config: GPTConfig, tp_size: int, batch_size: int, tokens: int, context: int, itemsize: int = 4
-) -> list[tuple[float, float]]:
-    """[(bytes, flops)] of a rank for an attention and for an MLP. `context` includes the new tokens.
+@dataclass(frozen=True)
+class Forward:
+    """A forward pass of a rank. tokens = context is a prefill (TTFT), tokens = 1 a decoded token (TPOT)."""
 
-    itemsize: bytes of a weight and of a number in the cache.
-    """
-    c = config
+    tp_size: int
+    batch_size: int
+    tokens: int  # new ones of each sequence
+    context: int  # and with those in the cache before them
+    itemsize: int = 4  # bytes of a weight and of a number in the cache
+
+
+def sublayers(config: GPTConfig, forward: Forward) -> list[tuple[float, float]]:
+    """[(bytes, flops)] of a rank for an attention and for an MLP."""
+    c, batch_size, tokens, context = config, forward.batch_size, forward.tokens, forward.context
     width, kv_width = c.n_head * c.head_size, max(c.n_kv_head, c.n_shard) * c.head_size  # each shard has a KV head
     seen = context - (tokens - 1) / 2  # causal: a token sees those before it
     attention, mlp = 2 * c.n_embd * (width + kv_width), (3 if c.mlp == "swiglu" else 2) * c.n_embd * c.n_hidden
     cache, products = 2 * batch_size * context * kv_width, 4 * batch_size * tokens * seen * width
     parts = (attention, cache, products), (mlp, 0, 0)
     return [
-        (itemsize * (weights + cache) / tp_size, (2 * batch_size * tokens * weights + products) / tp_size)
+        (
+            forward.itemsize * (weights + cache) / forward.tp_size,
+            (2 * batch_size * tokens * weights + products) / forward.tp_size,
+        )
         for weights, cache, products in parts
     ]
 
 
-def bytes_read(config: GPTConfig, tp_size: int, batch_size: int, context: int, itemsize: int = 4) -> float:
-    """Bytes that a rank reads to decode one token of each sequence: blocks and cache in parts, the head whole."""
-    block = sum(n_bytes for n_bytes, _ in sublayers(config, tp_size, batch_size, 1, context, itemsize))
-    return config.n_layer * block + itemsize * config.vocab_size * config.n_embd
+def bytes_read(config: GPTConfig, forward: Forward) -> float:
+    """Bytes that a rank reads: its parts of blocks and cache, the head whole."""
+    block = sum(n_bytes for n_bytes, _ in sublayers(config, forward))
+    return config.n_layer * block + forward.itemsize * config.vocab_size * config.n_embd
 
 
-def flops(config: GPTConfig, tp_size: int, batch_size: int, tokens: int, context: int) -> float:
-    """Floating point operations of a rank; logits only of the last position. `context` includes the new tokens."""
-    block = sum(n_flops for _, n_flops in sublayers(config, tp_size, batch_size, tokens, context))
-    return config.n_layer * block + 2 * batch_size * config.vocab_size * config.n_embd
+def flops(config: GPTConfig, forward: Forward) -> float:
+    """Floating point operations of a rank; logits only of the last position."""
+    block = sum(n_flops for _, n_flops in sublayers(config, forward))
+    return config.n_layer * block + 2 * forward.batch_size * config.vocab_size * config.n_embd
 
 
 def forward_seconds(
-    config: GPTConfig,
-    accelerator: Accelerator,
-    link: Link | None,
-    tp_size: int,
-    batch_size: int,
-    tokens: int,
-    context: int,
-    itemsize: int = 4,
-    added_delay: float = 0.0,
+    config: GPTConfig, accelerator: Accelerator, link: Link | None, forward: Forward, added_delay: float = 0.0
 ) -> float:
-    """The model at the top of this file. tokens = context is a prefill (TTFT), tokens = 1 a decoded token (TPOT).
+    """The model at the top of this file.
 
     link: None where all-reduces send nothing. added_delay: seconds that an all-reduce takes at least.
     """
-    compute = flops(config, tp_size, batch_size, tokens, context) / accelerator.peak
-    memory = bytes_read(config, tp_size, batch_size, context, itemsize) / accelerator.bandwidth
+    compute, memory = flops(config, forward) / accelerator.peak, bytes_read(config, forward) / accelerator.bandwidth
     seconds = config.n_layer * accelerator.overhead + max(memory, compute)
-    if link is None or tp_size == 1:
+    if link is None or forward.tp_size == 1:
         return seconds
-    all_reduce = max(added_delay, link.all_reduce(4 * batch_size * tokens * config.n_embd, tp_size))
+    payload = 4 * forward.batch_size * forward.tokens * config.n_embd
+    all_reduce = max(added_delay, link.all_reduce(payload, forward.tp_size))
     rule = config.rule
     if not rule.hidden:
         return seconds + rule.syncs * all_reduce
     attention, mlp = (
         accelerator.overhead / 2 + max(n_bytes / accelerator.bandwidth, n_flops / accelerator.peak)
-        for n_bytes, n_flops in sublayers(config, tp_size, batch_size, tokens, context, itemsize)
+        for n_bytes, n_flops in sublayers(config, forward)
     )
     # one after an attention is hidden by the MLP, one after an MLP by the next attention, and the last by nothing
     after_attention = sum(syncs for syncs, _ in rule.layers())

@@ -6,7 +6,9 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,10 +16,17 @@ import torch.distributed as dist
 import reduced_sync_model as rsm
 from reduced_sync import decoding
 from reduced_sync.bench import cost_model
-from reduced_sync.bench.candidates import build, configs_of, synchronize
+from reduced_sync.bench.candidates import Candidate, build, synchronize
 from reduced_sync.distributed import Layout
 
 OPERATORS = torch.ops._c10d_functional  # those of an all-reduce in two halves, start and wait
+
+
+class AllReduce(NamedTuple):
+    """One that ran."""
+
+    bytes: int
+    seconds: float
 
 
 class AllReduceMeter:
@@ -76,12 +85,13 @@ class AllReduceMeter:
     def __exit__(self, *_):
         dist.all_reduce, OPERATORS.all_reduce, OPERATORS.wait_tensor = self.originals
 
-    def take(self) -> list[tuple[int, float]]:
-        """[(bytes, seconds)] of the calls since the last take, after they have ended."""
+    def take(self) -> list[AllReduce]:
+        """The all-reduces since the last take, after they have ended."""
         synchronize(self.device)  # an event has no time before the GPU has come to it
         on_cpu = self.device.type == "cpu"
         taken = [
-            (size, sum(b - a if on_cpu else a.elapsed_time(b) / 1000 for a, b in spans)) for size, spans in self.calls
+            AllReduce(size, sum(b - a if on_cpu else a.elapsed_time(b) / 1000 for a, b in spans))
+            for size, spans in self.calls
         ]
         self.calls = []
         return taken
@@ -164,117 +174,179 @@ def seconds_of(function: Callable, device: torch.device, repeats: int = 5) -> fl
     return statistics.median(taken)
 
 
-def shape_of(config: rsm.GPTConfig) -> tuple:
-    """What two candidates must have in common to share their weights."""
-    return config.n_layer, config.n_embd, config.n_head, config.n_shard
+@dataclass
+class Workload:
+    """What is decoded: with every model, every batch size and prompt, while all-reduces take at least each delay."""
+
+    configs: dict[str, rsm.GPTConfig]
+    batch_sizes: tuple[int, ...]
+    prompts: tuple[int, ...]
+    new_tokens: int  # after the first one
+    delays_us: tuple[int, ...] = (0,)
+
+
+class Setting(NamedTuple):
+    """One way in which tokens are decoded."""
+
+    model: str
+    sent: bool  # or its all-reduces send nothing
+    batch_size: int
+    prompt: int
+    delay_us: int = 0
+
+
+class Generation(NamedTuple):
+    """Seconds to the first token, of each further one, and the all-reduces of all."""
+
+    ttft: float
+    steps: list[float]
+    all_reduces: list[AllReduce]
+
+
+class Constants(NamedTuple):
+    """What the cost model needs to know of a rank at one batch size and prompt."""
+
+    bandwidth: float  # bytes/s at which the products of a decode step read their weights
+    peak: float  # flops/s of a prefill
+    overhead: float  # seconds of a layer that moves next to no data
+    token_all_reduce: float = 0.0  # seconds of one in a decode step
+    prompt_all_reduce: float = 0.0
+
+
+class Round(NamedTuple):
+    """What a rank measures at once."""
+
+    generations: dict[Setting, Generation]
+    stream: float | None = None  # bytes/s at which it sums its weights, where the model is ours
+    constants: dict[tuple[int, int], Constants] | None = None  # by batch size and prompt, where it is not compiled
+
+
+def our_models(
+    candidate: Candidate, base: rsm.GPT, configs: dict[str, rsm.GPTConfig], layout: Layout, silent_group
+) -> dict[tuple[str, bool], rsm.GPT]:
+    """{(name, whether its all-reduces are sent): model}; those that differ in no tensor's shape share their weights.
+
+    Of a compiled candidate the first one alone: all would take a minute each.
+    """
+
+    def shape_of(config):
+        return config.n_layer, config.n_embd, config.n_head, config.n_shard
+
+    models, bases = {}, {shape_of(base.config): base}
+    if candidate.compile:
+        configs = dict(itertools.islice(configs.items(), 1))
+        choices = [not candidate.silent]
+    else:
+        choices = [True, False] if candidate.tp_size > 1 else [True]
+    for name, config in configs.items():
+        if (shape := shape_of(config)) not in bases:
+            bases[shape] = rsm.GPT(config, layout.tp_group).to(layout.device)
+            decoding.cast(bases[shape], layout.dtype)
+        for sent in choices:
+            models[name, sent] = sharing(bases[shape], config, layout.tp_group if sent else silent_group)
+    return models
 
 
 class Decoding:
-    """A rank of a candidate, ready to decode: all of args.candidates, or transformers' GPT-2.
+    """A rank of a candidate, ready to decode: all models of a Workload, or transformers' GPT-2. Called, it measures."""
 
-    Those that differ in no tensor's shape share their weights. Called, it generates in every case once and returns
-    ({case: (TTFT, [seconds of each further token], all-reduces)}, constants). A case is (name, whether all-reduces are
-    sent, batch size, tokens of the prompt, microseconds that an all-reduce takes at least).
-    """
-
-    def __init__(self, candidate, layout, args):
-        self.candidate, self.layout, self.args = candidate, layout, args
-        self.device, self.meter = layout.device, AllReduceMeter(layout.device)
-        self.lengths = list(itertools.product(args.batch_sizes, args.prompts))
-        self.prompts = {(B, T): torch.randint(args.vocab_size, (B, T), device=self.device) for B, T in self.lengths}
-        base, silent_group = build(candidate, layout, args).eval(), None
+    def __init__(self, candidate, layout, work):
+        self.candidate, self.layout, self.work = candidate, layout, work
+        self.meter = AllReduceMeter(layout.device)
+        self.prompts = {
+            (B, T): torch.randint(candidate.config.vocab_size, (B, T), device=layout.device)
+            for B, T in itertools.product(work.batch_sizes, work.prompts)
+        }
+        base, silent_group = build(candidate, layout).eval(), None
         if candidate.tp_size > 1:
             from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend
 
             silent_group = dist.new_group(backend="fake")  # its all-reduces send nothing
-        if not candidate.keys:
+        if candidate.is_gpt2:
             if candidate.tp_size > 1:
-                tensor_parallel_gpt2(base, candidate.tp_size, self.device.type)
+                tensor_parallel_gpt2(base, candidate.tp_size, layout.device.type)
             self.models = {(candidate.name, True): base.to(layout.dtype)}
-            self()
             return
         decoding.cast(base, layout.dtype)
-        self.models, bases = {}, {shape_of(base.config): base}
-        for name, config in configs_of(args).items():
-            shape = shape_of(config)
-            if shape not in bases:
-                bases[shape] = rsm.GPT(config, layout.tp_group).to(self.device)
-                decoding.cast(bases[shape], layout.dtype)
-            if candidate.compile:  # all would take a minute each: the first has to do
-                group = silent_group if candidate.silent else layout.tp_group
-                self.models[name, not candidate.silent] = self.silent = sharing(bases[shape], config, group)
-                break
-            self.models[name, True] = sharing(bases[shape], config, layout.tp_group)
-            if candidate.tp_size > 1:
-                self.models[name, False] = sharing(bases[shape], config, silent_group)
-        if not candidate.compile:
-            self.silent = decoding.for_decoding(sharing(base, base.config, silent_group))
-        self.models = {case: decoding.for_decoding(model, candidate.compile) for case, model in self.models.items()}
-        small = dataclasses.replace(base.config, n_embd=4 * args.n_head, head_size=0, n_hidden=0, vocab_size=64)
-        self.small = decoding.for_decoding(rsm.GPT(small, silent_group).to(self.device).eval())
-        self()  # what is compiled, allocated or paged in at first
+        models = our_models(candidate, base, work.configs, layout, silent_group)
+        self.models = {case: decoding.for_decoding(model, candidate.compile) for case, model in models.items()}
+        if candidate.compile:
+            (self.silent,) = models.values()
+            return
+        self.silent = decoding.for_decoding(sharing(base, base.config, silent_group))
+        c = base.config
+        small = dataclasses.replace(c, n_embd=4 * c.n_head, head_size=0, n_hidden=0, vocab_size=64)
+        self.small = decoding.for_decoding(rsm.GPT(small, silent_group).to(layout.device).eval())
 
-    def __call__(self):
-        cases = {}
+    def __call__(self) -> Round:
+        """Generate in every setting once, in another order each time, since some moments are slow for all."""
+        generations = {}
         first, *others = self.models.items()
-        self.models = dict([*others, first])  # each round in another order, since some moments are slow for all
+        self.models = dict([*others, first])
         for (name, sent), model in self.models.items():
             metered = not self.candidate.compile  # else its graph would break at each all-reduce
-            delays = self.args.added_delay_us if metered and sent and self.candidate.tp_size > 1 else (0,)
-            for (B, T), delay in itertools.product(self.lengths, delays):
+            delays = self.work.delays_us if metered and sent and self.candidate.tp_size > 1 else (0,)
+            for (B, T), delay in itertools.product(self.prompts, delays):
                 if self.candidate.tp_size > 1:
                     dist.barrier()
                 self.meter.added_delay = delay / 1e6
                 with torch.inference_mode(), self.meter if metered else contextlib.nullcontext():
-                    begin, n_tokens = time.perf_counter(), self.args.new_tokens + 1
-                    if self.candidate.keys:
-                        times = our_times(model, self.prompts[B, T], n_tokens, self.layout)
-                    else:
+                    begin, n_tokens = time.perf_counter(), self.work.new_tokens + 1
+                    if self.candidate.is_gpt2:
                         times = gpt2_times(model, self.prompts[B, T], n_tokens)
+                    else:
+                        times = our_times(model, self.prompts[B, T], n_tokens, self.layout)
                 steps = [b - a for a, b in itertools.pairwise(times)]
-                cases[name, sent, B, T, delay] = (times[0] - begin, steps, self.meter.take())
+                setting = Setting(name, sent, B, T, delay)
+                generations[setting] = Generation(times[0] - begin, steps, self.meter.take())
         self.meter.added_delay = 0.0
+        if self.candidate.is_gpt2:
+            return Round(generations)
         with torch.inference_mode(), self.layout.autocast():
-            return cases, self.constants() if self.candidate.keys else None
+            weights = [decoding.matrix(m) for m in self.silent.modules() if isinstance(m, decoding.LINEAR)]
+            # the very memory that is read: how fast that is differs from place to place on a virtual machine
+            seconds = seconds_of(lambda: [w.sum() for w in weights], self.layout.device)
+            stream = sum(w.nbytes for w in weights) / seconds
+            if self.candidate.compile:
+                return Round(generations, stream)
+            return Round(generations, stream, {(B, T): self.constants(weights, B, T) for B, T in self.prompts})
 
-    def constants(self) -> dict:
-        """What bounds and cost model need to know of this rank, measured while all ranks measure it."""
-        args, tp_size = self.args, self.candidate.tp_size
-        weights = [decoding.matrix(m) for m in self.silent.modules() if isinstance(m, decoding.LINEAR)]
-        n_bytes = sum(w.nbytes for w in weights)
-        # the very memory that is read: how fast that is differs from place to place on a virtual machine
-        found = {"stream": n_bytes / seconds_of(lambda: [w.sum() for w in weights], self.device)}
-        if self.candidate.compile:
-            return found
+    def constants(self, weights: list[torch.Tensor], B: int, T: int) -> Constants:
+        """Constants of this rank, measured while all ranks measure them. weights: those of the silent model."""
+        config, device, tp_size = self.silent.config, self.layout.device, self.candidate.tp_size
 
-        def multiply_all(B):
+        def multiply_all():
             """The products of a decode step, alone."""
             inputs = {shape: weights[0].new_ones(shape) for shape in {(len(w), B, w.size(2)) for w in weights}}
-            few = self.device.type == "cpu" and B <= decoding.FEW
+            few = device.type == "cpu" and B <= decoding.FEW
             for w in weights:
                 x = inputs[len(w), B, w.size(2)]
                 decoding.multiply_few(x, w) if few else torch.bmm(x, w.mT)
 
-        def run_blocks(B, T, group=None):
-            """All blocks on T tokens; with a group, a real all-reduce behind each."""
-            x = torch.zeros(B, T, args.n_embd, device=self.device)
-            rope = self.silent.rope(0, T) if self.silent.config.position == "rope" else None
-            for i in range(args.n_layer):
-                x = self.silent.run_blocks(x, rope, range(i, i + 1))
-                if group is not None:
-                    with self.meter:
-                        dist.all_reduce(x, group=group)
+        bandwidth = sum(w.nbytes for w in weights) / seconds_of(multiply_all, device)
+        flops = sum(n for _, n in cost_model.sublayers(config, cost_model.Forward(tp_size, B, T, T)))
+        peak = config.n_layer * flops / seconds_of(partial(self.run_blocks, B, T), device, repeats=3)
+        times = our_times(self.small, self.prompts[B, T] % 64, 21, self.layout)
+        overhead = (times[-1] - times[0]) / 20 / config.n_layer
+        if tp_size == 1:
+            return Constants(bandwidth, peak, overhead)
+        return Constants(bandwidth, peak, overhead, *(self.all_reduce_seconds(B, t) for t in (1, T)))
 
-        for B, T in self.lengths:
-            found["bandwidth", B] = n_bytes / seconds_of(partial(multiply_all, B), self.device)
-            flops = args.n_layer * sum(n for _, n in cost_model.sublayers(self.silent.config, tp_size, B, T, T))
-            found["peak", B, T] = flops / seconds_of(partial(run_blocks, B, T), self.device, repeats=3)
-            times = our_times(self.small, self.prompts[B, T] % 64, 21, self.layout)
-            found["overhead", B] = (times[-1] - times[0]) / 20 / args.n_layer
-            for t in (1, T) if tp_size > 1 else ():
-                passes = []
-                for _ in range(7):
-                    run_blocks(B, t, self.layout.tp_group)
-                    passes.append(statistics.mean(seconds for _, seconds in self.meter.take()))
-                found["all_reduce", B, t] = statistics.median(passes)
-        return found
+    def all_reduce_seconds(self, B: int, t: int) -> float:
+        """The median over passes of the mean time of the all-reduces behind blocks that run on t tokens."""
+        passes = []
+        for _ in range(7):
+            self.run_blocks(B, t, self.layout.tp_group)
+            passes.append(statistics.mean(one.seconds for one in self.meter.take()))
+        return statistics.median(passes)
+
+    def run_blocks(self, B: int, T: int, group: dist.ProcessGroup | None = None) -> None:
+        """All blocks on T tokens; with a group, a real all-reduce behind each."""
+        config = self.silent.config
+        x = torch.zeros(B, T, config.n_embd, device=self.layout.device)
+        rope = self.silent.rope(0, T) if config.position == "rope" else None
+        for i in range(config.n_layer):
+            x = self.silent.run_blocks(x, rope, range(i, i + 1))
+            if group is not None:
+                with self.meter:
+                    dist.all_reduce(x, group=group)

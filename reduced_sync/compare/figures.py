@@ -1,4 +1,4 @@
-"""The figures that compare.py and bench.py draw."""
+"""The figure that compare.py draws."""
 
 import math
 import re
@@ -7,7 +7,6 @@ from pathlib import Path
 
 from reduced_sync.compare.frontier import on_frontier, settings_of
 from reduced_sync.compare.runs import Arm, by_scale, comparable, differ, reference_of, too_short
-from reduced_sync.spd.log import DropLog
 
 
 def draw_comparison(arms: list[Arm], path: str | Path, tolerance: float) -> None:
@@ -195,71 +194,3 @@ def _label_points(axes, points):
         room = dict(expand=(1.4, 2.2), force_static=(0.3, 0.5))  # beside the middle of a point: it has a size
         line = dict(arrowstyle="-", color="0.5", linewidth=0.4)
         adjust_text(texts, x, y, ax=axes, iter_lim=300, min_arrow_len=8, arrowprops=line, **room)
-
-
-def draw_decoding(table: list[dict], path: str | Path) -> None:
-    """A figure of TPOT against sync count at tp_size 2 or more: measured points, fit and bounds. Raises OSError.
-
-    `table` holds the cases that bench.py's decode returns.
-    """
-    from matplotlib.figure import Figure
-
-    cases = [case for case in table if case["tp_size"] > 1]
-    figure = Figure(figsize=(6 * len(cases), 4.5), layout="constrained")
-    for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
-        counts = [row["syncs"] for row in case["patterns"]]
-        for key, style, label in (("tpot_s", "o", "measured"), ("silent_tpot_s", "x", "all-reduces send nothing")):
-            axes.plot(counts, [1000 * row[key] for row in case["patterns"]], style, label=label)
-        ends = [0, max(counts)]
-        if "fit_compute_s" in case:
-            fitted = [1000 * (case["fit_compute_s"] + n * case["fit_all_reduce_s"]) for n in ends]
-            axes.plot(ends, fitted, "-", color="tab:blue", linewidth=1, label="fit: compute + syncs x all-reduce")
-        axes.axhline(1000 * case["bound_s"], color="0.4", linestyle=":", label="memory-bandwidth bound")
-        alone = next((c for c in table if c["tp_size"] == 1 and c["batch_size"] == case["batch_size"]), None)
-        if alone:
-            one = 1000 * alone["patterns"][0]["tpot_s"]
-            axes.axhline(one, color="tab:green", linestyle="--", label="one process, all cores")
-        title = f"tp_size {case['tp_size']}, batch {case['batch_size']}, prompt {case['prompt']}"
-        if case.get("added_delay_s"):
-            title += f", all-reduces of {1e6 * case['added_delay_s']:.0f} us at least"
-        axes.set(xlabel="sync points in a forward pass", ylabel="time per token (ms)", title=title, ylim=(0, None))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-
-
-def draw_dropping(logs: dict[str, DropLog], path: str | Path) -> None:
-    """A figure of runs of drop_syncs.py, by name: what each block's sync is worth, and perplexity against syncs.
-
-    Perplexity is the geometric mean over the texts of how far it lies above that with all syncs, in percent; a curve a
-    run and stage. Raises OSError.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
-    worth, loss = figure.subplots(1, 2)
-    for name, log in logs.items():
-        if log.sensitivities:
-            blocks, s, _ = zip(*log.sensitivities, strict=True)
-            worth.plot(blocks, s, "o-", markersize=4, label=name)
-        dense = log.perplexities[0][3]
-        curves = {}
-        for stage, syncs, _, perplexities in log.perplexities:
-            mean = sum(math.log(value / dense[text]) for text, value in perplexities.items()) / len(dense)
-            curves.setdefault(stage, {})[syncs] = 100 * (math.exp(mean) - 1)
-        start = curves.pop("dense")
-        for stage, points in curves.items():
-            points = sorted((points | start).items() if len(points) > 1 else points.items())
-            loss.plot(*zip(*points, strict=True), "o-", markersize=4, label=f"{name} {stage}".strip())
-    worth.set_yscale("symlog", linthresh=0.1)
-    worth.set(
-        xlabel="block", ylabel="sensitivity (perplexity)", title="What the sync after a block's attention is worth"
-    )
-    loss.set_yscale("symlog", linthresh=1)
-    loss.set(xlabel="sync points in a forward pass", ylabel="perplexity above that with all syncs (%)")
-    loss.set_title("Perplexity against syncs")
-    for axes in (worth, loss):
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130)

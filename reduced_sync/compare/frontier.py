@@ -5,60 +5,17 @@ Standard TP computes the same however it is cut, so a dense arm is timed at any 
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
 import torch
 
-from reduced_sync.bench.cost_model import forward_seconds
+from reduced_sync.bench.cost_model import Forward, forward_seconds
+from reduced_sync.bench.results import read_results
 from reduced_sync.compare.runs import Arm, comparable
 from reduced_sync.hardware import LINKS, NAMED
-from reduced_sync.old_keys import with_rules
 from reduced_sync.train.experiment import model_keys
 from reduced_sync_model import GPT, GPTConfig, SyncRule
-
-
-def read_results(path: str | Path) -> tuple[dict, list[dict]]:
-    """(settings, results) that `bench.py --json=PATH` wrote.
-
-    Raises OSError, and ValueError where the file has another form, or a time or size in it is impossible.
-    """
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not what bench.py writes: {error}") from None
-    settings, results = (found.get("settings", {}), found.get("results")) if isinstance(found, dict) else ({}, None)
-    if not isinstance(settings, dict) or not isinstance(results, list):
-        raise ValueError(f"{path}: not what bench.py writes: an object with a list of results")
-    for i, one in enumerate(results):
-        rows = one.get("patterns", []) if isinstance(one, dict) else None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"{path}: results[{i}] is not what bench.py writes")
-        required = ("tp_size", "batch_size", "prompt") if "patterns" in one else ()
-        _check_numbers(f"{path}: results[{i}]", one, required)
-        for j, row in enumerate(rows):
-            _check_numbers(f"{path}: results[{i}].patterns[{j}]", row, ["tpot_s"])
-    try:
-        return settings, [with_rules(one, settings.get("n_layer")) for one in results]
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not what bench.py writes: {error}") from None
-
-
-def _check_numbers(place, entry, required):
-    """Raise ValueError unless `entry` has the keys that are required, and a possible value for each time and size."""
-    for key in dict.fromkeys([*required, *entry]):
-        if key in ("tp_size", "batch_size", "prompt"):
-            kinds, least, wanted = (int,), 1, "a positive integer"
-        elif key == "added_delay_s":
-            kinds, least, wanted = (int, float), 0, "a number of at least 0"
-        elif key.endswith(("ttft_s", "tpot_s", "tokens_per_s", "peak_bytes")):
-            kinds, least, wanted = (int, float), 1e-15, "a positive number"
-        else:
-            continue
-        value = entry.get(key)
-        if type(value) not in kinds or not least <= value < 1e15:  # nan is not >= either
-            raise ValueError(f"{place}.{key} {f'is {value!r}' if key in entry else 'is missing'}, it must be {wanted}")
 
 
 def _config_of(arm):
@@ -94,18 +51,19 @@ def add_measured(arms: list[Arm], path: str | Path, tp_size: int | None, batch_s
         raise ValueError(f"{path}: written by bench.py {settings['command']}, not by bench.py decode")
     configs, measured = [_config_of(arm) for arm in arms], set()
     try:
-        sizes = {(case["tp_size"], case["batch_size"]) for case in cases}
+        sizes = {(case.tp_size, case.batch_size) for case in cases}
         allowed = [(n, B) for n, B in sizes if tp_size in (None, n) and batch_size in (None, B)]
         if not allowed:
             there = ", ".join(f"{n} with {B}" for n, B in sorted(sizes))
             raise ValueError(f"{path}: no case of this tp_size and batch; there are tp_size {there or 'none'}")
         tp_size, batch_size = max(allowed, key=lambda size: (size[0], -size[1]))
-        chosen = [case for case in cases if (case["tp_size"], case["batch_size"]) == (tp_size, batch_size)]
-        for case in chosen:
-            setting = f"tp_size {tp_size}, batch {batch_size}, prompt {case['prompt']}"
-            if delay := case.get("added_delay_s"):
-                setting += f", {1e6 * delay:g} us added"
-            rows = [(row["tpot_s"], _model_of(row, settings)) for row in case["patterns"]]
+        for case in cases:
+            if (case.tp_size, case.batch_size) != (tp_size, batch_size):
+                continue
+            setting = f"tp_size {tp_size}, batch {batch_size}, prompt {case.prompt}"
+            if case.added_delay_s:
+                setting += f", {1e6 * case.added_delay_s:g} us added"
+            rows = [(row.tpot_s, _model_of(row, settings)) for row in case.patterns]
             measured |= {_size(model) for _, model in rows}
             for arm, config in zip(arms, configs, strict=True):
                 times = [seconds for seconds, model in rows if _is_of(model, arm, config)]
@@ -124,7 +82,9 @@ def add_measured(arms: list[Arm], path: str | Path, tp_size: int | None, batch_s
 
 def _model_of(row, settings):
     """The keys that make up a row's model. An older file has the vocabulary of all of them in its settings alone."""
-    model = {"head_size": row["model"]["n_embd"] // row["model"]["n_head"]} | row["model"]
+    if row.model is None:
+        raise KeyError("model")
+    model = {"head_size": row.model["n_embd"] // row.model["n_head"]} | row.model
     model["sync"] = str(SyncRule.parse(model["sync"], model["n_layer"]))
     return model if "vocab_size" in model else model | {"vocab_size": settings["vocab_size"]}
 
@@ -158,8 +118,8 @@ def add_predicted(arms: list[Arm], link: str, accelerator: str, tp_size: int, ba
             except ValueError:
                 continue
         if config.n_shard % tp_size == 0:
-            case = (tp_size, batch_size, 1, config.block_size)
-            arm.tpots[setting] = forward_seconds(config, NAMED[accelerator], LINKS[link], *case, itemsize=2)
+            token = Forward(tp_size, batch_size, 1, config.block_size, itemsize=2)
+            arm.tpots[setting] = forward_seconds(config, NAMED[accelerator], LINKS[link], token)
     if not settings_of(arms):
         raise ValueError(f"tp_size={tp_size} divides the n_shard of none of the runs")
 

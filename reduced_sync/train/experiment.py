@@ -77,6 +77,9 @@ class Config:
     )
 
 
+MODERN = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu"}  # config/modern.py's block
+
+
 def model_keys(keys: dict) -> dict:
     """The fields of GPTConfig among an experiment's `keys`. What is missing is the vocabulary, which is the data's.
 

@@ -1,9 +1,11 @@
 """bench.py on a tiny model, its rival cut by PyTorch, the cost model, and the recorded measurement."""
 
+import dataclasses
 import itertools
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import time
@@ -20,8 +22,20 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import bench
 from reduced_sync import distributed
 from reduced_sync.bench import candidates, cost_model, timing
-from reduced_sync.bench.timing import AllReduceMeter, Decoding, tensor_parallel_gpt2
+from reduced_sync.bench.results import Times, read_results, to_json
+from reduced_sync.bench.timing import (
+    AllReduce,
+    AllReduceMeter,
+    Constants,
+    Decoding,
+    Generation,
+    Round,
+    Setting,
+    Workload,
+    tensor_parallel_gpt2,
+)
 from reduced_sync.hardware import ACCELERATORS, LINKS, Accelerator, Link
+from reduced_sync.train.experiment import MODERN
 from reduced_sync_model import GPT, MLP, CausalSelfAttention, GPTConfig, KVCache, SyncRule
 
 pytestmark = pytest.mark.timeout(200)
@@ -61,7 +75,9 @@ def test_decode(tmp_path):
             assert row["all_reduces"] == (row["syncs"] if tp_size > 1 else 0)
             config = GPTConfig(block_size=32, **row["model"])
             assert config.vocab_size == 64  # compare.py looks whether it is that of a run
-            assert row["bound_s"] * case["stream"] == pytest.approx(cost_model.bytes_read(config, tp_size, 2, 6))
+            assert row["bound_s"] * case["stream"] == pytest.approx(
+                cost_model.bytes_read(config, cost_model.Forward(tp_size, 2, 1, 6))
+            )
             if tp_size > 1:
                 assert (row["bytes"], row["prefill_bytes"]) == (8 * config.n_embd, 8 * 5 * config.n_embd)
                 # also with hidden ones: the next starts where one is waited for
@@ -77,15 +93,14 @@ def test_decode(tmp_path):
 def test_every_candidate_decodes(fake_group, modern):
     """With the all-reduces that it claims. Those of one size and n_shard are one model in memory."""
     names = (*CANDIDATES, "01", "1x48+ladder", "spd@4")
-    args = bench.Decode(candidates=names, n_layer=2, n_embd=32, n_head=4, vocab_size=64, block_size=32, device="cpu")
-    args.modern, args.n_kv_head = modern, 2
-    args.prompts, args.new_tokens, args.added_delay_us = (5,), 2, (0, 1000)
+    args = bench.Decode(n_layer=2, n_embd=32, n_head=4, vocab_size=64, block_size=32, modern=modern, n_kv_head=2)
+    work = Workload({name: args.config(name, 2) for name in names}, (1,), (5,), new_tokens=2, delays_us=(0, 1000))
     layout = distributed.Layout(torch.device("cpu"), torch.float32, tp_size=2, tp_group=fake_group)
-    measured = Decoding(candidates.Candidate("ours", dict(n_shard=2), tp_size=2), layout, args)
-    found, constants = measured()
-    assert finite(list(constants.values()))
+    measured = Decoding(candidates.Candidate("ours", args.config("baseline", 2), tp_size=2), layout, work)
+    found, stream, constants = measured()
+    assert math.isfinite(stream) and constants.keys() == {(1, 5)} and all(map(math.isfinite, constants[1, 5]))
     weights = {}
-    for name, config in candidates.configs_of(args).items():
+    for name, config in work.configs.items():
         syncs = config.rule.syncs
         for sent, us in ((True, 0), (True, 1000), (False, 0)):
             ttft, steps, calls = found[name, sent, 1, 5, us]
@@ -140,13 +155,14 @@ def test_train(tmp_path):
 
 def test_the_figures_of_a_case():
     """Medians over rounds and tokens, of the slower rank; the prefill's all-reduces are not a token's."""
-    case = ("spd", True, 1, 5, 0)
+    setting = Setting("spd", True, 1, 5)
     calls = [(640, 9.0), (640, 9.0), (128, 0.01), (128, 0.03), (128, 0.02), (128, 0.04)]  # two in a forward pass
+    calls = list(itertools.starmap(AllReduce, calls))
     times = [[(1.0, [0.1, 0.2]), (3.0, [0.3, 0.1])], [(2.0, [0.2, 0.2]), (1.0, [0.3, 0.5])]]  # [round][rank]
-    rounds = [[({case: (ttft, steps, calls)}, None) for ttft, steps in ranks] for ranks in times]
-    found = bench.summarize(rounds, case, n_forwards=3)
-    assert found.pop("in_all_reduces_s") == pytest.approx(0.05)
-    assert found == {"ttft_s": 2.0, "tpot_s": 0.3, "all_reduces": 2, "bytes": 128, "prefill_bytes": 640}
+    rounds = [[Round({setting: Generation(*one, calls)}) for one in ranks] for ranks in times]
+    found = bench.summarize(rounds, setting, n_forwards=3)
+    expected = Times(ttft_s=2.0, tpot_s=0.3, all_reduces=2, bytes=128, prefill_bytes=640)
+    assert found == dataclasses.replace(expected, in_all_reduces_s=pytest.approx(0.05))
 
 
 def test_exposed_syncs_of_slower_links(monkeypatch, capsys):
@@ -154,10 +170,9 @@ def test_exposed_syncs_of_slower_links(monkeypatch, capsys):
     args = bench.Decode(candidates=("baseline", "baseline+ladder"), n_layer=2, n_embd=32, n_head=2, vocab_size=64)
     args.tp_sizes, args.compile, args.prompts = (2,), True, (5,)
     args.new_tokens, args.device, args.added_delay_us = 2, "cpu", (3000, 0, 1000)
-    constants = {"stream": 7e9, ("bandwidth", 1): 7e9, ("peak", 1, 5): 1e12, ("overhead", 1): 4e-3}
-    constants |= {("all_reduce", 1, 1): 0.5e-3, ("all_reduce", 1, 5): 0.6e-3}
+    constants = {(1, 5): Constants(7e9, 1e12, 4e-3, 0.5e-3, 0.6e-3)}
 
-    def measure(setup, job, args):
+    def measure(setup, *_):
         for candidate in setup:
             silent, cases = 0.005 if candidate.compile else 0.008, {}
             for name, sent, us in itertools.product(
@@ -165,23 +180,23 @@ def test_exposed_syncs_of_slower_links(monkeypatch, capsys):
             ):
                 all_reduce = max(0.5e-3, us / 1e6)
                 exposed = 4 * all_reduce if name == "baseline" else all_reduce + 3 * max(0, all_reduce - 0.002)
-                cases[name, sent, 1, 5, us] = (0.1, [silent + sent * exposed] * 2, [(128, all_reduce)] * 12)
-            yield [[(cases, constants)] * 2]
+                steps, calls = [silent + sent * exposed] * 2, [AllReduce(128, all_reduce)] * 12
+                cases[name, sent, 1, 5, us] = Generation(0.1, steps, calls)
+            yield [[Round(cases, 7e9, constants)] * 2]
 
     monkeypatch.setattr(bench, "measure", measure)
     none, one, three = bench.decode(args)
-    assert [case["added_delay_s"] for case in (none, one, three)] == [0, 0.001, 0.003]
+    assert [case.added_delay_s for case in (none, one, three)] == [0, 0.001, 0.003]
     for case, dense, ladder in ((none, 0.002, 0.0005), (one, 0.004, 0.001), (three, 0.012, 0.006)):
-        rows = case["patterns"]
         for key in ("exposed_s", "model_exposed_s"):
-            assert [row[key] for row in rows] == pytest.approx([dense, ladder], rel=0.01)
+            assert [getattr(row, key) for row in case.patterns] == pytest.approx([dense, ladder], rel=0.01)
     for key in ("", "model_"):
-        slopes = [[row[f"{key}exposed_syncs"] for row in case["patterns"]] for case in (one, three)]
+        slopes = [[getattr(row, f"{key}exposed_syncs") for row in case.patterns] for case in (one, three)]
         assert slopes[0] == pytest.approx([2, 0.5], rel=0.01) and slopes[1] == pytest.approx([4, 2.5], rel=0.01)
-        hidden = [case["patterns"][1][f"hidden_{key}exposed_s"] for case in (none, one, three)]
+        hidden = [getattr(case.patterns[1], f"hidden_{key}exposed_s") for case in (none, one, three)]
         assert hidden == pytest.approx([0, 0, 0.001], rel=0.01, abs=1e-6)
-    assert (none["compiled_tpot_s"], none["compiled_silent_tpot_s"]) == pytest.approx((0.007, 0.005))
-    assert "compiled_tpot_s" not in one
+    assert (none.compiled.tpot_s, none.compiled_silent.tpot_s) == pytest.approx((0.007, 0.005))
+    assert one.compiled is None
     out = capsys.readouterr().out
     assert "ours, baseline compiled, all-reduces send nothing: TTFT 100.00, TPOT 5.00, bound/TPOT 0." in out
     lines = [line.split() for line in out.splitlines()[-2:]]
@@ -189,14 +204,13 @@ def test_exposed_syncs_of_slower_links(monkeypatch, capsys):
 
 
 def test_the_link_that_was_measured_takes_the_times_that_were_measured():
-    B, T, args = 2, 5, bench.Decode(n_embd=32)
-    found = {"stream": 7.0, ("bandwidth", B): 3.0, ("peak", B, T): 4.0, ("overhead", B): 5.0}
-    found |= {("all_reduce", B, 1): 1e-5, ("all_reduce", B, T): 1.5e-5}
-    slow = {key: 100 * value for key, value in found.items()}
-    stream, accelerator, link = bench.constants_of([[({}, found), ({}, found)], [({}, found), ({}, slow)]], B, T, args)
+    B, T, constants = 2, 5, (3.0, 4.0, 5.0, 1e-5, 1.5e-5)
+    found = Round({}, 7.0, {(B, T): Constants(*constants)})
+    slow = Round({}, 700.0, {(B, T): Constants(*(100 * one for one in constants))})
+    stream, accelerator, link = bench.machine_of([[found, found], [found, slow]], B, T, 32)
     assert (stream, accelerator.bandwidth, accelerator.peak, accelerator.overhead) == (7.0, 3.0, 4.0, 5.0)
     assert [link.all_reduce(4 * B * t * 32, 2) for t in (1, T)] == pytest.approx([1e-5, 1.5e-5])
-    assert bench.constants_of([[({}, found)]], B, T, args)[2] is None
+    assert bench.machine_of([[found]], B, T, 32).link is None
 
 
 def test_predict(tmp_path, capsys):
@@ -325,7 +339,7 @@ def test_two_ranks():
 # --- the cost model
 
 
-BLOCKS = [{}, dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=2)]
+BLOCKS = [{}, MODERN | dict(n_kv_head=2)]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=["GPT-2", "modern"])
@@ -338,7 +352,7 @@ def test_bytes_are_those_of_the_model(block):
         cache = KVCache(model, B).layers
         parts = sum(p.nbytes for p in matrices) + sum(t.nbytes for pair in cache for t in pair)
         expected = parts / tp_size + model.lm_head.weight.nbytes
-        assert cost_model.bytes_read(config, tp_size, B, context) == expected
+        assert cost_model.bytes_read(config, cost_model.Forward(tp_size, B, 1, context)) == expected
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=["GPT-2", "modern"])
@@ -352,7 +366,7 @@ def test_flops_are_those_of_the_model(T, block):
         model(torch.zeros(B, T, dtype=torch.long))
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     attention = B * L * sum(4 * C * seen for seen in range(1, T + 1))
-    assert cost_model.flops(config, 1, B, T, T) == counted + attention
+    assert cost_model.flops(config, cost_model.Forward(1, B, T, T)) == counted + attention
 
 
 def test_a_hidden_sync_takes_what_its_sublayer_leaves():
@@ -362,9 +376,9 @@ def test_a_hidden_sync_takes_what_its_sublayer_leaves():
     shape = dict(vocab_size=1, n_layer=3, n_head=2, n_embd=C, n_shard=1)
 
     def exposed(all_reduce, added_delay=0.0, **keys):
-        model = partial(cost_model.forward_seconds, GPTConfig(**shape, **keys), accelerator, tp_size=2, batch_size=1)
-        forward = partial(model, tokens=1, context=0, added_delay=added_delay)
-        return forward(link=Link(all_reduce, 0.0, 1e30)) - forward(link=None)
+        model = partial(cost_model.forward_seconds, GPTConfig(**shape, **keys), accelerator, added_delay=added_delay)
+        token = cost_model.Forward(tp_size=2, batch_size=1, tokens=1, context=0)
+        return model(Link(all_reduce, 0.0, 1e30), token) - model(None, token)
 
     attention, mlp = 2 * C**2, 4 * C**2  # a half of it, on one rank of two
     for sync in ("baseline+ladder", "baseline+delayed"):
@@ -395,8 +409,9 @@ def test_links():
 def test_published_no_communication_bounds(tp_size, published):
     """Ladder residual (arXiv 2501.06589): a 70B model on H100 with NVLink, batch 1, against no communication at all."""
     config = GPTConfig(n_layer=80, n_embd=8192, n_head=64, vocab_size=32000, n_shard=tp_size)
-    tpot = partial(cost_model.forward_seconds, config, ACCELERATORS["H100"], tp_size=tp_size, itemsize=2)
-    with_link, without = (tpot(link, batch_size=1, tokens=1, context=1024) for link in (LINKS["nvlink"], None))
+    token = cost_model.Forward(tp_size, batch_size=1, tokens=1, context=1024, itemsize=2)
+    tpot = partial(cost_model.forward_seconds, config, ACCELERATORS["H100"], forward=token)
+    with_link, without = (tpot(link) for link in (LINKS["nvlink"], None))
     assert with_link / without == pytest.approx(published, rel=0.03)
 
 
@@ -410,19 +425,18 @@ if __name__ == "__mp_main__" and os.path.exists("wait"):
     open("importing", "w").close()
     time.sleep(60)
 
-def job(candidate, layout, args):
+def job(candidate, layout):
     lock = multiprocessing.Lock()  # as torch.compile's workers have them
     Finalize(None, time.sleep, [1], exitpriority=100)  # before the lock is removed
     return lambda: lock and 7
 
 if __name__ == "__main__":
     set_up()
-    from types import SimpleNamespace
-    from reduced_sync.bench.candidates import measure, parse_candidate
-    args = dict(device="cpu", dtype=None, launches=1, rounds=1, modern=False)
-    args |= dict(block_size=8, vocab_size=64, n_layer=2, n_head=2, n_embd=16)
+    from reduced_sync.bench.candidates import Candidate, measure
+    from reduced_sync_model import GPTConfig
+    config = GPTConfig(block_size=8, vocab_size=64, n_layer=2, n_head=2, n_embd=16, n_shard=2, sync="spd")
     with one_line_errors():
-        print(measure([parse_candidate("spd@2", 2, tp_size=2)], job, SimpleNamespace(**args)))
+        print(measure([Candidate("spd@2", config, tp_size=2)], job, device="cpu"))
 """
 
 
@@ -452,22 +466,26 @@ def test_ctrl_c_while_processes_start(tmp_path):
 RECORDED = ROOT / "results" / "decode"
 
 
+def printed(path):
+    """A recorded text, its candidates spelled as they are now: of 12 layers grouped:3 was 3 layers a group."""
+    return re.sub(r"grouped:(\d+)", lambda m: f"grouped-{12 // int(m[1])}".ljust(len(m[0])), path.read_text())
+
+
 def test_recorded_measurement(capsys):
     """The limits that it keeps, and what EXPERIMENT_SUMMARY.md says of it."""
-    results = [one for name in ("one", "two") for one in json.loads((RECORDED / f"{name}.json").read_text())["results"]]
-    cases = {(case["tp_size"], case["batch_size"]): case for case in results}
+    results = [case for name in ("one", "two") for case in read_results(RECORDED / f"{name}.json")[1]]
+    cases = {(case.tp_size, case.batch_size): case for case in results}
     one, two = cases[1, 1], cases[2, 1]
-    assert (
-        one["rival_tpot_s"] / one["compiled_tpot_s"] >= 1.3 and one["compiled_bound_s"] / one["compiled_tpot_s"] >= 0.7
-    )
-    assert two["patterns"][0]["pattern"] == "2" * 12 and two["patterns"][0]["tpot_s"] <= two["rival_tpot_s"]
-    for row in two["patterns"]:
-        assert row["all_reduces"] == row["syncs"] == SyncRule(row["pattern"]).syncs
-    worst = max(abs(row["line_s"] / row["tpot_s"] - 1) for row in two["patterns"])
-    rows = [row for case in cases.values() for row in case["patterns"]]
-    good = sum(row["model_tpot_s"] == pytest.approx(row["tpot_s"], rel=0.15) for row in rows)
-    good_ttft = sum(row["model_ttft_s"] == pytest.approx(row["ttft_s"], rel=0.15) for row in rows)
-    saved = 100 * (1 - one["compiled_tpot_s"] / one["patterns"][0]["tpot_s"])
+    compiled = one.compiled
+    assert one.rival_times.tpot_s / compiled.tpot_s >= 1.3 and compiled.bound_s / compiled.tpot_s >= 0.7
+    assert two.patterns[0].pattern == "2" * 12 and two.patterns[0].tpot_s <= two.rival_times.tpot_s
+    for row in two.patterns:
+        assert row.all_reduces == row.syncs == SyncRule(row.pattern).syncs
+    worst = max(abs(row.line_s / row.tpot_s - 1) for row in two.patterns)
+    rows = [row for case in cases.values() for row in case.patterns]
+    good = sum(row.model_tpot_s == pytest.approx(row.tpot_s, rel=0.15) for row in rows)
+    good_ttft = sum(row.model_ttft_s == pytest.approx(row.ttft_s, rel=0.15) for row in rows)
+    saved = 100 * (1 - compiled.tpot_s / one.patterns[0].tpot_s)
     summary = " ".join((ROOT / "EXPERIMENT_SUMMARY.md").read_text().split())
     assert worst < 0.10 and f"8 of 8 patterns are within {100 * worst:.1f} %" in summary
     assert good == good_ttft >= 12
@@ -475,19 +493,32 @@ def test_recorded_measurement(capsys):
     assert f"{saved:.0f} % off each token" in summary
     for case in results:
         bench.print_case(case)
-    assert capsys.readouterr().out == "".join((RECORDED / f"{name}.txt").read_text() for name in ("one", "two"))
+    assert capsys.readouterr().out == "".join(printed(RECORDED / f"{name}.txt") for name in ("one", "two"))
 
 
 def test_recorded_delays(capsys):
     """On a link slow beyond a layer's compute every all-reduce is exposed, hidden or not."""
     folder = ROOT / "results" / "decode-all" / "delays"
-    cases = json.loads((folder / "delays.json").read_text())["results"]
-    for row in cases[-1]["patterns"]:
-        assert row["exposed_syncs"] == pytest.approx(row["syncs"], abs=1.3), row["variant"]
+    _, cases = read_results(folder / "delays.json")
+    for row in cases[-1].patterns:
+        assert row.exposed_syncs == pytest.approx(row.syncs, abs=1.3), row.variant
     for case in cases:
         bench.print_case(case)
     bench.print_exposed(cases)
-    assert capsys.readouterr().out == (folder / "delays.txt").read_text()
+    assert capsys.readouterr().out == printed(folder / "delays.txt")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("*.json")), ids=lambda path: path.stem)
+def test_what_was_read_is_written_as_it_was(path):
+    """But for null, and for what older files lack."""
+    _, results = read_results(path)
+    recorded = json.loads(path.read_text())["results"]
+    for one, found in zip(recorded, map(to_json, results), strict=True):
+        rows = zip(one.pop("patterns", []), found.pop("patterns", []), strict=True)
+        for before, after in [(one, found), *rows]:
+            respelt = ("variant", "candidate", "model")
+            kept = {key: value for key, value in before.items() if value is not None and key not in respelt}
+            assert kept.items() <= after.items()
 
 
 def test_recorded_prediction(capsys):

@@ -15,13 +15,13 @@ from launch import ROOT, status
 from scipy import stats
 
 import compare
-from reduced_sync.bench.cost_model import forward_seconds
+from reduced_sync.bench.cost_model import Forward, forward_seconds
 from reduced_sync.compare.figures import draw_comparison
 from reduced_sync.compare.frontier import add_measured, add_predicted, on_frontier
 from reduced_sync.compare.report import fastest, table, verdict, warnings, write_csv
 from reduced_sync.compare.runs import baseline_of, gap, load_runs, loss_at_equal_time, noise
 from reduced_sync.hardware import LINKS, NAMED
-from reduced_sync.train.experiment import model_keys
+from reduced_sync.train.experiment import MODERN, model_keys
 from reduced_sync.train.log import RunLog, iter_line, step_line
 from reduced_sync_model import GPT, GPTConfig, SyncRule
 
@@ -378,7 +378,7 @@ def test_lines_of_a_figure(runs, monkeypatch):
 
 
 def test_each_family_of_blocks_is_compared_with_its_own_baseline(tmp_path):
-    modern = dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=2)
+    modern = MODERN | dict(n_kv_head=2)
     make(tmp_path, "out-base", "22", [4.0, 3.0, 2.0])
     make(tmp_path, "out-spd", "11", [4.0, 3.0, 2.02])
     make(tmp_path, "out-modern-base", "22", [4.0, 3.0, 1.9], **modern)
@@ -621,7 +621,7 @@ def test_predictions_are_the_cost_models_and_labelled(timed, capsys, monkeypatch
     assert times.keys() == {"out-spd4", "out-ladder4", "out-base", "out-control"}  # those that 4 ranks can hold
     for name, sync in (("out-spd4", "spd"), ("out-ladder4", "baseline+ladder"), ("out-base", "baseline")):
         model = GPTConfig(8, 128, 12, 4, 64, n_shard=4, sync=sync)
-        assert times[name] == forward_seconds(model, NAMED["h100"], LINKS["nvlink"], 4, 3, 1, 8, itemsize=2)
+        assert times[name] == forward_seconds(model, NAMED["h100"], LINKS["nvlink"], Forward(4, 3, 1, 8, itemsize=2))
     argv = [*map(str, timed.glob("out*")), "--link=nvlink", "--tp_size=4", f"--png={timed}/figure.png"]
     assert status(compare.main, argv) == 0
     out = capsys.readouterr().out
@@ -634,7 +634,7 @@ def test_predictions_are_the_cost_models_and_labelled(timed, capsys, monkeypatch
         add_predicted(load(timed), "nvlink", "h100", 8, 1)
 
 
-LLAMA = dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=2)
+LLAMA = MODERN | dict(n_kv_head=2)
 SHAPES = [{}, dict(bias=True), dict(tie_embeddings=False), dict(n_hidden=96), dict(n_kv_head=2), dict(block_size=512)]
 SHAPES += [LLAMA, LLAMA | dict(tie_embeddings=False, n_hidden=160), dict(vocab_size=1024), dict(head_size=64)]
 
@@ -659,7 +659,8 @@ def test_a_prediction_is_of_the_models_own_shape(tmp_path, shape, pattern, old):
         arms = load(tmp_path)
         add_predicted(arms, "nvlink", "h100", tp_size, 3)
         cut = dataclasses.replace(config, n_shard=tp_size, sync=pattern)
-        expected = forward_seconds(cut, NAMED["h100"], LINKS["nvlink"], tp_size, 3, 1, cut.block_size, itemsize=2)
+        token = Forward(tp_size, 3, 1, cut.block_size, itemsize=2)
+        expected = forward_seconds(cut, NAMED["h100"], LINKS["nvlink"], token)
         assert list(arms[0].tpots.values()) == [expected]
 
 

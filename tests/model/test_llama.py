@@ -14,7 +14,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from variants import PATTERNS, VARIANTS, batch, rough
 
 import bench
-from reduced_sync.bench import candidates
 from reduced_sync.configurator import configure
 from reduced_sync.hf import weights
 from reduced_sync.train.experiment import Config, model_keys
@@ -101,7 +100,7 @@ def test_the_overlay_keeps_the_parameters(files):
     built = models[1].config
     args = bench.Train(n_layer=built.n_layer, n_embd=built.n_embd, n_head=built.n_head, modern=True)
     args.n_kv_head, args.block_size, args.vocab_size = built.n_kv_head, built.block_size, built.vocab_size
-    assert candidates.config_of(candidates.keys_of("baseline@2", built.n_layer), args) == built
+    assert args.config("baseline@2") == built
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
