@@ -256,7 +256,7 @@ def test_a_second_ctrl_c_ends_at_once(small_dataset, tmp_path):
         process.send_signal(signal.SIGINT)
         process.wait(10)
     assert process.returncode == 128 + signal.SIGINT and time.monotonic() - begin < 2
-    assert torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"] == 6
+    assert torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"] == 2
 
 
 def test_ctrl_c_twice_under_torchrun(small_dataset, tmp_path):
@@ -327,7 +327,7 @@ def test_a_disk_that_fills_up(whole, small_dataset, tmp_path):
         subprocess.run(["mount", "-o", "remount,size=8m", str(out)], check=True)
         argv = arguments(small_dataset, tp_size=2, init_from="resume")
         succeeded(run_script([TRAIN, *argv], nproc=2, cwd=tmp_path))
-        assert step in (3, 6) and f"# resumed at step {step}:" in (out / "log.txt").read_text()
+        assert step in (1, 2) and f"# resumed at step {step}:" in (out / "log.txt").read_text()
         assert_ended_as(whole[2], tmp_path)
     finally:
         subprocess.run(["umount", str(out)], check=True)
