@@ -30,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import reduced_sync_model as rsm
@@ -437,8 +436,7 @@ def main(argv):
         except Stopped:
             if RANK == 0:
                 print("stopped and saved; go on with --init_from=resume", flush=True)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        distributed.end()
         del lock  # held until here
 
 

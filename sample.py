@@ -180,8 +180,7 @@ def main(argv):
         layout = distributed.start(*choice, tp_size=WORLD_SIZE, timeout_s=600)
         model = build(config, saved, model_config, layout)
         sample(config, model, tokens, meta["vocab_size"], layout)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        distributed.end()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import reduced_sync_model as rsm
 from reduced_sync import checkpoint as ckpt
@@ -333,8 +332,7 @@ def main(argv):
         prepared = prepare(config)
         lock = lock_folder(config.out_dir) if RANK == 0 and not config.eval_only else None
         train(config, *prepared)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        distributed.end()
         del lock  # held until here
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import datetime
+import gc
 import os
 import re
 import signal
@@ -190,6 +191,13 @@ def bind_to_cores(local_rank: int, local_size: int) -> None:
     if share := len(cores) // local_size:
         os.sched_setaffinity(0, cores[local_rank * share : (local_rank + 1) * share])
         os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + 5)
+
+
+def end() -> None:
+    """Leave the process group where there is one, and let none of its threads outlive it (they can abort the exit)."""
+    gc.collect()  # an error that torch catches while it imports holds the frames of that moment, and so the group
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def sum_over_world(values: list[float], device: torch.device | str) -> list[float]:

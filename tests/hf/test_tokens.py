@@ -291,11 +291,11 @@ def test_a_damaged_file_is_one_line(tmp_path, capsys, file):
 KILLED = """
 import os, signal, sys
 import export
-from reduced_sync.hf import export
+from reduced_sync.hf import export as library
 def stop(*_):
     print("there", flush=True)
     signal.pause()
-export.write_pretrained = stop
+library.write_pretrained = stop
 export.main(sys.argv[1:])
 """
 
