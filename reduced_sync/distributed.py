@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import datetime
 import gc
+import importlib
 import os
 import re
 import signal
@@ -143,6 +144,8 @@ def start(
     if layout.device.type == "cpu":
         keep_freed_memory()
     if world_size > 1:
+        if dtype == torch.float16:  # gradient_scaler's; imported later it would keep the group, too
+            importlib.import_module("torch.distributed.fsdp.sharded_grad_scaler")
         store = dist.FileStore(spawned[1], world_size) if spawned else _torchruns_store(timeout)
         keys = dict(store=store, rank=rank, world_size=world_size, timeout=timeout)
         if backend == "nccl":

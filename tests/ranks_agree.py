@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp.sharded_grad_scaler  # before the group, as the first run of float16 would
 
 import train_reduced_sync as script
 
