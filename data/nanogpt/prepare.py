@@ -3,8 +3,8 @@
     python data/nanogpt/prepare.py --folder ~/nanoGPT/data/shakespeare_char      says the --dataset to train with
 
 The folder is one that a prepare.py of nanoGPT's filled. Its meta.pkl, where there is one, says which character each
-token id is; where there is none, the tokens are GPT-2's. A pickle can run code when it is loaded: this one may hold
-plain values only. meta.json is written beside these files, which are not changed.
+token id is; where there is none, the tokens are GPT-2's. A pickle can run code when it is loaded: this one is only
+read, and may hold dicts, ints and strings. meta.json is written beside these files, which are not changed.
 """
 
 import sys
@@ -17,8 +17,7 @@ if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends 
     set_up()
 
 import argparse
-import io
-import pickle
+import pickletools
 import textwrap
 
 import numpy as np
@@ -26,18 +25,45 @@ import numpy as np
 from reduced_sync import preparing
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, numbers and strings, and loads nothing that could run."""
+def read_pickle(data):
+    """The value of a pickle (protocol 1 or above) of dicts, ints and strings, without Python's unpickler.
 
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it holds more than plain values ({module}.{name})")
+    Raises ValueError, LookupError or TypeError for anything else: no other opcode is known here.
+    """
+    stack, marks, memo = [], [], {}
+    for opcode, argument, _ in pickletools.genops(data):
+        match opcode.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "SHORT_BINUNICODE" | "BINUNICODE":
+                stack.append(argument)
+            case "EMPTY_DICT":
+                stack.append({})
+            case "MARK":
+                marks.append(len(stack))
+            case "SETITEM":
+                *stack, key, value = stack
+                stack[-1][key] = value
+            case "SETITEMS":
+                start = marks.pop()
+                stack, items = stack[:start], stack[start:]
+                stack[-1] |= dict(zip(items[::2], items[1::2], strict=True))
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "STOP":
+                return stack.pop()
+            case name:
+                raise ValueError(f"it holds more than dicts, ints and strings ({name})")
 
 
 def read_vocabulary(path):
     """The characters of a meta.pkl as one string, id = index. Raises ValueError where it is not nanoGPT's."""
-    data = path.read_bytes()
     try:
-        meta = PlainUnpickler(io.BytesIO(data)).load()
+        meta = read_pickle(path.read_bytes())
         itos, stoi = meta["itos"], meta["stoi"]
         tokens = [itos[i] for i in range(meta["vocab_size"])]
         inverse = {token: i for i, token in enumerate(tokens)}
@@ -47,7 +73,7 @@ def read_vocabulary(path):
             raise ValueError("a token is not one character")
         "".join(tokens).encode()  # half a surrogate pair is no character
         return "".join(tokens)
-    except Exception as error:  # of a damaged pickle, any
+    except (LookupError, TypeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 200)
         raise ValueError(f"{path} is not nanoGPT's vocab_size, itos and stoi of characters: {reason}") from None
 
