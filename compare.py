@@ -5,24 +5,27 @@ $ python compare.py out-* --tolerance=1 --png=figure.png --csv=table.csv
 $ python compare.py out-* --latency=decode.json                                       # which is fastest, as measured
 $ python compare.py out-* --link=nvlink --accelerator=h100 --tp_size=8 --batch=1      # or PREDICTED
 
-Runs that differ only in their seed share a line: the mean of their losses and its standard deviation. The gap is to the
-baseline: standard TP of the same size (parameters within 2 %), and of the same float type and n_shard if there is one.
-If several baselines remain, with other learning rates or n_shard, it is the one with the lowest loss. A shallower dense
-model is a control, not a baseline. +- is half of the gap's 95 % confidence interval, from Student's t and the standard
-deviation pooled over all lines with several seeds, so that lines with one seed have it too.
+A line is an arm: an architecture at one size, at its best learning rate, and the mean of its seeds. The gap is
+100 ln(loss / baseline's loss) in percent, the mean over the seeds that both have. The baseline is standard TP of the
+same size (parameters within 4 %), and of the same float type and n_shard if there is one; of several n_shard the best
+one. A dense model of fewer layers is a control, not a baseline. +- is half of the gap's 95 % confidence interval, from
+Student's t and the standard deviation of a gap over seeds, pooled over all arms of the size with several seeds.
+
+The verdict on an arm is `within` the tolerance or `outside` if its whole interval is, else `open`, with the number of
+seeds that would settle it. There is none where a learning rate is `not bracketed`: the arm and its baseline need a
+worse rate on either side of the best, at most twofold away (study.py finds them). Nor is there with `one seed`, or
+below 10 tokens per parameter. The last line then says what has been seen so far.
 
 A warning names everything else in which runs of one size differ. Runs on other data, or evaluated on other windows,
-have no gap. Below 10 tokens per parameter, the verdict says that it is no answer.
+have no gap.
 
 --latency reads each run's time per token from what `bench.py decode --json=decode.json` measured for the same model:
 the same n_layer, n_embd, vocab_size, sync, block, n_head and n_shard (for a dense model the last two do not matter).
 --link predicts it with the cost model of bench.py predict, in bfloat16 with a full context. Either adds columns, a
-panel and a verdict. A run is on the frontier unless it is dominated: another one is as good or better in both loss and
-time.
+panel and a verdict. A run is on the frontier unless it is dominated: another one is at least as fast, and its loss is
+lower beyond noise.
 
---equal_time adds the loss of each run after training for as long as the whole baseline: updates times their median
-time, without compilation and evaluations, interpolated between evaluations. A slower run is then in the middle of its
-schedule, while a faster one has finished. The times are wrong if the machine was busy with other work.
+--predict=12x768 extrapolates the gaps to another size, from those of two sizes or more, by two forms over ln N.
 
 This also works while runs are training: an unfinished run is marked, and its gap is at the last step that the baseline
 has too.
@@ -41,6 +44,7 @@ from pathlib import Path
 from reduced_sync.cli import check_figure, one_line_errors
 from reduced_sync.compare.figures import draw_comparison
 from reduced_sync.compare.frontier import add_measured, add_predicted
+from reduced_sync.compare.prediction import predict
 from reduced_sync.compare.report import report, write_csv
 from reduced_sync.compare.runs import load_runs
 from reduced_sync.configurator import option, parse
@@ -60,7 +64,7 @@ class Options:
     accelerator: str | None = option(None, "with link: what a rank computes on; default: h100", allowed=tuple(NAMED))
     tp_size: int | None = option(None, "with latency or link: ranks; with latency, default: the most in it", least=1)
     batch: int | None = option(None, "with latency or link: sequences; default: the fewest in the file, or 1", least=1)
-    equal_time: bool = option(False, "add the losses after training for as long as the baseline")
+    predict: str | None = option(None, "extrapolate the gaps to this size, LAYERSxWIDTH")
 
 
 # what an option needs one of
@@ -89,9 +93,11 @@ def main(argv: list[str]) -> None:
             add_measured(arms, options.latency, options.tp_size, options.batch)
         if options.link:
             add_predicted(arms, options.link, options.accelerator or "h100", options.tp_size, options.batch or 1)
-        print(report(arms, options.tolerance, options.equal_time))
+        print(report(arms, options.tolerance))
+        if options.predict:
+            print(predict(arms, options.predict))
         if options.csv:
-            write_csv(arms, options.csv, options.equal_time)
+            write_csv(arms, options.csv, options.tolerance)
         draw_comparison(arms, options.png, options.tolerance)
         print(f"figure: {options.png}")
 

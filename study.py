@@ -1,13 +1,16 @@
-"""Run a study: train the missing runs of those that a study file lists, then compare them all.
+"""Run a study: train each arm at each size at its best learning rate, with several seeds, then compare them all.
 
 $ python study.py config/study_cpu.py
 $ python study.py config/study_pypi.py --device=cpu --out_dir=out-mine
 
-A study file is a config file with the keys of Study, below. Each run is an ordinary train_reduced_sync.py run in its
-own folder, out_dir/NAME. Runs start in the order of the file, as many at once as there are cores (or GPUs) for
-`processes` each. Finished runs are left alone and started ones continue from their checkpoint, so the same command
-continues after any stop: Ctrl-C (twice ends at once), a closed terminal, a kill, or another study.py that is training
-some of the runs.
+A study file is a config file with the keys of Study, below: it declares sizes and arms, each a dict of training keys.
+An arm at a size is first trained with seed 1 at half, once and twice the learning_rate that it is given. While the best
+rate is at the edge, another one follows beyond it; then the other seeds are trained at the best rate.
+
+Each run is an ordinary train_reduced_sync.py run in its own folder, out_dir/SIZE-ARM-lrRATE-seedSEED. The first sizes
+and arms come first, as many runs at once as there are cores (or GPUs, times runs_per_gpu) for `processes` each.
+Finished runs are left alone and started ones continue from their checkpoint, so the same command continues after any
+stop: Ctrl-C (twice ends at once), a closed terminal, a kill, or another study.py that is training some of the runs.
 """
 
 from reduced_sync.cli import set_up
@@ -16,7 +19,9 @@ if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends 
     set_up(goes_on=True)
 
 import contextlib
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +35,7 @@ from tqdm import tqdm
 from reduced_sync.cli import one_line, one_line_errors, stop_signals
 from reduced_sync.compare.figures import draw_comparison
 from reduced_sync.compare.report import report, write_csv
-from reduced_sync.compare.runs import load_runs
+from reduced_sync.compare.runs import best_rate, load_runs
 from reduced_sync.configurator import configure, describe, option
 from reduced_sync.data import Corpus
 from reduced_sync.distributed import ERROR_FILE, choose_device
@@ -39,6 +44,7 @@ from reduced_sync.train.log import read_log
 from reduced_sync_model import SyncRule
 
 HERE = Path(__file__).parent
+COUNTED = ("eval_interval", "gradient_accumulation_steps", "batch_size", "block_size")
 
 
 @dataclass
@@ -46,33 +52,74 @@ class Study:
     """Every key of a study file."""
 
     out_dir: str = option("out-study", "folder for the runs and the comparison", is_path=True)
-    runs: list | None = option(None, "list of dicts: name, max_iters, n_layer, n_embd, any training key")  # noqa: RUF009
+    common: dict | None = option(None, "training keys of all runs")
+    sizes: dict | None = option(None, "name -> training keys of a size: n_layer, n_embd, max_iters ...")
+    arms: dict | None = option(None, "name -> training keys of an arm; with `sizes`, the names of those it has")
+    seeds: int = option(1, "the first finds the learning rates, the others follow at the best one", least=1)
+    tune: bool = option(True, "find each arm's learning rate; else train at the one given")
     processes: int = option(1, "processes per run; above 1, torchrun starts each run", least=1)
+    runs_per_gpu: int = option(1, "small runs can share a GPU", least=1)
     device: str | None = option(None, "cuda or cpu, in place of what the runs say")
-    tolerance: float = option(2.0, "percent above the baseline that count as equal", least=0)
+    tolerance: float = option(2.0, "largest gap to the baseline, in percent, that counts as equal", least=0)
 
 
-def check_study(study: Study) -> None:
-    """Raise ValueError for a study that cannot be run."""
+class Trials:
+    """An arm at a size: the runs that find its learning rate, and its seeds at the best one."""
+
+    def __init__(self, study, name, keys):
+        self.study, self.name, self.keys, self.runs = study, name, keys, {}
+        for key in ("max_iters", "n_layer", "n_embd", "learning_rate", *(key for key in COUNTED if key in keys)):
+            value, kinds = keys.get(key), (int, float) if key == "learning_rate" else (int,)
+            if type(value) not in kinds or not 0 < value < math.inf:
+                wanted = "number" if key == "learning_rate" else "integer"
+                raise ValueError(f"{name}: {key}={value!r} must be a positive {wanted}")
+        for key in ("out_dir", "seed", "min_lr"):
+            if key in keys:
+                raise ValueError(f"{name}: {key} is the study's own")
+        self.run(keys["learning_rate"], 1)
+
+    def run(self, rate: float, seed: int) -> "Run":
+        """The run at this learning rate, which falls to a tenth, with this seed."""
+        if (rate, seed) not in self.runs:
+            keys = self.keys | dict(learning_rate=rate, min_lr=rate / 10, seed=seed)
+            self.runs[rate, seed] = Run(self.study, f"{self.name}-lr{rate:g}-seed{seed}", keys)
+        return self.runs[rate, seed]
+
+    def wanted(self) -> tuple[list["Run"], int]:
+        """Its runs as far as they are known by now, in their order, and how many more there will be at least."""
+        first = float(self.keys["learning_rate"])
+        rates, seeds = [first, first / 2, 2 * first] if self.study.tune else [first], range(2, self.study.seeds + 1)
+        while True:
+            runs = [self.run(rate, 1) for rate in rates]
+            if not all(run.finished or run.diverged for run in runs):
+                return runs, len(seeds)
+            best, bracketed = best_rate({rate: {1: run.loss} for rate, run in zip(rates, runs, strict=True)})
+            if bracketed or not self.study.tune:
+                return runs + [self.run(best, seed) for seed in seeds], 0
+            rates.append(2 * best if best == max(rates) else best / 2)
+
+
+def trials_of(study: Study) -> list[Trials]:
+    """Every arm at every size. Raises ValueError for a study that cannot be run."""
     if not study.out_dir:
         raise ValueError("out_dir is empty: it must name a folder")
-    if not study.runs:
-        raise ValueError("runs is empty: a study lists one dict a run")
-    names = []
-    for run in study.runs:
-        if not isinstance(run, dict) or not isinstance(run.get("name"), str) or not run["name"]:
-            raise ValueError(f"a run is a dict with a name, not {run!r}")
-        names.append(run["name"])
-        if Path(run["name"]).name != run["name"] or run["name"] == "..":
-            raise ValueError(f"run {run['name']!r}: its name is that of a folder in out_dir, without a /")
-        counted = ("eval_interval", "gradient_accumulation_steps", "batch_size", "block_size")
-        for key in ("max_iters", "n_layer", "n_embd", *(key for key in counted if key in run)):
-            if type(run.get(key)) is not int or run[key] < 1:
-                raise ValueError(f"run {run['name']!r}: {key}={run.get(key)!r} must be a positive integer")
-        if "out_dir" in run:
-            raise ValueError(f"run {run['name']!r}: out_dir is the study's own; give the run a name")
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"several runs are named {', '.join(sorted(twice))}")
+    for key in ("sizes", "arms"):
+        if not getattr(study, key):
+            raise ValueError(f"{key} is empty: a study names some, each with a dict of training keys")
+    for kind, named in (("size", study.sizes), ("arm", study.arms)):
+        for name, keys in named.items():
+            if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name) or not isinstance(keys, dict):
+                raise ValueError(f"{kind} {name!r}: a name is of letters, digits and . + - _, and names a dict")
+    found = []
+    for name, keys in study.arms.items():
+        if unknown := set(keys.get("sizes", ())) - study.sizes.keys():
+            raise ValueError(f"arm {name!r}: no size is called {', '.join(map(repr, sorted(unknown, key=str)))}")
+    for size, size_keys in study.sizes.items():
+        for name, keys in study.arms.items():
+            if size in keys.get("sizes", study.sizes):
+                keys = {key: value for key, value in keys.items() if key != "sizes"}
+                found.append(Trials(study, f"{size}-{name}", (study.common or {}) | size_keys | keys))
+    return found
 
 
 class Run:
@@ -81,9 +128,8 @@ class Run:
     Raises ValueError for keys that the training script does not have, and syncs that it does not know.
     """
 
-    def __init__(self, study, keys):
-        self.study, self.name = study, keys["name"]
-        self.keys = {key: value for key, value in keys.items() if key != "name"}
+    def __init__(self, study, name, keys):
+        self.study, self.name, self.keys = study, name, keys
         self.out_dir = Path(study.out_dir) / self.name
         device = {"device": study.device} if study.device else {}
         settled = self.keys | device | {"out_dir": self.out_dir}
@@ -92,10 +138,10 @@ class Run:
             self.config = configure(Config, self.arguments)
             SyncRule.parse(self.config.sync, self.config.n_layer)
         except ValueError as error:
-            raise ValueError(f"run {self.name!r}: {error}") from None
+            raise ValueError(f"{self.name}: {error}") from None
         self.process = self.slot = self.failure = None
         self.told = 0  # signals passed on to its process
-        self.step, self.evaluated, self.finished = 0, 0, False
+        self.step, self.evaluated, self.finished, self.diverged, self.loss = 0, 0, False, False, math.inf
         self.step_work = keys["n_layer"] * keys["n_embd"] ** 2  # about a step's share of the time
 
     def look(self) -> None:
@@ -112,17 +158,23 @@ class Run:
                 raise ValueError(f"{found}: rename the run, or remove the folder")
         self.step = max((step for step, *_ in log.iterations + log.evaluations), default=0)
         self.evaluated = len(log.evaluations)
-        self.finished = any(step == self.keys["max_iters"] for step, *_ in log.evaluations)
+        last = [loss for step, _, loss in log.evaluations if step == self.keys["max_iters"]]
+        self.finished, self.diverged = bool(last), log.bad_steps >= self.config.max_bad_steps
+        self.loss = last[0] if last and math.isfinite(last[0]) else math.inf
 
-    def tokens_left(self) -> tuple[int, int]:
-        """(tokens to train on, tokens to evaluate on) until it is finished. Raises ValueError for unusable data."""
+    def tokens_left(self, whole: bool = False) -> tuple[int, int]:
+        """(tokens to train on, tokens to evaluate on) until it is finished, or of the whole of it.
+
+        Raises ValueError for unusable data.
+        """
         config = self.config
         corpus = Corpus(config.dataset, config.block_size)
         windows = sum(
             len(corpus.evaluation_starts(split, config.eval_iters, config.batch_size)) for split in corpus.splits
         )
-        evaluations = -(-config.max_iters // config.eval_interval) + 1 - self.evaluated
-        sequences = (config.max_iters - self.step) * config.gradient_accumulation_steps * config.batch_size
+        step, evaluated = (0, 0) if whole else (self.step, self.evaluated)
+        evaluations = -(-config.max_iters // config.eval_interval) + 1 - evaluated
+        sequences = (config.max_iters - step) * config.gradient_accumulation_steps * config.batch_size
         return sequences * config.block_size, evaluations * windows * config.block_size
 
     def is_held(self) -> bool:
@@ -182,7 +234,7 @@ def reason(out_dir: Path, status: int) -> str:
     return ", after the line: ".join([end, *last])
 
 
-def slots(processes: int) -> tuple[list[list[str]], bool]:
+def slots(processes: int, runs_per_gpu: int) -> tuple[list[list[str]], bool]:
     """(the GPUs or cores for each of the runs that go on at once, as lists of strings; whether they are GPUs)."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = torch.cuda.device_count()
@@ -191,61 +243,79 @@ def slots(processes: int) -> tuple[list[list[str]], bool]:
     units = units or list(map(str, range(cores)))
     if len(units) < processes and gpus:
         raise ValueError(f"processes={processes}, but there are {len(units)} GPUs")
-    return [units[i : i + processes] for i in range(0, max(1, len(units) - processes + 1), processes)], bool(gpus)
+    whole = [units[i : i + processes] for i in range(0, max(1, len(units) - processes + 1), processes)]
+    return whole * (runs_per_gpu if gpus else 1), bool(gpus)
 
 
-def run_missing(runs: list[Run], free: list[list[str]], gpus: bool) -> bool:
+class Progress:
+    """What is left to train of a study, in work and in time, and the bar that shows it."""
+
+    def __init__(self, trials):
+        self.trials, self.begin = trials, time.monotonic()
+        self.past = None
+        self.bar = tqdm(total=1, disable=None, bar_format="{percentage:5.1f}% |{bar}| {postfix}")
+
+    def work(self) -> tuple[float, float]:
+        """(work done, work in all, as far as it is known)."""
+        done = total = 0
+        for arm in self.trials:
+            runs, more = arm.wanted()
+            done += sum(run.step_work * (run.keys["max_iters"] if run.diverged else run.step) for run in runs)
+            total += sum(run.step_work * run.keys["max_iters"] for run in runs)
+            total += more * runs[0].step_work * runs[0].keys["max_iters"]
+        return done, total
+
+    def left(self) -> str:
+        """The time left, by the work done since the beginning."""
+        done, total = self.work()
+        self.past = done if self.past is None else self.past
+        if done <= self.past:
+            return ""
+        minutes = (total - done) * (time.monotonic() - self.begin) / (done - self.past) / 60
+        return f", about {minutes / 60:.1f} h left" if minutes > 90 else f", about {minutes:.0f} min left"
+
+    def line(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.bar.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def show(self, running: list[Run]) -> None:
+        """Move the bar."""
+        done, total = self.work()
+        self.bar.n = done / total
+        names = ", ".join(f"{run.name} {run.step}/{run.keys['max_iters']}" for run in running)
+        self.bar.set_postfix_str(f"{names or 'waiting for another study.py'}{self.left()}")
+
+
+def run_missing(trials: list[Trials], free: list[list[str]], gpus: bool) -> bool:
     """Train what has not finished. Returns whether it was interrupted; failures are the runs' own.
 
     Raises ValueError for data and devices that are not there. Whatever it raises, no run goes on.
     """
-    interrupts = []
+    interrupts, running = [], []
     before = {n: signal.signal(n, lambda number, frame: interrupts.append(number)) for n in stop_signals()}
-    for run in runs:
-        run.look()
-    waiting = [run for run in runs if not run.finished]
-    for choice in {(run.config.device, run.config.dtype, run.config.backend) for run in waiting}:
-        choose_device(*choice)
-    plan = [run.tokens_left() for run in waiting]
-    running = []
-    total, past = sum(run.step_work * run.keys["max_iters"] for run in runs), _work_done(runs)
-    begin = time.monotonic()
-
-    def left():
-        """The time left, by the work done since `begin`."""
-        now = _work_done(runs)
-        if now <= past:
-            return ""
-        minutes = (total - now) * (time.monotonic() - begin) / (now - past) / 60
-        return f", about {minutes / 60:.1f} h left" if minutes > 90 else f", about {minutes:.0f} min left"
-
-    print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished already, {len(free)} at once", flush=True)
-    trained, evaluated = (sum(tokens) for tokens in zip(*plan, strict=True)) if plan else (0, 0)
-    print(f"to train on {trained:,} tokens, to evaluate on {evaluated:,}", flush=True)
-    bar = tqdm(total=1, initial=past / total, disable=None, bar_format="{percentage:5.1f}% |{bar}| {postfix}")
+    announce(trials, len(free))
+    progress = Progress(trials)
     try:
-        while waiting or running:
+        while True:
             for run in list(running):
-                if not run.ended():
-                    continue
-                running.remove(run)
-                free.append(run.slot)
-                run.look()
-                bar.write(f"{_outcome(run, runs)}{left()}", file=sys.stdout)
-                sys.stdout.flush()
-            for run in list(waiting) if not interrupts else ():
-                if free and not run.is_held():
-                    waiting.remove(run)
-                    run.start(free.pop(0), gpus)
-                    running.append(run)
-            if interrupts and not running:
+                if run.ended():
+                    running.remove(run)
+                    free.append(run.slot)
+                    run.look()
+                    progress.line(f"{_outcome(run, trials)}{progress.left()}")
+            for run in missing(trials) if free and not interrupts else ():
+                if free and run not in running and not run.is_held():
+                    run.look()  # another study.py may have finished it
+                    if not (run.finished or run.diverged):
+                        run.start(free.pop(0), gpus)
+                        running.append(run)
+            if not running and (interrupts or not missing(trials)):
                 break
             for run in running:
                 run.pass_on(interrupts)
                 run.look()
-            bar.n = _work_done(runs) / total
-            names = ", ".join(f"{run.name} {run.step}/{run.keys['max_iters']}" for run in running)
-            bar.set_postfix_str(f"{names or 'waiting for another study.py'}{left()}")
+            progress.show(running)
             time.sleep(1)
     finally:
         while running := [run for run in running if run.process.poll() is None]:  # after an error of our own
@@ -253,21 +323,48 @@ def run_missing(runs: list[Run], free: list[list[str]], gpus: bool) -> bool:
             for run in running:
                 run.pass_on(interrupts)
             time.sleep(0.1)
-        bar.close()
+        progress.bar.close()
         for number, handler in before.items():
             signal.signal(number, handler)
     return bool(interrupts)
 
 
-def _outcome(run, runs):
-    """How a run has ended, one of all `runs`, as a line."""
+def missing(trials: list[Trials]) -> list[Run]:
+    """The runs that are to be trained, as far as they are known by now."""
+    runs = [run for arm in trials for run in arm.wanted()[0]]
+    return [run for run in runs if not (run.finished or run.diverged or run.failure)]
+
+
+def announce(trials: list[Trials], at_once: int) -> None:
+    """Say what will be trained. Raises ValueError for other runs' logs, and data and devices that are not there."""
+    known = -1
+    while known < (known := sum(len(arm.runs) for arm in trials)):  # what has ended says which runs follow
+        for arm in trials:
+            for run in arm.wanted()[0]:
+                run.look()
+    waiting, more = missing(trials), sum(arm.wanted()[1] for arm in trials)
+    for choice in {(run.config.device, run.config.dtype, run.config.backend) for run in waiting}:
+        choose_device(*choice)
+    plan = [run.tokens_left() for run in waiting]
+    for arm in trials:
+        runs, seeds = arm.wanted()
+        plan += [runs[0].tokens_left(whole=True)] * seeds
+    finished = sum(run.finished or run.diverged for arm in trials for run in arm.wanted()[0])
+    print(f"at least {finished + len(waiting) + more} runs, {finished} finished already, {at_once} at once", flush=True)
+    trained, evaluated = (sum(tokens) for tokens in zip(*plan, strict=True)) if plan else (0, 0)
+    print(f"to train on {trained:,} tokens, to evaluate on {evaluated:,}", flush=True)
+
+
+def _outcome(run, trials):
+    """How a run has ended, one of those of all `trials`, as a line."""
     if run.finished:
-        return f"{run.name}: finished ({sum(run.finished for run in runs)} of {len(runs)})"
+        wanted = [arm.wanted() for arm in trials]
+        finished = sum(one.finished for runs, _ in wanted for one in runs)
+        return f"{run.name}: {run.loss:.4f} ({finished} of at least {sum(len(runs) + more for runs, more in wanted)})"
+    if run.diverged:
+        run.failure = None
+        return f"{run.name}: diverged"
     return f"{run.name}: failed: {run.failure}" if run.failure else f"{run.name}: stopped, goes on next time"
-
-
-def _work_done(runs):
-    return sum(run.step_work * run.step for run in runs)
 
 
 def main(argv: list[str]) -> int:
@@ -277,19 +374,19 @@ def main(argv: list[str]) -> int:
         return 0
     with one_line_errors():
         study = configure(Study, argv)
-        check_study(study)
-        runs = [Run(study, keys) for keys in study.runs]
-        interrupted = run_missing(runs, *slots(study.processes))
-        finished = [run.out_dir for run in runs if run.finished]
+        trials = trials_of(study)
+        interrupted = run_missing(trials, *slots(study.processes, study.runs_per_gpu))
+        runs = [run for arm in trials for run in arm.wanted()[0]]
+        ended = [run.out_dir for run in runs if run.finished or run.diverged]
         if interrupted:
-            print(f"stopped, {len(finished)} of {len(runs)} runs finished; the same command goes on", file=sys.stderr)
+            print(f"stopped, {len(ended)} of {len(runs)} runs finished; the same command goes on", file=sys.stderr)
             return 130
-        if finished:
-            arms, skipped = load_runs(finished)
+        if ended:
+            arms, skipped = load_runs(ended)
             for line in skipped:
                 print(f"skipped: {line}", file=sys.stderr)
             print(report(arms, study.tolerance))
-            write_csv(arms, f"{study.out_dir}/table.csv")
+            write_csv(arms, f"{study.out_dir}/table.csv", study.tolerance)
             draw_comparison(arms, f"{study.out_dir}/comparison.png", study.tolerance)
             print(f"figure: {study.out_dir}/comparison.png")
         for run in runs:

@@ -16,7 +16,7 @@ from pathlib import Path
 from reduced_sync.bench.results import read_results
 from reduced_sync.cli import one_line_errors
 from reduced_sync.compare.report import report
-from reduced_sync.compare.runs import baseline_of, by_scale, count_text, gap, load_runs
+from reduced_sync.compare.runs import baseline_of, count_text, gap, load_runs
 from reduced_sync.spd.log import read_drop_log, table_of
 
 RESULTS = Path(__file__).parent
@@ -46,12 +46,11 @@ def runs_table(folder):
 def gaps_table(folder):
     """What each way to sync costs at each size and n_shard below a folder: gaps with 95 % intervals, in percent.
 
-    At the float type of most arms, and the learning rate of most of a size.
+    At the float type of most arms. A star marks an arm whose learning rate, or whose baseline's, is not bracketed.
     """
     arms = load(folder)
     dtype = statistics.mode(arm.dtype for arm in arms)
-    rates = {group[0].scale: statistics.mode(arm.learning_rate for arm in group) for group in by_scale(arms)}
-    arms = [arm for arm in arms if arm.dtype == dtype and arm.learning_rate == rates[arm.scale]]
+    arms = [arm for arm in arms if arm.dtype == dtype]
     rows, columns = {}, {}
     for arm in sorted(arms, key=lambda a: (-a.syncs / a.n_layer, a.hidden, -a.n_layer, a.sync)):
         baseline, difference = baseline_of(arm, arms), gap(arm, arms)
@@ -59,6 +58,7 @@ def gaps_table(folder):
         columns[column] = f"{baseline.size}, {column[-1]} shards"
         cell = loss_of(arm) if arm is baseline else f"{difference.percent:+.1f}"
         cell += "" if arm is baseline or difference.margin is None else f" ±{difference.margin:.1f}"
+        cell += "" if arm.bracketed and baseline.bracketed else "*"
         rows.setdefault(rule_of(arm, baseline), {})[column] = cell + seeds_of(arm)
     order = sorted(rows, key=lambda rule: rule if rule.startswith("control") else "")  # controls last
     lines = [["gap, %", *(columns[column] for column in sorted(columns))]]
@@ -69,11 +69,10 @@ def gaps_table(folder):
 def rates_table(folder):
     """The losses of those arms below a folder that were run at several learning rates."""
     arms, rows = load(folder), {}
-    for arm in arms:
+    for arm in (arm for arm in arms if len(arm.rates) > 1):
         shards = f", {arm.n_shard} shards" if arm.n_shard > 1 else ""
         name = f"{arm.size}, {rule_of(arm, baseline_of(arm, arms))}{shards}"
-        rows.setdefault((name, arm.dtype), {})[arm.learning_rate] = loss_of(arm) + seeds_of(arm)
-    rows = {name: cells for (name, _), cells in rows.items() if len(cells) > 1}
+        rows[name] = {rate.learning_rate: loss_of(rate) + seeds_of(rate) for rate in arm.rates}
     rates = sorted({rate for cells in rows.values() for rate in cells})
     lines = [["loss", *(f"{rate:g}" for rate in rates)]]
     return markdown(lines + [[name, *(cells.get(rate, "") for rate in rates)] for name, cells in rows.items()])

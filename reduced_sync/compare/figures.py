@@ -5,43 +5,35 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from reduced_sync.compare.frontier import on_frontier, settings_of
-from reduced_sync.compare.runs import Arm, by_scale, comparable, differ, reference_of, too_short
+from reduced_sync.compare.frontier import conditions_of, on_frontier
+from reduced_sync.compare.runs import Arm, by_scale, comparable, differ, is_control, reference_of, too_short
 
 
 def draw_comparison(arms: list[Arm], path: str | Path, tolerance: float) -> None:
-    """A figure, a row a size: validation loss over steps, the last one over syncs, and over each setting's times.
+    """A figure, a row a size: validation loss over steps, the last one over syncs, and over each condition's times.
 
-    Of an architecture at several learning rates only the best is drawn. What is within `tolerance` percent of the
+    Where learning rates were tuned, there is a panel of the loss over them. What is within `tolerance` percent of the
     baseline is shaded. Raises OSError.
     """
     from matplotlib.figure import Figure
 
-    groups, settings = [_at_their_best(group) for group in by_scale(arms)], settings_of(arms)
-    n_panels = 2 + len(settings)
+    groups, conditions = by_scale(arms), conditions_of(arms)
+    tuned = any(len(arm.rates) > 1 for arm in arms)
+    n_panels = 2 + tuned + len(conditions)
     figure = Figure(figsize=(6 * n_panels, 4.8 * len(groups)), layout="constrained")
     labels = []
     for group, panels in zip(groups, figure.subplots(len(groups), n_panels, squeeze=False), strict=True):
         look = Look(group, reference_of(group, arms))
         _draw_curves(panels[0], look)
         labels.append((panels[1], _draw_points(panels[1], look, tolerance)))
-        labels += [(p, _draw_times(p, look, s, tolerance)) for p, s in zip(panels[2:], settings, strict=True)]
+        if tuned:
+            _draw_rates(panels[2], look)
+        for axes, condition in zip(panels[2 + tuned :], conditions, strict=True):
+            labels.append((axes, _draw_times(axes, look, condition, tolerance)))
     figure.draw_without_rendering()  # now the panels have their final sizes
     for axes, points in labels:
         _label_points(axes, points)
     figure.savefig(path, dpi=130)
-
-
-def _at_their_best(arms):
-    """The arms without those that another learning rate beats."""
-    best = {}
-    for arm in arms:
-        rates = ("learning_rate", "min_lr / learning_rate") if arm.finished else ()
-        others = {key: value for key, value in arm.settings.items() if key not in rates}
-        key = (arm.model, arm.data, arm.changed, str(others))
-        if key not in best or arm.last_loss < best[key].last_loss:
-            best[key] = arm
-    return list(best.values())
 
 
 @dataclass
@@ -63,16 +55,12 @@ class Look:
         """The shape of a point."""
         return "os^D"[self.shards.index(n_shard) % 4]
 
-    def is_control(self, arm: Arm) -> bool:
-        """Whether it is a dense model of another depth than the baseline."""
-        return arm.all_synced and self.reference is not None and arm.n_layer != self.reference.n_layer
-
     def colour(self, arm: Arm) -> str | tuple:
         """Black for the baseline, red for a control, the others by their syncs."""
         import matplotlib
 
         if arm.all_synced:
-            return "tab:red" if self.is_control(arm) else "black"
+            return "tab:red" if is_control(arm, self.reference) else "black"
         return matplotlib.colormaps["viridis"](self.counts.index(arm.syncs) / max(1, len(self.counts) - 1) * 0.9)
 
     def label(self, arm: Arm) -> str:
@@ -87,11 +75,11 @@ class Look:
     def name(self, arm: Arm) -> str:
         """A short label at a point whose colour and shape tell the rest."""
         dtype = "" if self.reference is None or arm.dtype == self.reference.dtype else f" {arm.dtype}"
-        return (arm.size if self.is_control(arm) else arm.sync) + dtype
+        return (arm.size if is_control(arm, self.reference) else arm.sync) + dtype
 
     def kind(self, arm: Arm) -> str:
         """What its colour says."""
-        return "control" if self.is_control(arm) else "baseline" if arm.all_synced else f"{arm.syncs} syncs"
+        return "control" if is_control(arm, self.reference) else "baseline" if arm.all_synced else f"{arm.syncs} syncs"
 
     def is_comparable(self, arm: Arm) -> bool:
         """Whether its losses are those of the same tokens as the baseline's."""
@@ -128,7 +116,11 @@ def _draw_points(axes, look, tolerance):
     shown = [arm for arm in look.group if arm.losses and look.is_comparable(arm)]
     ticks = sorted({arm.syncs for arm in shown})
     # joined: evenly spread syncs, fewer from point to point, and nothing else that differs
-    family = [arm for arm in shown if re.fullmatch(r"baseline|spd|grouped-\d+", arm.sync) and not look.is_control(arm)]
+    family = [
+        arm
+        for arm in shown
+        if re.fullmatch(r"baseline|spd|grouped-\d+", arm.sync) and not is_control(arm, look.reference)
+    ]
     for n, dtype in sorted({(arm.n_shard, arm.dtype) for arm in family}):
         line = [arm for arm in family if (arm.n_shard, arm.dtype) == (n, dtype)]
         losses = [arm.losses[arm.step] for arm in line]
@@ -141,26 +133,44 @@ def _draw_points(axes, look, tolerance):
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="sync points in a forward pass", ylabel="validation loss (nats per token)")
     title = "Loss against syncs" + ("" if all(arm.finished for arm in look.group) else " (hollow: unfinished)")
-    short = too_short([arm for arm in look.group if not look.is_control(arm)] or look.group)
+    short = too_short([arm for arm in look.group if not is_control(arm, look.reference)] or look.group)
     axes.set_title(f"{title}\n{short}" if short else title)
     # of the family the place says it
     return [(arm.syncs, arm.losses[arm.step], "" if arm in family else look.name(arm), "black") for arm in shown]
 
 
-def _draw_times(axes, look, setting, tolerance):
+def _draw_rates(axes, look):
+    """The last validation loss over learning rates, a line an arm, a star at its best; hollow if not bracketed."""
+    for arm in look.group:
+        ends = {rate.learning_rate: rate.losses[rate.step] for rate in arm.rates if rate.finished}
+        keys = {"color": look.colour(arm), "label": look.label(arm) if len(look.group) <= 12 else None}
+        axes.plot(list(ends), list(ends.values()), look.style(arm.n_shard), marker=".", linewidth=1.2, **keys)
+        if arm.learning_rate in ends:
+            face = keys["color"] if arm.bracketed else "white"
+            place = (arm.learning_rate, ends[arm.learning_rate])
+            axes.scatter(*place, marker="*", s=110, facecolor=face, edgecolor=keys["color"], zorder=3)
+    axes.set_xscale("log", base=2)
+    rates = sorted({rate.learning_rate for arm in look.group for rate in arm.rates})
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8)
+    axes.set(xlabel="learning rate", ylabel="validation loss (nats per token)")
+    axes.set_title("Loss against learning rate (hollow: not bracketed)")
+    axes.grid(alpha=0.3)
+
+
+def _draw_times(axes, look, condition, tolerance):
     """The last validation loss over the time per token, a point an arm, the frontier drawn. Returns their labels."""
-    shown = [arm for arm in look.group if arm.losses and look.is_comparable(arm) and setting in arm.tpots]
-    best = sorted((arm for arm in shown if on_frontier(arm, shown, setting)), key=lambda arm: arm.tpots[setting])
-    times, losses = [1000 * arm.tpots[setting] for arm in best], [arm.losses[arm.step] for arm in best]
+    shown = [arm for arm in look.group if arm.losses and look.is_comparable(arm) and condition in arm.tpots]
+    best = sorted((arm for arm in shown if on_frontier(arm, shown, condition)), key=lambda arm: arm.tpots[condition])
+    times, losses = [1000 * arm.tpots[condition] for arm in best], [arm.losses[arm.step] for arm in best]
     axes.step(times, losses, where="post", color="tab:blue", linewidth=1, zorder=1, label="frontier")
     labels = []
     for arm in sorted(shown, key=lambda arm: arm in best):  # the frontier's above the others
-        time, is_best = 1000 * arm.tpots[setting], arm in best
+        time, is_best = 1000 * arm.tpots[condition], arm in best
         _draw_point(axes, look, arm, time, look.colour(arm) if is_best else "0.7")
         labels.append((time, arm.losses[arm.step], look.name(arm), "black" if is_best else "0.5"))
     _draw_key(axes, look, shown, tolerance)
     axes.set(xlabel="time per token (ms)", ylabel="validation loss (nats per token)")
-    axes.set_title(f"Loss against time (grey: dominated)\n{setting}")
+    axes.set_title(f"Loss against time (grey: dominated)\n{condition}")
     return labels
 
 
@@ -177,7 +187,7 @@ def _draw_key(axes, look, shown, tolerance):
         axes.scatter([], [], marker=look.marker(n), color="0.4", label=f"n_shard {n}")
     if look.reference is not None and look.reference.losses:
         loss = look.reference.losses[look.reference.step]
-        end = loss * (1 + tolerance / 100)
+        end = loss * math.exp(tolerance / 100)
         axes.axhspan(loss, end, color="tab:green", alpha=0.12, label=f"within {tolerance:g}%")
     if axes.get_legend_handles_labels()[1]:  # some have evaluated
         axes.legend(fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.12))  # below, off the points

@@ -1,7 +1,7 @@
 """Loss against time: the time per token of arms, measured or predicted, and which of them no other one beats.
 
-A setting, in which a token takes that time, is text: `tp_size 2, batch 1, prompt 128` or `PREDICTED, link nvlink, ...`.
-Standard TP computes the same however it is cut, so a dense arm is timed at any n_shard and number of heads.
+The condition under which a token takes that time is text: `tp_size 2, batch 1, prompt 128` or `PREDICTED, link nvlink,
+...`. Standard TP computes the same however it is cut, so a dense arm is timed at any n_shard and number of heads.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import torch
 
 from reduced_sync.bench.cost_model import Forward, forward_seconds
 from reduced_sync.bench.results import read_results
-from reduced_sync.compare.runs import Arm, comparable
+from reduced_sync.compare.runs import Arm, comparable, distance
 from reduced_sync.hardware import LINKS, NAMED
 from reduced_sync.train.experiment import model_keys
 from reduced_sync_model import GPT, GPTConfig, SyncRule
@@ -41,7 +41,7 @@ def _config_of(arm):
 
 
 def add_measured(arms: list[Arm], path: str | Path, tp_size: int | None, batch_size: int | None) -> None:
-    """Give the arms the times that `bench.py decode --json=PATH` measured, a setting for each prompt and added delay.
+    """Give the arms the times that `bench.py decode --json=PATH` measured, a condition for each prompt and added delay.
 
     Of several tp_size the largest is taken, and of several batch sizes the smallest, unless they are given. Raises
     OSError, and ValueError where the file has no such case, or none of the arms is in it.
@@ -60,20 +60,20 @@ def add_measured(arms: list[Arm], path: str | Path, tp_size: int | None, batch_s
         for case in cases:
             if (case.tp_size, case.batch_size) != (tp_size, batch_size):
                 continue
-            setting = f"tp_size {tp_size}, batch {batch_size}, prompt {case.prompt}"
+            condition = f"tp_size {tp_size}, batch {batch_size}, prompt {case.prompt}"
             if case.added_delay_s:
-                setting += f", {1e6 * case.added_delay_s:g} us added"
+                condition += f", {1e6 * case.added_delay_s:g} us added"
             rows = [(row.tpot_s, _model_of(row, settings)) for row in case.patterns]
             measured |= {_size(model) for _, model in rows}
             for arm, config in zip(arms, configs, strict=True):
                 times = [seconds for seconds, model in rows if _is_of(model, arm, config)]
                 if times:
-                    arm.tpots[setting] = times[0]
+                    arm.tpots[condition] = times[0]
     except KeyError as error:
         raise ValueError(f"{path}: not what bench.py decode writes now: {error} is missing; measure again") from None
     except (TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: not what bench.py decode writes: {error}") from None
-    if not settings_of(arms):
+    if not conditions_of(arms):
         line = f"{path}: none of the runs' models was measured at tp_size {tp_size}, batch {batch_size}"
         if not measured & (own := {_size(vars(config)) for config in configs}):
             line += f", but {', '.join(sorted(measured)) or 'nothing'}; the runs have {', '.join(sorted(own))}"
@@ -109,7 +109,7 @@ def add_predicted(arms: list[Arm], link: str, accelerator: str, tp_size: int, ba
 
     Raises ValueError where none of them can be held.
     """
-    setting = f"PREDICTED, link {link}, {accelerator}, tp_size {tp_size}, batch {batch_size}"
+    condition = f"PREDICTED, link {link}, {accelerator}, tp_size {tp_size}, batch {batch_size}"
     for arm in arms:
         config = _config_of(arm)
         if arm.all_synced:
@@ -119,34 +119,37 @@ def add_predicted(arms: list[Arm], link: str, accelerator: str, tp_size: int, ba
                 continue
         if config.n_shard % tp_size == 0:
             token = Forward(tp_size, batch_size, 1, config.block_size, itemsize=2)
-            arm.tpots[setting] = forward_seconds(config, NAMED[accelerator], LINKS[link], token)
-    if not settings_of(arms):
+            arm.tpots[condition] = forward_seconds(config, NAMED[accelerator], LINKS[link], token)
+    if not conditions_of(arms):
         raise ValueError(f"tp_size={tp_size} divides the n_shard of none of the runs")
 
 
-def settings_of(arms: list[Arm]) -> dict[str, str]:
-    """{setting: the heading of a column of its times, in ms}, of those in which some of the arms have a time."""
-    settings = list(dict.fromkeys(setting for arm in arms for setting in arm.tpots))
-    common = set.intersection(*(set(setting.split(", ")) for setting in settings)) if settings else set()
+def conditions_of(arms: list[Arm]) -> dict[str, str]:
+    """{condition: the heading of a column of its times, in ms}, of those in which some of the arms have a time."""
+    conditions = list(dict.fromkeys(condition for arm in arms for condition in arm.tpots))
+    common = set.intersection(*(set(condition.split(", ")) for condition in conditions)) if conditions else set()
     common.discard("PREDICTED")
-    return {one: ", ".join(["ms/token", *(p for p in one.split(", ") if p not in common)]) for one in settings}
+    return {one: ", ".join(["ms/token", *(p for p in one.split(", ") if p not in common)]) for one in conditions}
 
 
-def on_frontier(arm: Arm, arms: list[Arm], setting: str) -> bool | None:
+def on_frontier(arm: Arm, arms: list[Arm], condition: str) -> bool | None:
     """Whether no arm of its size has a loss and a time that are both as low, and one of them lower.
 
-    None where it has no time, or has not finished.
+    A loss is lower beyond noise alone, where the noise is known. None where it has no time, or has not finished.
     """
-    own = _loss_and_time(arm, setting)
-    if own is None:
+    if not _has_place(arm, condition):
         return None
-    others = [other for other in arms if other.scale == arm.scale and comparable(other, arm)]
-    places = [place for other in others if (place := _loss_and_time(other, setting)) is not None]
-    return not any(place != own and place[0] <= own[0] and place[1] <= own[1] for place in places)
+    for other in arms:
+        if other is arm or other.scale != arm.scale or not comparable(other, arm) or not _has_place(other, condition):
+            continue
+        difference, seconds = distance(arm, other, arms), arm.tpots[condition] - other.tpots[condition]
+        if difference is not None and seconds >= 0:
+            above = difference.percent - (difference.margin or 0)
+            if above > 0 or (above == 0 and seconds > 0):
+                return False
+    return True
 
 
-def _loss_and_time(arm, setting):
-    """The arm's place in the figure, or None where it has none, yet."""
-    if setting not in arm.tpots or not arm.finished or not math.isfinite(arm.losses[arm.step]):
-        return None
-    return arm.losses[arm.step], arm.tpots[setting]
+def _has_place(arm, condition):
+    """Whether it has one in the figure of loss against time, yet."""
+    return condition in arm.tpots and arm.finished and math.isfinite(arm.losses[arm.step])

@@ -2,32 +2,57 @@
 
 import csv
 import itertools
+import math
 from pathlib import Path
 
-from reduced_sync.compare.frontier import on_frontier, settings_of
+from reduced_sync.compare.frontier import conditions_of, on_frontier
 from reduced_sync.compare.runs import (
     LEAST_TOKENS,
     Arm,
+    Gap,
     baseline_of,
     by_scale,
     comparable,
     differ,
     gap,
-    loss_at_equal_time,
+    is_control,
     reference_of,
     same_data,
     too_short,
 )
 
 FRONTIER = {True: "yes", False: "dominated", None: "-"}
+# why an arm has no verdict: the word in its line of the table, and what that means for all
+NO_VERDICT = {
+    "unfinished": "not all of them have finished",
+    "not bracketed": "their learning rates are not bracketed",
+    "one seed": "with one seed each, the noise is not known",
+}
 
 
-def table(arms: list[Arm], equal_time: bool = False) -> str:
-    """The comparison as text, a line an arm. Columns that only some comparisons need are left out of the others.
+def judge(arm: Arm, difference: Gap | None, arms: list[Arm], tolerance: float) -> str:
+    """The verdict on an arm: `within` the tolerance in percent, `outside`, or `open`; else why there is none.
 
-    With `equal_time` there is one of the losses when each arm has trained for as long as its baseline did.
+    By the gap's 95 % interval, which leaves it open where it reaches to both sides. The baseline has none.
     """
+    reference = baseline_of(arm, arms)
+    if difference is None or reference is arm:
+        return ""
+    if not difference.final:
+        return "unfinished"
+    if not (arm.bracketed and reference.bracketed):
+        return "not bracketed"
+    if difference.margin is None:
+        return "one seed"
+    if difference.percent + difference.margin <= tolerance:
+        return "within"
+    return "open" if difference.percent - difference.margin <= tolerance else "outside"
+
+
+def table(arms: list[Arm], tolerance: float) -> str:
+    """The comparison as text, a line per arm. Columns that only some comparisons need are left out of the others."""
     several = max((len(arm.seeds) for arm in arms), default=1) > 1
+    tuned = max((len(arm.rates) for arm in arms), default=1) > 1
     columns = {  # heading: (aligned to the left, shown, cell of an arm and its gap)
         "run": (True, True, lambda a, g: a.names[0] + (f" and {len(a.names) - 1} more" if len(a.names) > 1 else "")),
         "sync": (True, True, lambda a, g: a.sync),
@@ -38,21 +63,22 @@ def table(arms: list[Arm], equal_time: bool = False) -> str:
         "fewer": (False, True, lambda a, g: f"{a.reduction:.1f}%"),
         "parameters": (False, True, lambda a, g: f"{a.n_params / 1e6:.2f}M"),
         "tok/param": (False, True, lambda a, g: f"{a.tokens / a.n_params:.2g}"),
-        "lr": (False, differ(arms, "learning_rate"), lambda a, g: f"{a.learning_rate:g}"),
+        "lr": (False, tuned or differ(arms, "learning_rate"), lambda a, g: f"{a.learning_rate:g}"),
+        "of": (True, tuned, _rates_cell),
         "dtype": (True, differ(arms, "dtype"), lambda a, g: a.dtype),
         "seeds": (False, several, _seeds_cell),
         "val loss": (False, True, lambda a, g: f"{a.losses[a.step]:.4f}" if a.losses else "-"),
         "sd": (False, several, lambda a, g: f"{a.deviation:.4f}" if a.deviation is not None else ""),
         "gap": (False, True, _gap_cell),
         "+-": (False, several, lambda a, g: f"{g.margin:.2f}%" if g and g.margin is not None else ""),
-        "at equal time": (False, equal_time, lambda a, g: _equal_time_cell(a, arms)),
+        "verdict": (True, True, lambda a, g: _verdict_cell(judge(a, g, arms, tolerance), g, tolerance)),
         "step": (False, True, lambda a, g: f"{a.step}" + ("" if a.finished else f" of {a.max_iters}*")),
     }
-    settings = settings_of(arms)
-    for setting, heading in settings.items():
-        columns[heading] = (False, True, lambda a, g, s=setting: f"{1000 * a.tpots[s]:.3f}" if s in a.tpots else "-")
+    conditions = conditions_of(arms)
+    for condition, heading in conditions.items():
+        columns[heading] = (False, True, lambda a, g, s=condition: f"{1000 * a.tpots[s]:.3f}" if s in a.tpots else "-")
         mark = heading.replace("ms/token", "frontier")
-        columns[mark] = (True, True, lambda a, g, s=setting: FRONTIER[on_frontier(a, arms, s)])
+        columns[mark] = (True, True, lambda a, g, s=condition: FRONTIER[on_frontier(a, arms, s)])
     columns = {heading: (left, cell) for heading, (left, shown, cell) in columns.items() if shown}
     gaps = [gap(arm, arms) for arm in arms]
     rows = [list(columns)]
@@ -65,8 +91,20 @@ def table(arms: list[Arm], equal_time: bool = False) -> str:
     lines = [line.rstrip() for line in lines]
     if not all(arm.finished for arm in arms):
         lines.append("* unfinished: its gap is provisional")
-    lines += [f"{heading}: {setting.removeprefix('PREDICTED, ')}" for setting, heading in settings.items()]
+    lines += [f"{heading}: {condition.removeprefix('PREDICTED, ')}" for condition, heading in conditions.items()]
     return "\n".join(lines)
+
+
+def _rates_cell(arm, difference):
+    least, most = arm.rates[0].learning_rate, arm.rates[-1].learning_rate
+    return f"{least:g} to {most:g}" if least < most else ""
+
+
+def _verdict_cell(verdict, difference, tolerance):
+    if verdict != "open":
+        return verdict or "-"
+    needed = difference.seeds_needed(tolerance)
+    return f"open: {needed} seeds" if needed else "open: over 100 seeds"
 
 
 def _seeds_cell(arm, difference):
@@ -78,11 +116,6 @@ def _gap_cell(arm, difference):
     if difference is None:
         return "-"
     return f"{difference.percent:+.2f}%" + ("" if difference.final else f" at {difference.step}*")
-
-
-def _equal_time_cell(arm, arms):
-    loss = loss_at_equal_time(arm, arms)
-    return "-" if loss is None else f"{loss:.4f}"
 
 
 def warnings(arms: list[Arm]) -> list[str]:
@@ -105,8 +138,8 @@ def warnings(arms: list[Arm]) -> list[str]:
     references = [(arm, baseline_of(arm, arms)) for arm in arms]
     if any(reference is not None and reference.scale != arm.scale for arm, reference in references):
         lines.append("warning: some runs have no baseline of their own size: they are compared with another's")
-    settings = settings_of(arms)
-    if timeless := [arm.names[0] for arm in arms if settings.keys() - arm.tpots.keys()]:
+    conditions = conditions_of(arms)
+    if timeless := [arm.names[0] for arm in arms if conditions.keys() - arm.tpots.keys()]:
         lines.append(f"warning: no time per token of {', '.join(timeless)}")
     return lines
 
@@ -117,7 +150,7 @@ def verdict(arms: list[Arm], tolerance: float) -> str:
     for scale, n_shard in sorted({(arm.scale, arm.n_shard) for arm in arms}):
         group = [arm for arm in arms if (arm.scale, arm.n_shard) == (scale, n_shard)]
         reference = reference_of(group, arms)
-        if reference is not None and all(arm.all_synced and arm.n_layer < reference.n_layer for arm in group):
+        if reference is not None and all(is_control(arm, reference) for arm in group):
             continue  # controls only
         size = f"{reference.size}, " if reference is not None and len(by_scale(arms)) > 1 else ""
         lines.append(f"{size}n_shard {n_shard}: {_group_verdict(group, reference, arms, tolerance)}")
@@ -134,12 +167,19 @@ def _group_verdict(group, reference, arms, tolerance):
         return f"can't say yet: the baseline {reference.names[0]} has not finished"
     if not variants:
         return "can't say: no variant has finished"
-    short = too_short([reference, *(arm for arm, _ in gaps)])
-    start = f"{short}, at least {LEAST_TOKENS} are needed. Seen so far, no answer: " if short else ""
+    good, start = _accepted(gaps, arms, tolerance)
     notes = {"unfinished": sum(not arm.finished for arm in group)}
     notes["evaluated on other windows or data"] = len(variants) - len(gaps)
+    verdicts = [judge(arm, difference, arms, tolerance) for arm, difference in gaps]
+    notes |= {word: verdicts.count(word) for word in ("not bracketed", "one seed") if not start}
     note = "".join(f" ({count} {why} not counted)" for why, count in notes.items() if count)
-    good = [(arm, difference) for arm, difference in gaps if difference.percent <= tolerance]  # nan is not <=
+    least = min((arm.blocking for arm, _ in good), default=math.inf)
+    undecided = [(arm, d) for (arm, d), v in zip(gaps, verdicts, strict=True) if v == "open" and arm.blocking < least]
+    for arm, difference in undecided:
+        cell = _verdict_cell("open", difference, tolerance).removeprefix("open: ")
+        note += (
+            f"; {arm.sync} ({difference.percent:+.2f}%) cannot be distinguished from {tolerance:g}%: {cell} would do"
+        )
     if not good:
         return f"{start}no variant is within {tolerance:g}% of the baseline{note}"
     best, difference = min(good, key=lambda pair: (pair[0].blocking, pair[1].percent))
@@ -150,36 +190,53 @@ def _group_verdict(group, reference, arms, tolerance):
     return f"{start}the fewest syncs within {tolerance:g}% of the baseline: {best.count} ({detail}){note}"
 
 
+def _accepted(gaps, arms, tolerance):
+    """(those of the pairs of arm and Gap that are within the tolerance, what a sentence on them begins with).
+
+    Where no variant has a verdict, they are those whose gap itself is, and it begins with why that is no answer.
+    """
+    verdicts = [judge(arm, difference, arms, tolerance) for arm, difference in gaps]
+    reasons = [too_short([arm for pair in gaps for arm in (pair[0], baseline_of(pair[0], arms))])]
+    reasons[0] += f", at least {LEAST_TOKENS} are needed" if reasons[0] else ""
+    if verdicts and all(verdict in NO_VERDICT or not verdict for verdict in verdicts):
+        reasons += [text for word, text in NO_VERDICT.items() if word in verdicts]
+        verdicts = ["within" if difference.percent <= tolerance else "" for _, difference in gaps]  # nan is not <=
+    good = [
+        (arm, difference)
+        for (arm, difference), verdict in zip(gaps, verdicts, strict=True)
+        if verdict == "within" or (baseline_of(arm, arms) is arm and tolerance >= 0)
+    ]
+    reasons = "; ".join(filter(None, reasons))
+    return good, f"{reasons}. Seen so far, no answer: " if reasons else ""
+
+
 def fastest(arms: list[Arm], tolerance: float) -> str:
-    """For each setting and size a line: the arm with the least time per token within `tolerance` percent."""
+    """For each condition and size a line: the arm with the least time per token within `tolerance` percent."""
     groups = by_scale(arms)
     lines = []
-    for setting in settings_of(arms):
+    for condition in conditions_of(arms):
         for group in groups:
             reference = reference_of(group, arms)
             size = f"{reference.size}, " if reference is not None and len(groups) > 1 else ""
-            lines.append(f"{size}{setting}: {_fastest_of(group, setting, arms, tolerance)}")
+            lines.append(f"{size}{condition}: {_fastest_of(group, condition, arms, tolerance)}")
     return "\n".join(lines)
 
 
-def _fastest_of(group, setting, arms, tolerance):
-    """The verdict on the arms `group` of one size in one setting."""
-    gaps = [(arm, difference) for arm in group if setting in arm.tpots and (difference := gap(arm, arms)) is not None]
+def _fastest_of(group, condition, arms, tolerance):
+    """The verdict on the arms `group` of one size in one condition."""
+    gaps = [(arm, difference) for arm in group if condition in arm.tpots and (difference := gap(arm, arms)) is not None]
     gaps = [(arm, difference) for arm, difference in gaps if difference.final]
     if not gaps:
         return "can't say: no run with a time per token has finished and has a baseline that has"
-    short = too_short([arm for arm, _ in gaps])
-    start = f"{short}, at least {LEAST_TOKENS} are needed. Seen so far, no answer: " if short else ""
-    good = [(arm, difference) for arm, difference in gaps if difference.percent <= tolerance]  # nan is not <=
+    good, start = _accepted(gaps, arms, tolerance)
     if not good:
         return f"{start}no run with a time per token is within {tolerance:g}% of the baseline"
-    best, difference = min(good, key=lambda pair: (pair[0].tpots[setting], pair[1].percent))
-    time, reference = best.tpots[setting], baseline_of(best, arms)
+    best, difference = min(good, key=lambda pair: (pair[0].tpots[condition], pair[1].percent))
+    time, reference = best.tpots[condition], baseline_of(best, arms)
     ratio = "the baseline itself" if best is reference else "its baseline has no time"
-    if best is not reference and setting in reference.tpots:
-        ratio = f"{reference.tpots[setting] / time:.2f}x as fast as the baseline"
-    is_control = best.all_synced and best.n_layer < reference.n_layer
-    name = f"control {best.size}" if is_control else f"{best.sync}, n_shard {best.n_shard}"
+    if best is not reference and condition in reference.tpots:
+        ratio = f"{reference.tpots[condition] / time:.2f}x as fast as the baseline"
+    name = f"control {best.size}" if is_control(best, reference) else f"{best.sync}, n_shard {best.n_shard}"
     detail = f"{name}, {difference.percent:+.2f}%, {best.names[0]}"
     return f"{start}the fastest within {tolerance:g}% of the baseline: {1000 * time:.3f} ms/token, {ratio} ({detail})"
 
@@ -192,26 +249,29 @@ def _no_gap_reason(variants, arms):
     return f"{len(synced) or 'no'} baseline{'s' if synced else ''} among the runs, one is needed"
 
 
-def write_csv(arms: list[Arm], path: str | Path, equal_time: bool = False) -> None:
+def write_csv(arms: list[Arm], path: str | Path, tolerance: float) -> None:
     """One row an arm, numbers in full, times per token in seconds. Raises OSError."""
-    settings = settings_of(arms)
+    conditions = conditions_of(arms)
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:  # a name may be no text
         writer = csv.writer(file)
         head = "run sync n_layer n_embd n_shard syncs hidden_syncs reduction_percent parameters tokens "
-        head += "learning_rate dtype seeds step max_iters val_loss val_loss_sd gap_percent gap_margin gap_step"
-        times = [f"{key} {setting}" for setting in settings for key in ("tpot_s", "on_frontier")]
-        writer.writerow([*head.split(), *["val_loss_at_equal_time"] * equal_time, *times])
+        head += "learning_rate bracketed dtype seeds step max_iters val_loss val_loss_sd "
+        head += "gap_percent gap_margin gap_step verdict"
+        times = [f"{key} {condition}" for condition in conditions for key in ("tpot_s", "on_frontier")]
+        writer.writerow([*head.split(), *times])
         for arm in arms:
             difference, a = gap(arm, arms), arm
             end = (difference.percent, difference.margin, difference.step) if difference else ("", "", "")
+            end += (judge(a, difference, arms, tolerance),)
             start = (a.names[0], a.sync, a.n_layer, a.n_embd, a.n_shard, a.syncs, a.hidden, a.reduction)
-            middle = (a.n_params, a.tokens, a.learning_rate, a.dtype, len(a.counted), a.step, a.max_iters)
-            equal = [loss_at_equal_time(a, arms)] * equal_time
-            times = [value for setting in settings for value in (a.tpots.get(setting), on_frontier(a, arms, setting))]
-            writer.writerow((*start, *middle, a.losses.get(a.step, ""), a.deviation, *end, *equal, *times))
+            middle = (a.n_params, a.tokens, a.learning_rate, a.bracketed, a.dtype, len(a.counted), a.step, a.max_iters)
+            times = [
+                value for condition in conditions for value in (a.tpots.get(condition), on_frontier(a, arms, condition))
+            ]
+            writer.writerow((*start, *middle, a.losses.get(a.step, ""), a.deviation, *end, *times))
 
 
-def report(arms: list[Arm], tolerance: float, equal_time: bool = False) -> str:
+def report(arms: list[Arm], tolerance: float) -> str:
     """The table, warnings and verdicts as text."""
-    parts = [table(arms, equal_time), *warnings(arms), verdict(arms, tolerance)]
-    return "\n".join([*parts, fastest(arms, tolerance)] if settings_of(arms) else parts)
+    parts = [table(arms, tolerance), *warnings(arms), verdict(arms, tolerance)]
+    return "\n".join([*parts, fastest(arms, tolerance)] if conditions_of(arms) else parts)

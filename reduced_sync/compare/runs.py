@@ -1,4 +1,7 @@
-"""Runs as their logs tell of them: those that differ in their seed alone are one Arm; baselines, noise, gaps."""
+"""Runs as their logs tell of them, as Arms: an architecture at one size, at its best learning rate. Baselines and gaps.
+
+Runs that differ in their seed alone are one Arm; of Arms that differ in their learning rate alone the best one stays.
+"""
 
 import itertools
 import math
@@ -11,6 +14,7 @@ from reduced_sync.train.log import changes, read_log, settings
 from reduced_sync_model import SyncRule
 
 LEAST_TOKENS = 10  # a parameter; shorter runs cannot tell variants apart: EXPERIMENT_SUMMARY.md
+RATE = ("learning_rate", "min_lr / learning_rate")  # the settings that differ between the rates of an arm
 HEADER = "syncs parameters dtype config".split()  # lines that a header must have, and keys of its config
 CONFIG = """sync n_shard n_layer n_head n_embd dataset seed learning_rate min_lr max_iters
 gradient_accumulation_steps batch_size block_size eval_iters""".split()
@@ -21,7 +25,10 @@ BLOCK = {"norm": "layernorm", "position": "learned", "mlp": "gelu", "n_hidden": 
 
 @dataclass
 class Arm:
-    """Runs that differ in their seed alone: the header's facts, and evaluations as {seed: {step: validation loss}}."""
+    """Runs that differ in their seed alone: the header's facts, and evaluations as {seed: {step: validation loss}}.
+
+    What load_runs returns is at its best learning rate, and knows the others.
+    """
 
     names: list
     config: dict  # the header's, and the sizes of the model that the header itself has
@@ -31,7 +38,10 @@ class Arm:
     data: tuple  # name, sha256 of train, sha256 of val; None for one that is not known
     changed: str  # settings that changed where the run was resumed
     seeds: dict
-    update_seconds: dict  # {seed: the median time of an update}, of the seeds whose logs have times
+    diverged: bool = False  # it ended for losses that are no numbers
+    rates: list = field(
+        default_factory=list, repr=False, compare=False
+    )  # the arm at each of its learning rates, the lowest first
     scale: int = 0  # from number_scales
     tpots: dict = field(default_factory=dict)  # {setting: seconds per token}, from compare/frontier.py
 
@@ -95,15 +105,16 @@ class Arm:
         return count_text(self.syncs, self.hidden)
 
     @property
-    def counted(self) -> list[dict[int, float]]:
+    def counted(self) -> dict[int, dict[int, float]]:
         """The losses of the finished seeds, or of all where none has finished."""
-        return [losses for losses in self.seeds.values() if self.max_iters in losses] or list(self.seeds.values())
+        return {seed: losses for seed, losses in self.seeds.items() if self.max_iters in losses} or self.seeds
 
     @property
     def losses(self) -> dict[int, float]:
         """The mean over the seeds that count, at the steps that all of them have evaluated."""
-        steps = set.intersection(*map(set, self.counted))
-        return {step: statistics.fmean(losses[step] for losses in self.counted) for step in sorted(steps)}
+        counted = self.counted.values()
+        steps = set.intersection(*map(set, counted))
+        return {step: statistics.fmean(losses[step] for losses in counted) for step in sorted(steps)}
 
     @property
     def step(self) -> int:
@@ -124,8 +135,21 @@ class Arm:
     @property
     def deviation(self) -> float | None:
         """Standard deviation over seeds of the last loss; None for one seed, and where a loss is not finite."""
-        last = [losses[self.step] for losses in self.counted] if self.losses else []
+        last = [losses[self.step] for losses in self.counted.values()] if self.losses else []
         return statistics.stdev(last) if len(last) > 1 and all(map(math.isfinite, last)) else None
+
+    @property
+    def bracketed(self) -> bool:
+        """Whether its learning rate is the best of several, with a worse one on either side, at most twofold away."""
+        ended = {arm.learning_rate: arm.last_losses for arm in self.rates if arm.finished or arm.diverged}
+        best, inside = best_rate(ended) if ended else (None, False)
+        return inside and best == self.learning_rate
+
+    @property
+    def last_losses(self) -> dict[int, float]:
+        """{seed: last loss} of the finished seeds; infinite for one that diverged."""
+        ends = {seed: losses.get(self.max_iters, math.inf) for seed, losses in self.counted.items()}
+        return {seed: math.inf if math.isnan(loss) else loss for seed, loss in ends.items()}
 
     @property
     def all_synced(self) -> bool:
@@ -135,12 +159,35 @@ class Arm:
 
 @dataclass
 class Gap:
-    """How far an arm's loss is above the baseline's, in percent, at the last step that both have evaluated."""
+    """How far an arm's loss is above the baseline's: 100 ln(loss / baseline), at the last step that both evaluated."""
 
     percent: float
     step: int
     final: bool  # both have finished
     margin: float | None  # half of the 95 % confidence interval; None where no noise is known
+    pairs: int  # seeds that both have
+    deviation: float | None  # of one pair, in percent
+
+    def seeds_needed(self, tolerance: float) -> int | None:
+        """The seeds with which an interval around this percentage leaves out `tolerance`; None for more than 100."""
+        from scipy.stats import t
+
+        room = abs(self.percent - tolerance)
+        enough = (n for n in range(2, 101) if t.ppf(0.975, n - 1) * self.deviation / math.sqrt(n) < room)
+        return next(enough, None)
+
+
+def best_rate(losses: dict[float, dict[int, float]]) -> tuple[float, bool]:
+    """The best learning rate of {rate: {seed: last loss}}, and whether it is bracketed.
+
+    It has the lowest mean over the seeds that all rates have, or over its own where they share none; bracketed it is
+    if there is a worse rate on either side, at most twofold away.
+    """
+    shared = set.intersection(*map(set, losses.values()))
+    means = {r: statistics.fmean(ends[seed] for seed in shared or ends) for r, ends in losses.items()}
+    best = min(sorted(means), key=means.get)
+    near = [rate / best for rate in means if means[rate] > means[best]]
+    return best, any(0.49 < ratio < 1 for ratio in near) and any(1 < ratio < 2.05 for ratio in near)
 
 
 def count_text(syncs: int, hidden: int) -> str:
@@ -151,8 +198,8 @@ def count_text(syncs: int, hidden: int) -> str:
 def load_runs(paths: Iterable[str | Path]) -> tuple[list[Arm], list[str]]:
     """The runs in `paths`, folders with a log.txt or logs, as Arms: by size, n_shard and most syncs first.
 
-    What is named twice is taken once. With them comes a line for each path that is no run: why it was skipped. Raises
-    ValueError with one clear line where nothing else is left.
+    Each is at its best learning rate. What is named twice is taken once. With them comes a line for each path that is
+    no run: why it was skipped. Raises ValueError with one clear line where nothing else is left.
     """
     arms, skipped = [], []
     logs = {(path / "log.txt" if path.is_dir() else path).resolve(): path for path in map(Path, paths)}
@@ -166,7 +213,6 @@ def load_runs(paths: Iterable[str | Path]) -> tuple[list[Arm], list[str]]:
             if same_experiment(other, arm) and not set(other.seeds) & set(arm.seeds):
                 other.names += arm.names
                 other.seeds |= arm.seeds
-                other.update_seconds |= arm.update_seconds
                 other.settings = arm.settings | other.settings  # what one of them knows
                 if None in other.data:
                     other.data = arm.data
@@ -175,8 +221,25 @@ def load_runs(paths: Iterable[str | Path]) -> tuple[list[Arm], list[str]]:
             arms.append(arm)
     if skipped and not arms:
         raise ValueError(skipped[0] + (f" (and {len(skipped) - 1} more that are no runs)" if skipped[1:] else ""))
+    arms = [at_best_rate(arm, arms) for arm in arms]
+    arms = list({id(arm): arm for arm in arms}.values())
     number_scales(arms)
     return sorted(arms, key=lambda arm: (arm.scale, arm.n_shard, -arm.syncs, arm.names)), skipped
+
+
+def at_best_rate(arm: Arm, arms: list[Arm]) -> Arm:
+    """The one of `arms` that is `arm` at its best learning rate; finished ones before others.
+
+    It is `arm` itself where a rate has several that are not seeds of one another.
+    """
+    rates = sorted((a for a in arms if a is arm or same_experiment(a, arm, RATE)), key=lambda a: a.learning_rate)
+    if len({a.learning_rate for a in rates}) < len(rates):
+        rates = [arm]
+    ended = {a.learning_rate: a.last_losses for a in rates if a.finished or a.diverged}
+    best, _ = best_rate(ended or {a.learning_rate: {0: a.last_loss} for a in rates})
+    chosen = next(a for a in rates if a.learning_rate == best)
+    chosen.rates = rates
+    return chosen
 
 
 def number_scales(arms: list[Arm]) -> None:
@@ -227,7 +290,6 @@ def _arm_of(log, name):
     seed = own.pop("seed")
     if (n_params := int(header["parameters"].split("(")[1].rstrip(")"))) < 1:
         raise ValueError(f"parameters {n_params}")
-    times = [ms for _, _, ms, _, _ in log.iterations[1:] if ms > 0]  # the first one compiles
     hashes = [header.get(f"{split} data", "").removeprefix("sha256 ") for split in ("train", "val")]
     arm = Arm(
         names=[" ".join(name.splitlines())],  # a cell of tables
@@ -238,7 +300,7 @@ def _arm_of(log, name):
         data=(config["dataset"], *(digest if digest not in ("", "unknown") else None for digest in hashes)),
         changed=", ".join(filter(None, itertools.starmap(changes, itertools.pairwise(configs)))),
         seeds={seed: {step: loss for step, _, loss in log.evaluations}},
-        update_seconds={seed: statistics.median(times) / 1000} if times else {},
+        diverged=log.bad_steps >= config.get("max_bad_steps", math.inf),
     )
     if arm.syncs != int(header["syncs"].split(" of ")[0]):
         raise ValueError(f"{header['syncs']} syncs with sync={config['sync']!r}")
@@ -255,9 +317,12 @@ def comparable(a: Arm, b: Arm) -> bool:
     return same_data(a, b) and a.settings["evaluation"] == b.settings["evaluation"]
 
 
-def same_experiment(a: Arm, b: Arm) -> bool:
-    """Whether two arms differ in their seed alone. What an older log does not say is no difference."""
-    shared = a.settings.keys() & b.settings.keys()
+def same_experiment(a: Arm, b: Arm, but: tuple[str, ...] = ()) -> bool:
+    """Whether two arms differ in their seed alone, and in the settings `but`.
+
+    What an older log does not say is no difference.
+    """
+    shared = (a.settings.keys() & b.settings.keys()) - set(but)
     equal = all(a.settings[key] == b.settings[key] for key in shared) and same_data(a, b)
     return a.model == b.model and equal and not a.changed and not b.changed
 
@@ -265,62 +330,78 @@ def same_experiment(a: Arm, b: Arm) -> bool:
 def baseline_of(arm: Arm, arms: list[Arm]) -> Arm | None:
     """The baseline to compare `arm` with, or None if there is none or more than one that it could be.
 
-    Evaluated on the same tokens; of the same size, dtype and n_shard where there is one; among several learning rates,
-    or several n_shard that are not the arm's own, the one with the lowest loss.
+    Evaluated on the same tokens; of the same size, dtype and n_shard where there is one; among several n_shard that
+    are not the arm's own, the one with the lowest loss.
     """
     synced = [other for other in arms if other.all_synced]
     deepest = {scale: max(a.n_layer for a in synced if a.scale == scale) for scale in {a.scale for a in synced}}
     baselines = [other for other in synced if other.n_layer == deepest[other.scale] and comparable(other, arm)]
     for name in ("scale", "dtype", "n_shard"):
         baselines = [other for other in baselines if getattr(other, name) == getattr(arm, name)] or baselines
-    choices = {(other.learning_rate, other.n_shard) for other in baselines}
-    if len(choices) == len(baselines) > 1:
+    if len({other.n_shard for other in baselines}) == len(baselines) > 1:
         baselines = [min(baselines, key=lambda other: (not other.finished, other.last_loss))]
     return baselines[0] if len(baselines) == 1 else None
 
 
+def percent_above(loss: float, other: float) -> float:
+    """100 ln(loss / other), in percent; of two losses of nothing none, and nan for one that is not a number."""
+    if loss == other and math.isfinite(loss):
+        return 0.0
+    ratio = loss / other if other else math.inf
+    return 100 * math.log(ratio) if ratio else -math.inf
+
+
+def paired(arm: Arm, other: Arm, step: int) -> list[float]:
+    """How far `arm` is above `other` at `step`, in percent, for each seed that both have."""
+    return [
+        percent_above(arm.counted[seed][step], other.counted[seed][step])
+        for seed in arm.counted.keys() & other.counted.keys()
+    ]
+
+
 def noise(arms: list[Arm]) -> tuple[float | None, int]:
-    """(standard deviation of a run's last loss over seeds in percent of it, degrees of freedom), pooled."""
-    several = [arm for arm in arms if arm.finished and arm.deviation is not None and arm.losses[arm.step]]
-    freedom = sum(len(arm.counted) - 1 for arm in several)
-    squares = sum((len(arm.counted) - 1) * (arm.deviation / arm.losses[arm.step]) ** 2 for arm in several)
-    return (100 * math.sqrt(squares / freedom) if freedom else None), freedom
+    """(standard deviation over seeds of an arm's distance from its baseline, in percent, degrees of freedom), pooled.
+
+    Of the finished arms that share several seeds with their baseline; None where there is none.
+    """
+    squares = freedom = 0
+    for arm in arms:
+        reference = baseline_of(arm, arms)
+        if reference is None or reference is arm or not arm.finished or not reference.finished:
+            continue
+        found = paired(arm, reference, arm.max_iters) if arm.max_iters == reference.max_iters else []
+        if len(found) > 1 and all(map(math.isfinite, found)):
+            squares += (len(found) - 1) * statistics.variance(found)
+            freedom += len(found) - 1
+    return (math.sqrt(squares / freedom) if freedom else None), freedom
 
 
 def gap(arm: Arm, arms: list[Arm]) -> Gap | None:
     """The arm's Gap to its baseline, or None where there is nothing to compare."""
     reference = baseline_of(arm, arms)
-    common = set(arm.losses) & set(reference.losses) if reference is not None else set()
+    return None if reference is None else distance(arm, reference, arms)
+
+
+def distance(arm: Arm, other: Arm, arms: list[Arm]) -> Gap | None:
+    """How far `arm` is above another one of `arms`: the mean over the seeds that both have, else of their means."""
+    common = set(arm.losses) & set(other.losses)
     if not common:
         return None
     step, margin = max(common), None
-    loss, baseline = arm.losses[step], reference.losses[step]
-    percent = 100 * (loss / baseline - 1) if baseline else 0.0 if loss == 0 else math.inf  # a memorised text
-    deviation, freedom = noise([other for other in arms if other.size in (arm.size, reference.size)])
-    if deviation is not None and reference is not arm:
+    final = arm.finished and other.finished
+    found = paired(arm, other, step)
+    percent = statistics.fmean(found) if found else percent_above(arm.losses[step], other.losses[step])
+    deviation, freedom = noise([one for one in arms if one.scale in (arm.scale, other.scale)])
+    if deviation is not None and found and other is not arm:
         from scipy.stats import t
 
-        margin = t.ppf(0.975, freedom) * deviation * math.sqrt(1 / len(arm.counted) + 1 / len(reference.counted))
-    return Gap(percent, step, arm.finished and reference.finished, margin)
+        margin = t.ppf(0.975, freedom) * deviation / math.sqrt(len(found))
+    return Gap(percent, step, final, margin, len(found), deviation)
 
 
-def loss_at_equal_time(arm: Arm, arms: list[Arm]) -> float | None:
-    """The arm's loss when it has trained for as long as its baseline did; None where the logs do not tell.
-
-    Training time is updates times their median time: without compilation, evaluations and saving. Between evaluations
-    the loss is interpolated; of an arm that has finished by then it is the last one.
-    """
-    reference = baseline_of(arm, arms)
-    if reference is None or not reference.finished or not reference.update_seconds or not arm.update_seconds:
-        return None
-    times = [statistics.fmean(a.update_seconds.values()) for a in (reference, arm)]
-    step, losses = reference.max_iters * (times[0] / times[1]), list(arm.losses.items())
-    if step >= arm.step:
-        return arm.losses[arm.step] if arm.finished else None
-    for (start, loss), (end, after) in itertools.pairwise(losses):
-        if start <= step <= end:
-            return loss + (after - loss) * (step - start) / (end - start)
-    return None
+def is_control(arm: Arm, reference: Arm | None) -> bool:
+    """Whether it is a dense model of another depth than the baseline `reference`."""
+    return arm.all_synced and reference is not None and arm.n_layer != reference.n_layer
 
 
 def by_scale(arms: list[Arm]) -> list[list[Arm]]:
@@ -341,4 +422,4 @@ def differ(arms: list[Arm], *names: str) -> bool:
 def too_short(arms: list[Arm]) -> str:
     """A text that says so where some arms were trained on too few tokens to tell variants apart."""
     fewest = f"{min(arm.tokens / arm.n_params for arm in arms):.2g}"
-    return f"too short to tell: {fewest} tokens a parameter" if float(fewest) < LEAST_TOKENS else ""
+    return f"too short to tell: {fewest} tokens per parameter" if float(fewest) < LEAST_TOKENS else ""

@@ -26,7 +26,7 @@ NUMBER = r"(-?\d+\.?\d*(?:e[+-]?\d+)?|nan|-?inf)"
 STEP = re.compile(rf"step (\d+): train loss {NUMBER}, val loss {NUMBER}$")
 ITER = re.compile(
     rf"iter (\d+): loss {NUMBER}, time {NUMBER}ms, tok/s (\d+)(?:, mfu {NUMBER}%)?, grad norm {NUMBER}"
-    r"(?:, skipped \d+)?$"
+    r"(, skipped \d+)?$"
 )
 # keys of a config that say which model it is, and keys, also of older runs, that do not change what it learns
 ARCHITECTURE = "sync n_shard n_layer n_head n_embd norm position mlp n_hidden n_kv_head".split()
@@ -88,6 +88,7 @@ class Log:
     headers: dict = field(default_factory=dict)  # {step it starts at: {key: string, or a dict for `config`}}, in order
     evaluations: list = field(default_factory=list)  # (step, train loss, val loss)
     iterations: list = field(default_factory=list)  # (step, loss, ms, tokens/s, grad norm)
+    bad_steps: int = 0  # skipped updates in a row at its end
 
     @property
     def header(self) -> dict:
@@ -125,7 +126,9 @@ def read_log(path: str | Path) -> Log:
             elif match := STEP.match(line):
                 log.evaluations.append((int(match[1]), float(match[2]), float(match[3])))
             elif match := ITER.match(line):
-                step, loss, ms, tokens, _mfu, norm = match.groups()
+                step, loss, ms, tokens, _mfu, norm, skipped = match.groups()
+                goes_on = log.iterations and log.iterations[-1][0] == int(step) - 1
+                log.bad_steps = (log.bad_steps * bool(goes_on) + 1) if skipped else 0
                 log.iterations.append((int(step), float(loss), float(ms), int(tokens), float(norm)))
             elif line:
                 raise ValueError(f"{path}:{number}: not a line of a log: {line[:60]!r}")

@@ -2,6 +2,8 @@
 
 import csv
 import fcntl
+import itertools
+import math
 import os
 import shutil
 import signal
@@ -25,67 +27,144 @@ TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=2, gradien
 TINY |= dict(max_iters=10, eval_interval=5, eval_iters=2, log_interval=1, warmup_iters=2, device="cpu")
 
 
-def write(folder, data, *runs, **keys):
-    """A study file of tiny runs; returns its path."""
-    runs = [TINY | {"dataset": str(data)} | run for run in runs]
-    lines = [f"{key} = {value!r}" for key, value in ({"out_dir": str(folder / "out"), "runs": runs} | keys).items()]
-    (folder / "study.py").write_text("\n".join(lines))
+def write(folder, data, arms, **keys):
+    """A study file of tiny runs, untuned unless asked otherwise; returns its path."""
+    common = TINY | {"dataset": str(data), "learning_rate": 1e-3}
+    keys = {"out_dir": str(folder / "out"), "common": common, "sizes": {"a": {}}, "arms": arms, "tune": False} | keys
+    (folder / "study.py").write_text("\n".join(f"{key} = {value!r}" for key, value in keys.items()))
     return folder / "study.py"
 
 
+def make_run(folder, **keys):
+    """A Run in `folder`, called a."""
+    return study.Run(study.Study(out_dir=str(folder)), "a", TINY | keys)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_study_files(path, small_dataset, tmp_path):
-    """Every run can be built, and the dense controls have the parameters of a deep model within 2 %."""
+def test_the_study_files(path, small_dataset):
+    """Every run can be built, and the dense controls have the parameters of a deep model within 3 %."""
     listed = configure(study.Study, [str(path)])
-    study.check_study(listed)
-    sizes = {}
-    for keys in listed.runs:
-        arguments = [f"--{key}={value}" for key, value in keys.items() if key not in ("name", "dataset")]
-        arguments += [f"--dataset={small_dataset}", f"--out_dir={tmp_path / keys['name']}", "--device=cpu"]
-        *_, model_config, _ = script.prepare(configure(script.Config, [*arguments, "--block_size=64"]))
-        c = model_config
-        n_params = 12 * c.n_layer * c.n_embd**2 + (50304 if path.stem == "study_124m" else 128) * c.n_embd
-        sizes[keys["name"]] = (n_params, c)
-    deep = [n for n, c in sizes.values() if c.n_embd / c.n_layer == 64]
-    controls = {name: (n, c) for name, (n, c) in sizes.items() if c.n_embd / c.n_layer > 64}
-    assert len(controls) >= 2 or path.stem == "study_demo"
-    for name, (n, c) in controls.items():
-        assert c.sync == "baseline" and min(abs(n / one - 1) for one in deep) < 0.02, name
-    if path.stem == "study_124m":  # the arithmetic of its GPU-hours
-        full = sum(keys["max_iters"] == 20000 for keys in listed.runs)
-        assert f"The {full} full runs and the {len(listed.runs) - full} of a quarter" in path.read_text()
-        assert f"evaluated {-(-20000 // script.Config.eval_interval) + 1} times" in path.read_text()
+    for trials in study.trials_of(listed):
+        (run,) = trials.runs.values()
+        arguments = [one for one in run.arguments if not one.startswith("--dataset=")]
+        arguments += [f"--dataset={small_dataset}", "--device=cpu", "--block_size=64"]
+        *_, c, _ = script.prepare(configure(script.Config, arguments))
+        if "control" in trials.name:
+            size = listed.sizes[trials.name.split("-")[0]]
+            vocabulary = 50304 if path.stem == "study_124m" else 128
+            wide, deep = (12 * n * C**2 + vocabulary * C for n, C in ((c.n_layer, c.n_embd), size_of(size)))
+            assert c.sync == "baseline" and abs(wide / deep - 1) < 0.03, trials.name
+
+
+def size_of(keys):
+    return keys["n_layer"], keys["n_embd"]
+
+
+def test_the_arithmetic_of_the_full_study():
+    """GPU-hours by the tokens per second that one H100 was measured at."""
+    listed = configure(study.Study, [str(ROOT / "config/study_124m.py")])
+    runs = len(listed.arms) * (3 + listed.seeds - 1)
+    hours = [5000 * 491_520 / speed / 3600 for speed in (366_000, 292_000)]
+    text = (ROOT / "config/study_124m.py").read_text()
+    assert f"{hours[0]:.1f} to {hours[1]:.1f} GPU-hours" in text and f"{runs} runs" in text
+    assert hours[0] * runs < 48 < hours[1] * runs
 
 
 def test_a_study_is_resumed_and_never_runs_twice(small_dataset, tmp_path):
-    runs = [dict(name="base-1", seed=1), dict(name="base-2", seed=2), dict(name="spd", sync="spd", seed=1)]
-    path = write(tmp_path, small_dataset, *runs)
+    arms = dict(base={}, spd=dict(sync="spd"))
+    path = write(tmp_path, small_dataset, arms, seeds=2)
     out = succeeded(run_script([STUDY, path], cwd=tmp_path))
-    assert "base-1: finished" in out and "(3 of 3)" in out
+    assert "a-base-lr0.001-seed1: " in out and "(4 of at least 4)" in out
     # 10 steps of 2 x 16 tokens; 3 evaluations on 2 batches of 2 x 16 tokens of each split
-    assert f"to train on {3 * 10 * 32:,} tokens, to evaluate on {3 * 3 * 2 * 2 * 32:,}\n" in out
-    assert "base-1 and 1 more" in out and (tmp_path / "out/comparison.png").exists()
-    last = {name: read_log(tmp_path / f"out/{name}/log.txt").evaluations[-1][2] for name in ("base-1", "base-2", "spd")}
+    assert f"to train on {4 * 10 * 32:,} tokens, to evaluate on {4 * 3 * 2 * 2 * 32:,}\n" in out
+    assert "a-base-lr0.001-seed1 and 1 more" in out and (tmp_path / "out/comparison.png").exists()
+    names = [f"a-{arm}-lr0.001-seed{seed}" for arm in ("base", "spd") for seed in (1, 2)]
+    last = {name: read_log(tmp_path / f"out/{name}/log.txt").evaluations[-1][2] for name in names}
     with open(tmp_path / "out/table.csv", newline="") as file:
         rows = [(row["run"], row["syncs"], row["seeds"], float(row["val_loss"])) for row in csv.DictReader(file)]
-    mean = pytest.approx((last["base-1"] + last["base-2"]) / 2)
-    assert rows == [("base-1", "4", "2", mean), ("spd", "2", "1", last["spd"])]
-    before = (tmp_path / "out/spd/log.txt").read_bytes()
-    write(tmp_path, small_dataset, *runs, dict(name="one", sync="grouped-1", seed=1))
+    means = [pytest.approx((last[a] + last[b]) / 2) for a, b in (names[:2], names[2:])]
+    assert rows == [(names[0], "4", "2", means[0]), (names[2], "2", "2", means[1])]
+    before = (tmp_path / f"out/{names[2]}/log.txt").read_bytes()
+    write(tmp_path, small_dataset, arms | dict(one=dict(sync="grouped-1")))
     out = succeeded(run_script([STUDY, path], cwd=tmp_path))
     assert f"to train on {10 * 32} tokens, to evaluate on {3 * 2 * 2 * 32}\n" in out
-    assert "4 runs, 3 finished already" in out and "one: finished (4 of 4)" in out and "spd: finished" not in out
-    assert (tmp_path / "out/spd/log.txt").read_bytes() == before
+    assert (
+        "at least 3 runs, 2 finished already" in out
+        and "a-one-lr0.001-seed1: " in out
+        and "spd-lr0.001-seed1: " not in out
+    )
+    assert (tmp_path / f"out/{names[2]}/log.txt").read_bytes() == before
 
 
-LONG = dict(name="long", max_iters=1000, eval_interval=500, checkpoint_minutes=0.001)
+def train_by(loss_at):
+    """A Run's start, look and end without a process: its loss is `loss_at` of its learning rate and seed."""
+
+    def start(run, slot, gpus):
+        run.slot = slot
+        loss = loss_at(run.keys["learning_rate"], run.keys["seed"])
+        run.step, run.finished, run.diverged = run.keys["max_iters"], math.isfinite(loss), not math.isfinite(loss)
+        run.loss, run.failure = loss, None if math.isfinite(loss) else "exit status 1"
+
+    return start
+
+
+@pytest.mark.parametrize("optimum", [1e-3, 1.4e-2, 1e-5])
+def test_the_best_learning_rate_is_found(small_dataset, tmp_path, monkeypatch, optimum):
+    """A quadratic in ln(rate), whose optimum may be far outside the first rates; above 0.1 a run diverges."""
+
+    def loss_at(rate, seed):
+        return math.inf if rate > 0.1 else 2 + 0.1 * math.log(rate / optimum) ** 2 + 0.001 * seed
+
+    monkeypatch.setattr(study.Run, "start", train_by(loss_at))
+    monkeypatch.setattr(study.Run, "look", lambda run: None)
+    monkeypatch.setattr(study.Run, "ended", lambda run: True)
+    monkeypatch.setattr(study.time, "sleep", lambda seconds: None)
+    listed = configure(study.Study, [str(write(tmp_path, small_dataset, dict(base={}), tune=True, seeds=3))])
+    trials = study.trials_of(listed)
+    assert trials[0].wanted()[1] == 2  # seeds to follow
+    assert not study.run_missing(trials, [["0"], ["1"]], False)
+    runs, more = trials[0].wanted()
+    rates = sorted({run.keys["learning_rate"] for run in runs})
+    best = min(rates, key=lambda rate: loss_at(rate, 1))
+    assert more == 0 and rates[0] < best < rates[-1] and abs(math.log(best / optimum)) <= math.log(2) / 2
+    assert all(b == 2 * a for a, b in itertools.pairwise(rates))
+    assert sorted(run.keys["seed"] for run in runs if run.keys["learning_rate"] == best) == [1, 2, 3]
+    assert len(runs) == len(rates) + 2 and len({run.name for run in runs}) == len(runs)
+    assert all(run.keys["min_lr"] == run.keys["learning_rate"] / 10 for run in runs)
+
+
+def test_rates_that_all_diverge_are_halved(small_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(study.Run, "look", lambda run: None)
+    listed = configure(study.Study, [str(write(tmp_path, small_dataset, dict(base={}), tune=True))])
+    (trials,) = study.trials_of(listed)
+    start = train_by(lambda rate, seed: math.inf if rate > 2e-4 else 2 + rate)
+    for _ in range(3):
+        for run in trials.wanted()[0]:
+            start(run, [], False)
+    assert sorted(run.keys["learning_rate"] for run in trials.wanted()[0])[:2] == [6.25e-5, 1.25e-4]
+
+
+def test_a_tuned_study_of_real_runs(small_dataset, tmp_path):
+    arms = dict(base=dict(learning_rate=0.16), spd=dict(sync="spd", learning_rate=0.16))  # about the best for ten steps
+    path = write(tmp_path, small_dataset, arms, tune=True, seeds=2)
+    out = succeeded(run_script([STUDY, path], cwd=tmp_path, timeout=190))
+    with open(tmp_path / "out/table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["bracketed"] for row in rows] == ["True", "True"] and [row["seeds"] for row in rows] == ["2", "2"]
+    assert (rows[1]["verdict"] in ("within", "outside", "open") and "fewest syncs" in out) or "no variant" in out
+    again = succeeded(run_script([STUDY, path], cwd=tmp_path))
+    assert "to train on 0 tokens" in again and again.splitlines()[-5:] == out.splitlines()[-5:]
+
+
+LONG = dict(long=dict(max_iters=1000, eval_interval=500, checkpoint_minutes=0.001))
+FIRST = "a-long-lr0.001-seed1"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_an_interrupted_study_goes_on(small_dataset, tmp_path, number):
     """Stopped as asked its run saves; killed, it leaves a run that another study.py waits for instead of failing."""
     path = write(tmp_path, small_dataset, LONG)
-    log = tmp_path / "out/long/log.txt"
+    log = tmp_path / "out" / FIRST / "log.txt"
     with ending(start([STUDY, path], cwd=tmp_path)) as process:
         end = time.monotonic() + 60
         while not (log.exists() and "iter 150:" in log.read_text()):
@@ -94,7 +173,7 @@ def test_an_interrupted_study_goes_on(small_dataset, tmp_path, number):
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
     if number == signal.SIGKILL:
-        assert study.Run(study.Study(out_dir=str(tmp_path / "out")), dict(TINY, name="long")).is_held()
+        assert study.Run(study.Study(out_dir=str(tmp_path / "out")), FIRST, TINY).is_held()
     else:
         assert process.returncode == 130 and "the same command goes on" in err and err.count("\n") == 1, err
     out = succeeded(run_script([STUDY, path], cwd=tmp_path))
@@ -105,18 +184,25 @@ def test_an_interrupted_study_goes_on(small_dataset, tmp_path, number):
 
 
 def test_a_run_that_fails_is_said_and_the_others_go_on(small_dataset, tmp_path):
-    path = write(tmp_path, small_dataset, dict(name="bad", n_shard=3), dict(name="good"))
-    process = run_script([STUDY, path], cwd=tmp_path)
-    one_line_error(
-        process, "bad:", "n_head=2 is not divisible by n_shard=3", f"more in {tmp_path / 'out/bad/output.txt'}"
-    )
-    assert "good: finished (1 of 2)" in process.stdout
+    """With tuning on its arm is given up, not its rate."""
+    arms = dict(bad=dict(n_shard=3), good=dict(learning_rate=0.16))
+    path = write(tmp_path, small_dataset, arms, tune=True)
+    process = run_script([STUDY, path], cwd=tmp_path, timeout=190)
+    name = "a-bad-lr0.001-seed1"
+    assert process.returncode == 1 and process.stderr.count("\n") == 3 and "Traceback" not in process.stderr
+    for part in (
+        f"{name}: ",
+        "n_head=2 is not divisible by n_shard=3",
+        f"more in {tmp_path / 'out' / name}/output.txt",
+    ):
+        assert part in process.stderr
+    assert "a-good-lr0.16-seed1: " in process.stdout
 
 
 def test_an_error_of_its_own_stops_the_runs(small_dataset, tmp_path):
     """Fault 20b: they went on unseen. Now they save as at a Ctrl-C, and the error is one line."""
-    path = write(tmp_path, small_dataset, dict(name="long", max_iters=20_000, eval_interval=20_000))
-    log = tmp_path / "out/long/log.txt"
+    path = write(tmp_path, small_dataset, dict(long=dict(max_iters=20_000, eval_interval=20_000)))
+    log = tmp_path / "out" / FIRST / "log.txt"
     with ending(start([STUDY, path], cwd=tmp_path)) as process:
         while not (log.exists() and "iter 20:" in log.read_text()):
             assert process.poll() is None
@@ -125,35 +211,43 @@ def test_an_error_of_its_own_stops_the_runs(small_dataset, tmp_path):
         log.mkdir()
         out, err = process.communicate(timeout=60)
     one_line_error(subprocess.CompletedProcess([], process.returncode, out, err), f"{log}: Is a directory")
-    assert not study.Run(study.Study(out_dir=str(tmp_path / "out")), dict(TINY, name="long")).is_held()
-    assert "stopped at step" in (tmp_path / "out/long/output.txt").read_text()
+    assert not study.Run(study.Study(out_dir=str(tmp_path / "out")), FIRST, TINY).is_held()
+    assert "stopped at step" in (log.parent / "output.txt").read_text()
 
 
 def test_under_torchrun(small_dataset, tmp_path):
-    path = write(tmp_path, small_dataset, dict(name="two", gradient_accumulation_steps=2, tp_size=2), processes=2)
+    path = write(tmp_path, small_dataset, dict(two=dict(gradient_accumulation_steps=2, tp_size=2)), processes=2)
     succeeded(run_script([STUDY, path], cwd=tmp_path))
-    assert read_log(tmp_path / "out/two/log.txt").header["layout"].startswith("dp 1 x tp 2")
+    assert read_log(tmp_path / "out/a-two-lr0.001-seed1/log.txt").header["layout"].startswith("dp 1 x tp 2")
 
 
 @pytest.mark.parametrize(
-    "runs, words",
+    "keys, words",
     [
-        ([], ["runs is empty"]),
-        ([dict(name="a"), dict(name="a")], ["several runs are named a"]),
-        ([dict(name="../a")], ["'../a'", "without a /"]),
-        ([dict(name="..")], ["'..'", "without a /"]),
-        ([dict()], ["a dict with a name"]),
-        ([dict(name="a", max_iters=0)], ["'a'", "max_iters=0"]),
-        ([dict(name="a", out_dir="b")], ["out_dir"]),
-        ([dict(name="a", eval_interval=0)], ["'a'", "eval_interval=0"]),
-        ([dict(name="a", batchsize=3)], ["'a'", "unknown key 'batchsize'"]),
-        ([dict(name="a", sync="spdx")], ["'a'", "sync='spdx'", "allowed are"]),
-        ([dict(name="a", dataset="/nowhere")], ["/nowhere/meta.json", "prepare the data first"]),
-        ([dict(name="a"), dict(name="b", device="cuda")], ["device='cuda': torch can use no GPU", "try --device=cpu"]),
+        (dict(arms={}), ["arms is empty"]),
+        (dict(sizes={}), ["sizes is empty"]),
+        (dict(arms=[]), ["arms must be dict or None, not list"]),
+        (dict(arms={"../b": {}}), ["arm '../b'", "letters, digits"]),
+        (dict(arms={"b": 3}), ["arm 'b'", "names a dict"]),
+        (dict(arms={"b": dict(sizes=["c"])}), ["arm 'b'", "no size is called 'c'"]),
+        (dict(arms={"b": dict(max_iters=0)}), ["a-b: max_iters=0"]),
+        (dict(arms={"b": dict(out_dir="c")}), ["a-b: out_dir is the study's own"]),
+        (dict(arms={"b": dict(seed=1)}), ["a-b: seed is the study's own"]),
+        (dict(arms={"b": dict(eval_interval=0)}), ["a-b: eval_interval=0"]),
+        (dict(arms={"b": dict(learning_rate=0)}), ["a-b: learning_rate=0 must be a positive number"]),
+        (dict(arms={"b": dict(learning_rate=float("nan"))}), ["a-b: learning_rate=nan must be a positive number"]),
+        (dict(arms={"b": dict(batchsize=3)}), ["a-b-lr0.001-seed1", "unknown key 'batchsize'"]),
+        (dict(arms={"b": dict(sync="spdx")}), ["a-b-lr0.001-seed1", "sync='spdx'", "allowed are"]),
+        (dict(arms={"b": dict(dataset="/nowhere")}), ["/nowhere/meta.json", "prepare the data first"]),
+        (dict(arms={"b": {}, "c": dict(device="cuda")}), ["device='cuda': torch can use no GPU", "try --device=cpu"]),
     ],
+    ids=str,
 )
-def test_mistakes_end_with_one_line(small_dataset, tmp_path, capsys, runs, words):
-    assert status(study.main, [str(write(tmp_path, small_dataset, *runs))]) == 1
+def test_mistakes_end_with_one_line(small_dataset, tmp_path, capsys, keys, words):
+    keys = {"arms": {"b": {}}} | keys
+    path = write(tmp_path, small_dataset, keys.pop("arms"), **keys)
+    path.write_text(path.read_text().replace("nan", "float('nan')"))
+    assert status(study.main, [str(path)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words), error
     assert not (tmp_path / "out").exists()
@@ -162,12 +256,12 @@ def test_mistakes_end_with_one_line(small_dataset, tmp_path, capsys, runs, words
 @pytest.mark.parametrize("step, evaluated", [(0, 0), (7, 2)])
 def test_what_is_left_to_train_and_evaluate(small_dataset, tmp_path, step, evaluated):
     """eval_iters=0 is the whole of val and as many windows of train, at steps 0, 4, 8 and 10."""
-    keys = TINY | dict(name="a", dataset=str(small_dataset), eval_interval=4, eval_iters=0)
-    run = study.Run(study.Study(out_dir=str(tmp_path)), keys)
+    run = make_run(tmp_path, dataset=str(small_dataset), eval_interval=4, eval_iters=0)
     run.step, run.evaluated = step, evaluated
     targets = (small_dataset / "val.bin").stat().st_size // 2 - 1
     whole = 2 * 16 * -(-targets // 16)
     assert run.tokens_left() == ((10 - step) * 32, (4 - evaluated) * whole)
+    assert run.tokens_left(whole=True) == (10 * 32, 4 * whole)
 
 
 TORCHRUN = """Traceback (most recent call last):
@@ -211,22 +305,29 @@ def test_the_first_error_is_written_down(tmp_path, monkeypatch, error, line):
 
 
 def test_a_folder_that_holds_another_run(small_dataset, tmp_path, capsys):
-    path = write(tmp_path, small_dataset, dict(name="a"))
+    path = write(tmp_path, small_dataset, dict(b={}))
     succeeded(run_script([STUDY, path], cwd=tmp_path))
-    assert status(study.main, [str(write(tmp_path, small_dataset, dict(name="a", learning_rate=0.5)))]) == 1
-    assert "learning_rate=0.0006, not 0.5" in capsys.readouterr().err
-    for mistake in ("processes=0", "tolerance=-1", "tolerance=1e999", "out_dir="):
+    assert status(study.main, [str(write(tmp_path, small_dataset, dict(b=dict(weight_decay=0.5))))]) == 1
+    assert "weight_decay=0.1, not 0.5" in capsys.readouterr().err
+    for mistake in ("processes=0", "tolerance=-1", "tolerance=1e999", "out_dir=", "seeds=0", "runs_per_gpu=0"):
         assert status(study.main, [str(path), f"--{mistake}"]) == 1
         assert capsys.readouterr().err.startswith(f"error: {mistake.split('=')[0]}")
 
 
+def test_runs_share_a_gpu(monkeypatch):
+    monkeypatch.setattr(study.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert study.slots(1, 2) == ([["0"], ["1"], ["0"], ["1"]], True)
+    assert study.slots(2, 1) == ([["0", "1"]], True)
+
+
 def test_a_study_has_its_runs_device_changed(tmp_path):
-    run = study.Run(study.Study(out_dir=str(tmp_path), device="cpu"), dict(TINY, name="a", device="cuda"))
+    run = study.Run(study.Study(out_dir=str(tmp_path), device="cpu"), "a", dict(TINY, device="cuda"))
     assert run.config.device == "cpu"
 
 
 def test_a_run_held_elsewhere_is_left_alone(tmp_path):
-    run = study.Run(study.Study(out_dir=str(tmp_path)), dict(TINY, name="a"))
+    run = make_run(tmp_path)
     assert not run.is_held()
     os.makedirs(tmp_path / "a")
     with open(tmp_path / "a" / ".lock", "w") as lock:
@@ -250,6 +351,6 @@ def test_make_refuses_an_older_python(tmp_path):
 
 
 def test_a_number_written_as_text_is_the_same_run(small_dataset, tmp_path):
-    path = write(tmp_path, small_dataset, dict(name="a", learning_rate="1e-3"))
+    path = write(tmp_path, small_dataset, dict(b=dict(weight_decay="1e-3")))
     for _ in range(2):
         succeeded(run_script([STUDY, str(path)], cwd=tmp_path))

@@ -1,0 +1,58 @@
+"""The gap of another size, from the gaps of several: an extrapolation over the logarithm of the size.
+
+N stands for layers x width squared, which the parameters of the layers are a multiple of. Two forms: constant, the mean
+of the two largest sizes, and a straight line in ln N by least squares. Each has a 95 % interval from the noise over
+seeds, and their distance says how much the choice of the form matters. The largest size, left out and predicted from
+the others, says how well the forms do.
+"""
+
+import math
+import re
+
+import numpy as np
+
+from reduced_sync.compare.runs import Arm, baseline_of, gap
+
+
+def predict(arms: list[Arm], size: str) -> str:
+    """The predicted gap at `size`, LAYERSxWIDTH, of every way to sync that has verdicts at several sizes, as text.
+
+    Raises ValueError for a text that is no size, and where no arm was compared at several.
+    """
+    if not (match := re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,6})", size)):
+        raise ValueError(f"--predict={size}: a size is LAYERSxWIDTH, like 12x768")
+    target, families = math.log(int(match[1]) * int(match[2]) ** 2), {}
+    for arm in arms:
+        reference, difference = baseline_of(arm, arms), gap(arm, arms)
+        if difference is None or not difference.final or difference.margin is None or arm.all_synced:
+            continue
+        if arm.bracketed and reference.bracketed:
+            place = math.log(arm.n_layer * arm.n_embd**2)
+            families.setdefault((arm.sync, arm.n_shard, arm.family, arm.dtype), {})[place] = difference
+    families = {key: dict(sorted(gaps.items())) for key, gaps in families.items() if len(gaps) > 1}
+    if not families:
+        raise ValueError(
+            "--predict needs one way to sync at two sizes or more, with bracketed learning rates and several seeds"
+        )
+    lines = [f"EXTRAPOLATED to {size}, gap in percent with 95 % intervals:"]
+    for (sync, n_shard, family, dtype), gaps in families.items():
+        factor = math.exp(target - max(gaps))
+        cells = [f"{form} {value:+.2f} +- {margin:.2f}" for form, (value, margin) in forms(gaps, target).items()]
+        name = " ".join(filter(None, [sync, family, f"n_shard {n_shard}", dtype]))
+        lines.append(f"{name}, {len(gaps)} sizes, {factor:.3g} times the largest N: {', '.join(cells)}")
+        *smaller, largest = gaps
+        if len(smaller) > 1:
+            trial = forms({place: gaps[place] for place in smaller}, largest)
+            cells = [f"{form} {value:+.2f} +- {margin:.2f}" for form, (value, margin) in trial.items()]
+            lines.append(f"    the largest size, left out: {', '.join(cells)}; measured {gaps[largest].percent:+.2f}")
+    return "\n".join(lines)
+
+
+def forms(gaps: dict, target: float) -> dict[str, tuple[float, float]]:
+    """{form: (gap in percent at ln N = `target`, half of its 95 % interval)}, of {ln N: Gap} of two sizes or more."""
+    places = np.array(list(gaps))
+    values, margins = (np.array([getattr(one, name) for one in gaps.values()]) for name in ("percent", "margin"))
+    ones = np.ones_like(places)
+    weights = {"constant": np.where(places >= np.sort(places)[-2], 0.5, 0.0)}
+    weights["line"] = np.array([1.0, target]) @ np.linalg.pinv(np.stack([ones, places], axis=1))
+    return {form: (float(w @ values), float(np.sqrt(w**2 @ margins**2))) for form, w in weights.items()}
