@@ -1,5 +1,5 @@
 # make demo: set up, train four variants, compare them.      make test: set up, run all tests.
-# make spd-demo: drop 20 of the 30 syncs after attention of a trained model, and see what that costs.
+# make spd-demo: drop 20 of the 30 post-attention syncs of a pretrained SmolLM2, and see what that costs.
 # make serve MODEL=FOLDER: serve an exported folder with vLLM's OpenAI-compatible server.
 # make results: write the tables in the documents again, from results/.
 PYTHON ?= python3

@@ -19,8 +19,9 @@ from reduced_sync.compare.report import report
 from reduced_sync.compare.runs import baseline_of, count_text, gap, load_runs
 from reduced_sync.spd.log import read_drop_log, table_of
 
-RESULTS = Path(__file__).parent
-DOCUMENTS = [RESULTS.parent / "EXPERIMENT_SUMMARY.md", *sorted(RESULTS.glob("*/README.md"))]
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+DOCUMENTS = [ROOT / "README.md", ROOT / "EXPERIMENT_SUMMARY.md", *sorted(RESULTS.glob("*/README.md"))]
 TABLE = re.compile(r"(<!-- make results: (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -121,8 +122,9 @@ def decoding_case(case):
     others["The same without communication"] = case.compiled_silent
     for name, times in others.items():
         if times is not None:
-            head += f" {name}: TTFT {1000 * times.ttft_s:.0f} ms, TPOT {1000 * times.tpot_s:.1f} ms."
-    head += f" Memory alone: {1000 * case.bound_s:.1f} ms a token."
+            bound = f" (memory alone {1000 * times.bound_s:.1f} ms)" if times.bound_s else ""
+            head += f" {name}: TTFT {1000 * times.ttft_s:.0f} ms, TPOT {1000 * times.tpot_s:.1f} ms{bound}."
+    head += f" Ours, eager: memory alone {1000 * case.bound_s:.1f} ms."
     columns = ["variant", "syncs", "TTFT, ms", "TPOT, ms", "faster"]
     columns += ["in all-reduces, ms", "without them, ms"] if case.tp_size > 1 else []
     lines = [columns]
