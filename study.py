@@ -1,6 +1,6 @@
 """Run a study: train each arm at each size at its best learning rate, with several seeds, then compare them all.
 
-$ python study.py config/study_cpu.py
+$ python study.py config/study_demo.py
 $ python study.py config/study_pypi.py --device=cpu --out_dir=out-mine
 
 A study file is a config file with the keys of Study, below: it declares sizes and arms, each a dict of training keys.
