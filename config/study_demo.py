@@ -11,6 +11,6 @@ seeds = 2
 runs_per_gpu = 8
 
 common = dict(dataset="shakespeare_char", block_size=64, batch_size=32, gradient_accumulation_steps=1)
-common |= dict(warmup_iters=40, eval_interval=200, eval_iters=50, log_interval=50, compile=False)
-sizes = {"4x32": dict(n_layer=4, n_embd=32, n_head=4, n_shard=4, max_iters=400, learning_rate=1e-2)}
+common |= dict(warmup_iters=40, eval_interval=200, eval_iters=25, log_interval=50, compile=False)
+sizes = {"4x32": dict(n_layer=4, n_embd=32, n_head=4, n_shard=4, max_iters=400, learning_rate=2e-2)}
 arms = {sync: dict(sync=sync) for sync in ("baseline", "spd", "grouped-2", "grouped-1")}

@@ -180,14 +180,14 @@ class Gap:
 def best_rate(losses: dict[float, dict[int, float]]) -> tuple[float, bool]:
     """The best learning rate of {rate: {seed: last loss}}, and whether it is bracketed.
 
-    It has the lowest mean over the seeds that all rates have, or over its own where they share none; bracketed it is
-    if there is a worse rate on either side, at most twofold away.
+    It has the lowest mean over the seeds that all rates have, or over its own where they share none. It is bracketed if
+    there is a rate that is no better on either side, at most twofold away.
     """
     shared = set.intersection(*map(set, losses.values()))
     means = {r: statistics.fmean(ends[seed] for seed in shared or ends) for r, ends in losses.items()}
     best = min(sorted(means), key=means.get)
-    near = [rate / best for rate in means if means[rate] > means[best]]
-    return best, any(0.49 < ratio < 1 for ratio in near) and any(1 < ratio < 2.05 for ratio in near)
+    ratios = [rate / best for rate in means]
+    return best, any(0.49 < ratio < 1 for ratio in ratios) and any(1 < ratio < 2.05 for ratio in ratios)
 
 
 def count_text(syncs: int, hidden: int) -> str:
