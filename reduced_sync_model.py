@@ -63,6 +63,9 @@ def selective(n_layer: int, pattern: str) -> str:
     return pattern
 
 
+NAMES = {"baseline": baseline, "spd": spd}
+
+
 @dataclass(frozen=True)
 class SyncRule:
     """When and how shards synchronise: a pattern, one character per layer, and at most one of the RIVALS' ways.
@@ -79,25 +82,25 @@ class SyncRule:
         name, plus, rival = text.partition("+")
         if plus and rival not in RIVALS:
             raise ValueError(f"sync={text!r}: what follows the + is one of {', '.join(RIVALS)}")
-        if name in ("baseline", "spd"):
-            pattern = baseline(n_layer) if name == "baseline" else spd(n_layer)
+        if name in NAMES:
+            pattern = NAMES[name](n_layer)
         elif re.fullmatch(r"grouped-[0-9]{1,4}", name):
             pattern = grouped(n_layer, int(name.removeprefix("grouped-")))
         elif name and set(name) <= set("210a"):
             pattern = selective(n_layer, name)
         else:
-            known = "baseline, spd, grouped-N (N syncs in all) and one of 2 1 0 a per layer"
+            known = f"{', '.join(NAMES)}, grouped-N (N syncs in all) and one of 2 1 0 a per layer"
             raise ValueError(f"sync={text!r}: allowed are {known}, each with or without +{', +'.join(RIVALS)}")
         rule = cls(pattern, rival)
         if rival == "parallel" and set(pattern) - set("10"):
             raise ValueError(f"sync={text!r}: a parallel block has one sync or none, so its characters are 1 and 0")
-        if rival in HIDING and rule.syncs < 2:
+        if rule.parts.hides and rule.syncs < 2:
             raise ValueError(f"sync={text!r}: a single sync, the last, has nothing to hide behind")
         return rule
 
     def __str__(self):
         n_layer = len(self.pattern)
-        names = {baseline(n_layer): "baseline", spd(n_layer): "spd"}
+        names = {pattern(n_layer): name for name, pattern in NAMES.items()}
         if n_layer % self.syncs == 0:
             names.setdefault(grouped(n_layer, self.syncs), f"grouped-{self.syncs}")
         return "+".join(filter(None, (names.get(self.pattern, self.pattern), self.rival)))
@@ -105,25 +108,26 @@ class SyncRule:
     @property
     def syncs(self) -> int:
         """All-reduces of one forward pass."""
-        return sum({"2": 2, "1": 1, "a": 1, "0": 0}[character] for character in self.pattern)
+        return sum(map(sum, self.layers()))
 
     @property
     def hidden(self) -> int:
         """Those of them behind which a sublayer runs: of ladder and delayed all but the last one."""
-        return self.syncs - 1 if self.rival in HIDING else 0
+        return self.syncs - 1 if self.parts.hides else 0
 
     @property
     def drawing(self) -> str:
         """A attention, M MLP, | an all-reduce: of the pattern 21 it is `A|M| AM|`."""
-        return " ".join({"2": "A|M|", "1": "AM|", "a": "A|M", "0": "AM"}[character] for character in self.pattern)
+        return " ".join(f"A{'|' * after_attention}M{'|' * after_mlp}" for after_attention, after_mlp in self.layers())
 
     def layers(self) -> list[tuple[bool, bool]]:
         """For each layer, whether there is a sync after its attention, and whether there is one after its MLP."""
         return [(character in "2a", character in "21") for character in self.pattern]
 
-    def stream(self, x: Tensor, n_shard: int, tp_group: dist.ProcessGroup | None) -> "Stream":
-        """The Stream of a forward pass that begins with x (B, T, C)."""
-        return RIVALS.get(self.rival, Stream)(x, n_shard, tp_group)
+    @property
+    def parts(self) -> "Rival":
+        """The classes that compute it."""
+        return RIVALS.get(self.rival, Rival())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,13 +182,13 @@ class Block(nn.Module):
         self.ln_2 = Norm(config, n_local)
         self.mlp = MLP(config, n_local)
 
-    def forward(self, stream: Stream, syncs: tuple[bool, bool], rope=None, past=None, mask: Tensor | None = None):
-        """Add this layer to the stream. syncs: whether to sync after attention, and after the MLP.
+    def forward(
+        self, stream: Stream, after_attention: bool, after_mlp: bool, rope=None, past=None, mask: Tensor | None = None
+    ):
+        """Add this layer to the stream, which syncs after the attention, after the MLP, after both or not at all.
 
         past: this layer's part of a KVCache.
         """
-        after_attention, after_mlp = syncs
-
         y = self.attn(self.ln_1(stream.read()), rope, past, mask)
         if after_attention:
             stream.sync(y)
@@ -387,10 +391,12 @@ class MLP(nn.Module):
 class ParallelBlock(Block):
     """Attention and MLP read the same stream (GPT-J; PaLM, arXiv 2204.02311). Its layers sync at their end or not."""
 
-    def forward(self, stream: Stream, syncs: tuple[bool, bool], rope=None, past=None, mask: Tensor | None = None):
+    def forward(
+        self, stream: Stream, after_attention: bool, after_mlp: bool, rope=None, past=None, mask: Tensor | None = None
+    ):
         h = stream.read()
         y = self.attn(self.ln_1(h), rope, past, mask) + self.mlp(self.ln_2(h))
-        if syncs[1]:
+        if after_mlp:
             stream.sync(y)
         else:
             stream.keep(y)
@@ -451,10 +457,21 @@ class Delayed(Ladder):
         return self.h.to(y.dtype) + y
 
 
-RIVALS = dict(
-    parallel=Stream, desync=Desync, tracks=Tracks, ladder=Ladder, delayed=Delayed
-)  # the streams; parallel is another block
-HIDING = ("ladder", "delayed")
+class Rival(NamedTuple):
+    """The classes of a rule's layers and of its stream, and whether a sublayer runs behind each sync but the last."""
+
+    block: type[Block] = Block
+    stream: type[Stream] = Stream
+    hides: bool = False
+
+
+RIVALS = {
+    "parallel": Rival(block=ParallelBlock),
+    "desync": Rival(stream=Desync),
+    "tracks": Rival(stream=Tracks),
+    "ladder": Rival(stream=Ladder, hides=True),
+    "delayed": Rival(stream=Delayed, hides=True),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -662,8 +679,7 @@ class GPT(nn.Module):
         if config.position == "learned":
             layers |= dict(wpe=nn.Embedding(config.block_size, config.n_embd))
         layers |= dict(drop=nn.Dropout(config.dropout))
-        block = ParallelBlock if config.rule.rival == "parallel" else Block
-        layers |= dict(h=nn.ModuleList([block(config, n_local) for _ in range(config.n_layer)]))
+        layers |= dict(h=nn.ModuleList([config.rule.parts.block(config, n_local) for _ in range(config.n_layer)]))
         if config.norm == "rmsnorm":
             layers |= dict(ln_f=nn.RMSNorm(config.n_embd, config.norm_eps))
         else:
@@ -734,11 +750,11 @@ class GPT(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """x (B, T, C), a synced stream, through all layers, or through `layers`, the last of which syncs; (B, T, C)."""
-        stream = self.config.rule.stream(x, self.config.n_shard, self.tp_group)
-        syncs = self.config.rule.layers()
+        stream = self.config.rule.parts.stream(x, self.config.n_shard, self.tp_group)
+        syncs_after = self.config.rule.layers()
         for i in range(self.config.n_layer) if layers is None else layers:
             past = None if cache is None else (*cache.layers[i], cache.length)
-            self.transformer.h[i](stream, syncs[i], rope, past, mask)
+            self.transformer.h[i](stream, *syncs_after[i], rope, past, mask)
         return stream.end()
 
     def rope(self, first: int, T: int) -> tuple[Tensor, Tensor]:
