@@ -11,7 +11,7 @@ from typing import Any
 from reduced_sync import preparing
 from reduced_sync.hf.weights import GPT2_SHAPES
 
-KEPT = "tokenizer"  # folder of an out_dir with its model's own tokenizer and generation_config.json
+TOKENIZER_FOLDER = "tokenizer"  # folder of an out_dir with its model's own tokenizer and generation_config.json
 
 
 def pretrained_meta(name: str, vocab_size: int) -> dict:
