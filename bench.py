@@ -186,8 +186,7 @@ def machine_of(rounds: list[list[Round]], B: int, T: int, n_embd: int) -> Machin
 def check_decode(args: "Decode", configs: dict[str, rsm.GPTConfig], device: str) -> None:
     """Raise ValueError for what cannot be decoded or drawn."""
     for tp_size, (name, config) in itertools.product(args.tp_sizes, configs.items()):
-        if config.n_shard % tp_size:
-            raise ValueError(f"tp_size={tp_size} must divide n_shard={config.n_shard} of {name}")
+        config.check_tp_size(tp_size, name)
     if max(args.prompts) + args.new_tokens >= args.block_size:
         raise ValueError(f"prompts of {max(args.prompts)} and {args.new_tokens} new tokens exceed --block_size")
     if args.png and max(args.tp_sizes) < 2:

@@ -637,6 +637,14 @@ class GPTConfig:
         self.rule = SyncRule.parse(self.sync, self.n_layer)
         self.sync = str(self.rule)
 
+    def check_tp_size(self, tp_size: int, name: str = "") -> None:
+        """Raise ValueError unless `tp_size` ranks can share this model, which the error calls `name`."""
+        if self.n_shard % tp_size:
+            of = f" of {name}" if name else ""
+            raise ValueError(f"n_shard={self.n_shard}{of} is not divisible by tp_size={tp_size}")
+        if self.dropout > 0 and tp_size > 1:
+            raise ValueError(f"dropout={self.dropout} needs tp_size=1, not {tp_size}: ranks would drop differently")
+
 
 class KVCache:
     """Keys and values of the tokens that a model has seen, for this rank's shards, allocated once.
@@ -664,12 +672,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.tp_size = tp_group.size() if tp_group is not None else 1
-        if config.n_shard % self.tp_size:
-            raise ValueError(f"n_shard={config.n_shard} is not divisible by tp_size={self.tp_size}")
-        if config.dropout > 0 and self.tp_size > 1:
-            raise ValueError(
-                f"dropout={config.dropout} needs tp_size=1, not {self.tp_size}: ranks would drop differently"
-            )
+        config.check_tp_size(self.tp_size)
         self.tp_group = tp_group if self.tp_size > 1 else None
         n_local = config.n_shard // self.tp_size
         first = n_local * (tp_group.rank() if self.tp_group is not None else 0)
@@ -728,28 +731,24 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens behind the {held} in the cache: decoding takes one at a time")
         if mask is not None:
             mask = mask.repeat(self.config.n_shard // self.tp_size, 1, 1)[:, None]  # (S*B, 1, T, held+T)
-        x, rope = self.embed(idx, held, positions)
-        x = self.run_blocks(self.transformer.drop(x), rope, cache=cache, mask=mask)
+        x = self.transformer.drop(self.embed(idx, held, positions))
+        x = self.run_blocks(x, cache=cache, mask=mask)
         if cache is not None:
             cache.length += T
         return x
 
-    def embed(self, idx: Tensor, held: int = 0, positions: Tensor | None = None) -> tuple[Tensor, tuple | None]:
-        """Token ids (B, T) behind `held` others -> x (B, T, C), and what rotate() takes or None."""
-        x, T = self.transformer.wte(idx), idx.size(1)
-        if self.config.position == "rope":  # only differences of positions count
-            return x, self.rope(held, T)
-        return x + self.transformer.wpe.weight[slice(held, held + T) if positions is None else positions], None
+    def embed(self, idx: Tensor, held: int = 0, positions: Tensor | None = None) -> Tensor:
+        """Token ids (B, T) behind `held` others -> x (B, T, C)."""
+        x = self.transformer.wte(idx)
+        if self.config.position == "rope":  # the attention's
+            return x
+        return x + self.transformer.wpe.weight[slice(held, held + idx.size(1)) if positions is None else positions]
 
     def run_blocks(
-        self,
-        x: Tensor,
-        rope: tuple | None = None,
-        layers: range | None = None,
-        cache: KVCache | None = None,
-        mask: Tensor | None = None,
+        self, x: Tensor, layers: range | None = None, cache: KVCache | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """x (B, T, C), a synced stream, through all layers, or through `layers`, the last of which syncs; (B, T, C)."""
+        rope = self.rope(0 if cache is None else cache.length, x.size(1))  # only differences of positions count
         stream = self.config.rule.parts.stream(x, self.config.n_shard, self.tp_group)
         syncs_after = self.config.rule.layers()
         for i in range(self.config.n_layer) if layers is None else layers:
@@ -757,9 +756,11 @@ class GPT(nn.Module):
             self.transformer.h[i](stream, *syncs_after[i], rope, past, mask)
         return stream.end()
 
-    def rope(self, first: int, T: int) -> tuple[Tensor, Tensor]:
-        """cos and sin, each (T, D/2), of inv_freq times position, of the T positions from `first` on."""
+    def rope(self, first: int, T: int) -> tuple[Tensor, Tensor] | None:
+        """cos and sin, each (T, D/2), of inv_freq times position, of the T positions from `first` on; None: learned."""
         c, weight = self.config, self.transformer.wte.weight
+        if c.position == "learned":
+            return None
         exact = dict(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
         if c.rope_inv_freq:
             inv_freq = torch.tensor(c.rope_inv_freq, **exact)

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import reduced_sync_model as rsm
 from reduced_sync import checkpoint as ckpt
 from reduced_sync import distributed, preparing
-from reduced_sync.configurator import configure, describe, option
+from reduced_sync.configurator import configure, option
 from reduced_sync.decoding import cast, choose, for_decoding, generate
 from reduced_sync.distributed import RANK, WORLD_SIZE
 from reduced_sync.hf.tokenizer import Tokens, pretrained_meta
@@ -73,7 +73,7 @@ def load(config: Config) -> tuple[dict | None, rsm.GPTConfig, dict]:
         saved, model_config, meta = ckpt.load_with_tokens(Path(config.out_dir) / "ckpt.pt")
     if model_config.n_shard % WORLD_SIZE:
         name = config.init_from if saved is None else Path(config.out_dir) / "ckpt.pt"
-        raise ValueError(f"{WORLD_SIZE} processes do not divide the n_shard={model_config.n_shard} of {name}")
+        raise ValueError(f"n_shard={model_config.n_shard} of {name} is not divisible by {WORLD_SIZE} processes")
     return saved, model_config, meta
 
 
@@ -168,11 +168,8 @@ def sample(config: Config, model: rsm.GPT, tokens: Tokens, vocab_size: int, layo
 
 
 def main(argv):
-    if "--help" in argv or "-h" in argv:
-        print(__doc__, "Keys, as arguments --key=value or as lines of a config file:\n", describe(Config), sep="\n")
-        return
     with distributed.clear_errors():
-        config = configure(Config, argv)
+        config = configure(Config, argv, __doc__)
         check_config(config)
         saved, model_config, meta = load(config)
         choice = distributed.choose_device(config.device, config.dtype, config.backend)

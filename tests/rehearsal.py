@@ -146,7 +146,7 @@ def train(keys, out_dir):
         replaced(torch.optim.AdamW, step=counted_step),
         replaced(checkpoint, save=lambda state, *_: saved.append(state)),
     ):
-        script.train(config, *script.prepare(config))
+        script.train(config, script.prepare(config))
     return saved[-1], counts[1:]  # before the first update there is an evaluation
 
 

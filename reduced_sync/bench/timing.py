@@ -344,9 +344,8 @@ class Decoding:
         """All blocks on T tokens; with a group, a real all-reduce behind each."""
         config = self.silent.config
         x = torch.zeros(B, T, config.n_embd, device=self.layout.device)
-        rope = self.silent.rope(0, T) if config.position == "rope" else None
         for i in range(config.n_layer):
-            x = self.silent.run_blocks(x, rope, range(i, i + 1))
+            x = self.silent.run_blocks(x, range(i, i + 1))
             if group is not None:
                 with self.meter:
                     dist.all_reduce(x, group=group)
