@@ -76,10 +76,9 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def check_archive(path: str | Path, sha256: str) -> None:
-    """Raise ValueError unless the file at `path` has this sha256 (hex); OSError where it cannot be read."""
-    if (found := file_sha256(path)) != sha256:
-        raise ValueError(f"{path} is truncated or another file: its sha256 is {found}, it must be {sha256}")
+def holds(folder: Path, hashes: dict[str, str]) -> bool:
+    """Whether `folder` holds files with these sha256s: {name: hex}."""
+    return all((folder / name).is_file() and file_sha256(folder / name) == sha256 for name, sha256 in hashes.items())
 
 
 def fetch_sdist(
@@ -120,7 +119,7 @@ def fetch_wheel(name: str, version: str, sha256: str, folder: Path = CACHE / "wh
 
 
 def pip_download(name: str, version: str, sha256: str, archive: Path, options: list[str], env: dict) -> None:
-    """Let pip put NAME==VERSION, if its sha256 (hex) is this one, under the name `archive`. Raises ValueError."""
+    """Let pip put NAME==VERSION, whose sha256 (hex) it checks, under the name `archive`. Raises ValueError."""
     print(f"downloading {name}=={version} from the package index", file=sys.stderr)
     archive.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(archive) as temporary:
@@ -143,7 +142,6 @@ def pip_download(name: str, version: str, sha256: str, archive: Path, options: l
                 reason = "the package index cannot be reached"
             raise ValueError(f"pip cannot download {name}=={version}: {reason}")
         (downloaded,) = download.iterdir()
-        check_archive(downloaded, sha256)
         os.replace(downloaded, archive)
 
 
@@ -194,14 +192,16 @@ def check_fraction(val_fraction: float) -> None:
         raise ValueError(f"--val_fraction is {val_fraction}: it must be above 0 and below 1")
 
 
-def is_complete(out_dir: Path, tokenizer: str, source: str) -> bool:
-    """Whether out_dir holds this source's train.bin, val.bin and meta.json, by their hashes."""
+def is_complete(path: Path, **expected: str) -> bool:
+    """Whether the JSON file at `path` says what is expected, and beside it lie the files whose sha256s it has.
+
+    These are train.bin and val.bin, or those that it has under `sha256`, by name.
+    """
     try:
-        meta = json.loads((out_dir / "meta.json").read_text(encoding="utf-8"))
-        return (meta["tokenizer"], meta["source"]) == (tokenizer, source) and all(
-            file_sha256(out_dir / f"{split}.bin") == meta[f"{split}_sha256"] for split in ("train", "val")
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        hashes = meta.get("sha256") or {f"{split}.bin": meta[f"{split}_sha256"] for split in ("train", "val")}
+        return all(meta[key] == value for key, value in expected.items()) and holds(path.parent, hashes)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -101,7 +101,7 @@ def main():
         source += f", characters of meta.pkl (sha256 {preparing.file_sha256(pkl)})"
     else:
         tokenizer, vocab_size, vocabulary, chars = "gpt2", 50257, "GPT-2's vocabulary (there is no meta.pkl)", None
-    if preparing.is_complete(folder, tokenizer, source):
+    if preparing.is_complete(folder / "meta.json", tokenizer=tokenizer, source=source):
         print(f"{folder}: already there, {source}")
         return
     if (folder / "meta.json").exists():

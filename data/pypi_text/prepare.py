@@ -55,7 +55,7 @@ def main():
     args = parser.parse_args()
     pins = hashlib.sha256(repr(ARCHIVES).encode()).hexdigest()
     source = f"{', '.join(f'{name}=={version}' for name, version, *_ in ARCHIVES)} (sha256 of the pins: {pins})"
-    if preparing.is_complete(args.out_dir, "char", source):
+    if preparing.is_complete(args.out_dir / "meta.json", tokenizer="char", source=source):
         print(f"{args.out_dir}: already there, {source}")
         return
     parts = {"train": [], "val": []}

