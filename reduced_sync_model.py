@@ -1,4 +1,4 @@
-"""A GPT whose tensor-parallel shards synchronise less often than after every sublayer. The whole model in one file.
+"""A GPT whose tensor-parallel shards synchronize less often than after every sublayer. The whole model in one file.
 
 The transformer is cut into `n_shard` shards, each with n_head/n_shard heads and 4*n_embd/n_shard MLP neurons of every
 layer. Standard tensor parallelism (TP, Megatron-LM, arXiv 1909.08053) all-reduces the shards' outputs after every
@@ -68,7 +68,7 @@ NAMES = {"baseline": baseline, "spd": spd}
 
 @dataclass(frozen=True)
 class SyncRule:
-    """When and how shards synchronise: a pattern, one character per layer, and at most one of the RIVALS' ways.
+    """When and how shards synchronize: a pattern, one character per layer, and at most one of the RIVALS' ways.
 
     Its text is PATTERN or PATTERN+RIVAL: `spd`, `grouped-4` (4 syncs in all), `110111011101`, `baseline+ladder`.
     """

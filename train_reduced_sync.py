@@ -107,12 +107,12 @@ def prepare(config: Config) -> Prepared:
         vars(config).update({key: shape[key] for key in keys - config.given})
     check_config(config)
     shape |= model_keys(vars(config))
-    corpus = Corpus(config.dataset, config.block_size)
-    hardware = distributed.choose_device(config.device, config.dtype, config.backend)
-    # a multiple of 64 is fast on GPUs: GPT-2's 50257 tokens become 50304
-    shape.setdefault("vocab_size", -(-corpus.meta["vocab_size"] // 64) * 64)
     model_config = rsm.GPTConfig(**shape)
     model_config.check_tp_size(config.tp_size)
+    corpus = Corpus(config.dataset, config.block_size)
+    hardware = distributed.choose_device(config.device, config.dtype, config.backend)
+    if "vocab_size" not in shape:  # a multiple of 64 is fast on GPUs: GPT-2's 50257 tokens become 50304
+        model_config.vocab_size = -(-corpus.meta["vocab_size"] // 64) * 64
     if corpus.meta["vocab_size"] > model_config.vocab_size:
         raise ValueError(f"dataset={config.dataset!r} has more tokens than {origin}: {model_config.vocab_size}")
     if saved:

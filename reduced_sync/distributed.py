@@ -37,7 +37,7 @@ RESTART_COUNT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 @dataclass
 class Layout:
-    """Where this process stands. TP ranks are neighbours, so that a TP group stays within a node."""
+    """Where this process stands. TP ranks are neighbors, so that a TP group stays within a node."""
 
     device: torch.device
     dtype: torch.dtype
@@ -285,7 +285,7 @@ def gradient_scaler(layout: Layout) -> torch.amp.GradScaler:
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed from several numbers, as different for neighbours as for strangers."""
+    """One seed from several numbers, as different for neighbors as for strangers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 

@@ -725,7 +725,7 @@ def test_nanogpts_characters(nanogpt_here, tmp_path, capsys, protocol):
     (folder / "meta.pkl").rename(tmp_path / "meta.pkl")
     assert "".join(decoded(folder)) == text
     assert Corpus(str(folder), block_size=64).meta["chars"] == "".join(chars)
-    # the same again is already there; what says other than its neighbours is left to its owner
+    # the same again is already there; what says other than its neighbors is left to its owner
     (tmp_path / "meta.pkl").rename(folder / "meta.pkl")
     assert nanogpt_here(folder) is None and "already there" in capsys.readouterr().out
     (folder / "meta.pkl").unlink()

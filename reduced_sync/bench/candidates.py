@@ -123,7 +123,7 @@ def answers(ranks: list[Connection], message: str) -> list:
             pipe.send(message)
         return [pipe.recv() for pipe in ranks]
     except (EOFError, ConnectionError):
-        raise ChildProcessError("a process ended; its error stands above") from None
+        raise ChildProcessError("a worker process died; see its error above") from None
 
 
 @distributed.clear_errors()

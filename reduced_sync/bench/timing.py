@@ -318,7 +318,7 @@ class Decoding:
         def multiply_all():
             """The products of a decode step, alone."""
             inputs = {shape: weights[0].new_ones(shape) for shape in {(len(w), B, w.size(2)) for w in weights}}
-            few = device.type == "cpu" and B <= decoding.FEW
+            few = device.type == "cpu" and B <= decoding.FEW_ROWS
             for w in weights:
                 x = inputs[len(w), B, w.size(2)]
                 decoding.multiply_few(x, w) if few else torch.bmm(x, w.mT)

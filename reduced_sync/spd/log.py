@@ -73,7 +73,7 @@ def beside_dense(perplexity: float, dense: float) -> str:
     return f"{perplexity:.2f} ({100 * (perplexity / dense - 1):+.1f} %)"
 
 
-def cell(text: object) -> str:
+def table_cell(text: object) -> str:
     """What a user has named, as it may stand in a table in Markdown."""
     return " ".join(str(text).split()).replace("|", "\\|")
 
@@ -90,10 +90,10 @@ def table_of(logs: dict[str, DropLog]) -> str:
             raise ValueError(f"{name}: its log has no perplexity, yet")
         dense = log.perplexities[0][3]
         if not lines:
-            head = ["run", "after", "syncs", *map(cell, dense)]
+            head = ["run", "after", "syncs", *map(table_cell, dense)]
             lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for stage, syncs, most, perplexities in log.perplexities[dense == above :]:
             cells = [beside_dense(value, dense[text]) for text, value in perplexities.items()]
-            lines.append(f"| {cell(name)} | {stage} | {syncs} of {most} | {' | '.join(cells)} |")
+            lines.append(f"| {table_cell(name)} | {stage} | {syncs} of {most} | {' | '.join(cells)} |")
         above = dense
     return "\n".join(lines)

@@ -11,7 +11,7 @@ import reduced_sync_model as rsm
 from reduced_sync import checkpoint as ckpt
 from reduced_sync.data import Corpus
 from reduced_sync.hf.tokenizer import Tokens, pretrained_meta
-from reduced_sync.hf.weights import OURS, from_dense, from_pretrained, pretrained_fields, shards_to_dense
+from reduced_sync.hf.weights import MODEL_TYPE, from_dense, from_pretrained, pretrained_fields, shards_to_dense
 from reduced_sync.spd import texts
 
 
@@ -24,7 +24,7 @@ class Source:
         self.saved = None
         if not path.exists():
             family, fields = pretrained_fields(name)
-            if family == OURS:
+            if family == MODEL_TYPE:
                 raise ValueError(f"init_from={name!r} was exported with its code: name the out_dir it came from")
             self.meta = pretrained_meta(name, fields["vocab_size"]) | {"source": str(name)}
             self.fields = fields

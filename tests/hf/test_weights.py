@@ -205,7 +205,7 @@ def test_one_thing_wrong(tmp_path, make):
         (
             llama,
             lambda _: {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)},
-            "have model.layers.0.self_attn.q_proj.bias, which the model of its config.json has not",
+            "contain model.layers.0.self_attn.q_proj.bias, which is not part of the model in config.json",
         ),
         (
             gpt2,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
-from variants import PATTERNS, SMALL, VARIANTS, batch, rough
+from variants import PATTERNS, SMALL, VARIANTS, batch, dense_to_shards, rough
 
 import reduced_sync_model as rsm
 from reduced_sync.hf import weights
@@ -191,7 +191,7 @@ def test_variants_against_the_oracle(variant, n_shard, bias):
     dense = weights.shards_to_dense(dict(dense_model.named_parameters()), dense_model.config)
     config = dataclasses.replace(SMALL, bias=bias, n_shard=n_shard, sync=variant)
     model = GPT(config).double()
-    model.load_state_dict(weights.dense_to_shards(dense, config), strict=False)
+    model.load_state_dict(dense_to_shards(dense, config), strict=False)
     x, y = batch()
     logits, loss = model(x, y)
     expected = oracle.logits(dense, x, 4, 4, n_shard, sync=variant)

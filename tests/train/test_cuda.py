@@ -248,6 +248,6 @@ def test_every_variant_trains_on_a_gpu(gpus, small_dataset, tmp_path, variant):
 
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
-def test_gpt2_small_fits_and_reports_its_utilisation(gpus, gpt2_dataset, tmp_path):
+def test_gpt2_small_fits_and_reports_its_utilization(gpus, gpt2_dataset, tmp_path):
     out = succeeded(run_script(on_gpu(gpt2_dataset, tmp_path, sync="spd", **GPT2_SIZE), timeout=500))
     assert 10 < losses(out.splitlines())[0] < 11.5

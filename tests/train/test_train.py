@@ -83,7 +83,7 @@ def pretend(monkeypatch, world_size, local_world_size=None):
         (dict(batch_size=2.5), ["batch_size must be int, not float"]),
         (dict(n_head=4, n_shard=3), ["n_head=4 is not divisible by n_shard=3"]),
         (dict(n_embd=33), ["n_embd=33 is not divisible by n_head=4"]),
-        (dict(n_shard=4, tp_size=3), ["n_shard=4 is not divisible by tp_size=3"]),
+        (dict(n_shard=4, tp_size=3), ["the world size, 1 processes, is not divisible by tp_size=3"]),
         (dict(tp_size=2), ["world size, 1", "tp_size=2"]),
         (dict(block_size=10**6), ["train.bin", "too few for block_size=1000000"]),
         (dict(sync="gpt"), ["sync='gpt'", "baseline, spd, grouped-N"]),
@@ -149,7 +149,7 @@ def test_a_device_that_is_not_there(small_dataset, tmp_path):
         (3, dict(tp_size=2), ["world size, 3", "tp_size=2"]),
         (3, dict(gradient_accumulation_steps=4), ["gradient_accumulation_steps=4", "3 data-parallel replicas"]),
         (8, dict(tp_size=2, gradient_accumulation_steps=6), ["gradient_accumulation_steps=6", "4 data-parallel"]),
-        (2, dict(tp_size=2, dropout=0.1), ["dropout=0.1", "tp_size=2", "use tp_size=1"]),
+        (2, dict(tp_size=2, dropout=0.1), ["dropout=0.1", "needs tp_size=1, not 2"]),
     ],
     ids=str,
 )
