@@ -40,7 +40,7 @@ from reduced_sync.cli import StopSignal
 from reduced_sync.configurator import configure, option
 from reduced_sync.distributed import RANK, WORLD_SIZE
 from reduced_sync.files import lock_folder, replace_file
-from reduced_sync.hf.tokenizer import TOKENIZER_FOLDER, write_pretrained
+from reduced_sync.hf.tokenizer import write_pretrained
 from reduced_sync.spd import distillation, placement, texts
 from reduced_sync.spd.figures import draw_dropping
 from reduced_sync.spd.log import perplexity_line, read_drop_log, sensitivity_line, table_of
@@ -269,7 +269,7 @@ class Dropping:
                     state |= {"model_args": model_args, "data": self.source.meta}
                     if self.source.meta["tokenizer"] not in ("gpt2", "char"):
                         tokens = self.source.tokens
-                        write_pretrained(tokens.pretrained, tokens.generation, out_dir / TOKENIZER_FOLDER)
+                        write_pretrained(tokens.pretrained, tokens.generation, out_dir / ckpt.TOKENIZER_FOLDER)
                     ckpt.save(state, out_dir, is_best=False)
                     (out_dir / "progress.pt").unlink(missing_ok=True)
                 else:

@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from reduced_sync.cli import one_line
 from reduced_sync.files import link_file, replace_file, sync_folder
-from reduced_sync.hf.tokenizer import TOKENIZER_FOLDER
 from reduced_sync.old_keys import with_sync
 from reduced_sync_model import GPT, GPTConfig, is_sharded
 
@@ -26,6 +25,7 @@ from reduced_sync_model import GPT, GPTConfig, is_sharded
 DROPPED = dict.fromkeys("model optimizer model_args config data progress".split(), dict)
 KINDS = dict.fromkeys("model optimizer model_args config data scaler".split(), dict)
 KINDS |= dict.fromkeys("step evaluated skipped bad_steps".split(), int) | {"best_val_loss": float}
+TOKENIZER_FOLDER = "tokenizer"  # of an out_dir: its model's own tokenizer and generation_config.json
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of AdamW; none before its first update
 
 

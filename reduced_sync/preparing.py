@@ -212,24 +212,24 @@ def write_dataset(
     tokenizer: str,
     source: str,
     chars: str | None = None,
-) -> None:
+) -> str:
     """Write train.bin and val.bin, then meta.json, whose presence says that the folder is complete.
 
     `splits`: {"train": (tokens, chunks), "val": (tokens, chunks)}, chunks an iterable of uint16 arrays that hold that
-    many tokens together. Raises ValueError where the folder cannot be written or the disk is full.
+    many tokens together. Returns what to say of them. Raises ValueError where the folder cannot be written or the disk
+    is full.
     """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / "meta.json").unlink(missing_ok=True)
         bins = {split: (n, write_bin(out_dir / f"{split}.bin", n, chunks)) for split, (n, chunks) in splits.items()}
-        write_meta(out_dir, bins, vocab_size, tokenizer, source, chars)
+        said = write_meta(out_dir, bins, vocab_size, tokenizer, source, chars)
     except OSError as error:
         raise ValueError(f"cannot write to {out_dir}: {error.strerror or error}") from None
     if bins["val"][0] <= BLOCK_SIZE:
-        print(
-            f"val.bin is too short for block_size={BLOCK_SIZE}, the default of training: "
-            "prepare with a larger --val_fraction, or train with a smaller --block_size"
-        )
+        said += f"\nval.bin is too short for block_size={BLOCK_SIZE}, the default of training: "
+        said += "prepare with a larger --val_fraction, or train with a smaller --block_size"
+    return said
 
 
 def write_meta(
@@ -239,8 +239,11 @@ def write_meta(
     tokenizer: str,
     source: str,
     chars: str | None = None,
-) -> None:
-    """Write meta.json. `bins`: {"train": (tokens, sha256 of train.bin), "val": (tokens, sha256 of val.bin)}."""
+) -> str:
+    """Write meta.json; returns what to say of it.
+
+    `bins`: {"train": (tokens, sha256 of train.bin), "val": (tokens, sha256 of val.bin)}.
+    """
     meta = {"vocab_size": vocab_size, "tokenizer": tokenizer}
     if chars is not None:
         meta["chars"] = chars
@@ -249,7 +252,7 @@ def write_meta(
     meta |= {f"{split}_sha256": bins[split][1] for split in ("train", "val")}
     text = json.dumps(meta, indent=1) + "\n"
     replace_file(out_dir / "meta.json", lambda file: file.write(text.encode()))
-    print(f"{out_dir}: train.bin {meta['train_tokens']:,} tokens, val.bin {meta['val_tokens']:,} tokens, meta.json")
+    return f"{out_dir}: train.bin {meta['train_tokens']:,} tokens, val.bin {meta['val_tokens']:,} tokens, meta.json"
 
 
 def write_bin(path: Path, n_tokens: int, chunks: Iterable[np.ndarray]) -> str:

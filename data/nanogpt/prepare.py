@@ -107,7 +107,7 @@ def main():
     if (folder / "meta.json").exists():
         raise ValueError(f"{folder / 'meta.json'} is there, and is about other files: remove it first")
     bins = {split: read_bin(folder / f"{split}.bin", vocab_size, vocabulary) for split in ("train", "val")}
-    preparing.write_meta(folder, bins, vocab_size, tokenizer, source, chars)
+    print(preparing.write_meta(folder, bins, vocab_size, tokenizer, source, chars))
     print(f"the tokens are taken for ids of {vocabulary}; train with --dataset={folder}")
 
 

@@ -264,7 +264,7 @@ def main():
         split: (int(dataset.with_format("numpy")["len"][:].sum()), chunks(dataset, split))
         for split, dataset in tokenized.items()
     }
-    preparing.write_dataset(args.out_dir, splits, 50257, "gpt2", source)
+    print(preparing.write_dataset(args.out_dir, splits, 50257, "gpt2", source))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def main():
     ids = np.zeros(128, "<u2")
     ids[codes] = np.arange(len(codes))
     splits = {split: (len(stream), [ids[stream]]) for split, stream in streams.items()}
-    preparing.write_dataset(args.out_dir, splits, len(codes), "char", source, "".join(map(chr, codes)))
+    print(preparing.write_dataset(args.out_dir, splits, len(codes), "char", source, "".join(map(chr, codes))))
 
 
 if __name__ == "__main__":

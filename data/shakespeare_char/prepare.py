@@ -89,7 +89,7 @@ def main():
     ids, chars = encode(text, args.input or "the archive")
     n_train = min(max(1, int((1 - args.val_fraction) * len(ids))), len(ids) - 1)  # at least one each
     splits = {"train": (n_train, [ids[:n_train]]), "val": (len(ids) - n_train, [ids[n_train:]])}
-    preparing.write_dataset(args.out_dir, splits, len(chars), "char", source, chars)
+    print(preparing.write_dataset(args.out_dir, splits, len(chars), "char", source, chars))
 
 
 if __name__ == "__main__":

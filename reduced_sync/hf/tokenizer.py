@@ -11,8 +11,6 @@ from typing import Any
 from reduced_sync import preparing
 from reduced_sync.hf.weights import GPT2_SHAPES
 
-TOKENIZER_FOLDER = "tokenizer"  # folder of an out_dir with its model's own tokenizer and generation_config.json
-
 
 def pretrained_meta(name: str, vocab_size: int) -> dict:
     """meta of Tokens for the pretrained model `name`, as init_from takes it. A folder wins over a name."""

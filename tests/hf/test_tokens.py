@@ -30,8 +30,9 @@ import drop_syncs
 import export
 import sample
 from reduced_sync import checkpoint as ckpt
+from reduced_sync.checkpoint import TOKENIZER_FOLDER
 from reduced_sync.files import lock_folder, temporary_folder
-from reduced_sync.hf.tokenizer import TOKENIZER_FOLDER, Tokens, pretrained_meta
+from reduced_sync.hf.tokenizer import Tokens, pretrained_meta
 from reduced_sync_model import GPT, GPTConfig
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("modules")]
