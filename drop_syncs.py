@@ -244,13 +244,13 @@ class Dropping:
 
     def evaluate(self, stage: str, pattern: str, stop: StopSignal | None = None) -> None:
         """Say the perplexities of all evaluation texts under a pattern, unless all ranks agree to `stop` before."""
-        model, found = self.model.with_sync(pattern), {}
+        model, perplexities = self.model.with_sync(pattern), {}
         for name, windows in self.evaluation.items():
             loss = distillation.mean_loss(model, windows, self.config.batch_size, self.layout, stop)
             if loss is None:
                 return
-            found[name] = math.exp(min(loss, 700.0))
-        self.say(perplexity_line(stage, model.config.rule.syncs, 2 * len(pattern), found))
+            perplexities[name] = math.exp(min(loss, 700.0))
+        self.say(perplexity_line(stage, model.config.rule.syncs, 2 * len(pattern), perplexities))
 
     def save(self, final: bool = False) -> None:
         """Write progress.pt, and at the end ckpt.pt, which sample.py reads. Raises SameOnAllRanks where that fails."""
@@ -360,10 +360,10 @@ class Dropping:
         if measured is None:
             self.save()
             raise Stopped
-        found, perplexities = measured
+        s, perplexities = measured
         for i in range(L):
-            self.say(sensitivity_line(i, found[i], perplexities[i]))
-        self.progress.order = sorted(range(L), key=lambda i: (found[i], i))
+            self.say(sensitivity_line(i, s[i], perplexities[i]))
+        self.progress.order = sorted(range(L), key=lambda i: (s[i], i))
         return windows.numel()
 
     def drop(self) -> int:

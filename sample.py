@@ -105,7 +105,7 @@ def read_prompt(start: str) -> str:
 
 def prompt_ids(config: Config, tokens: Tokens, block_size: int) -> list[int]:
     """The prompt's token ids, the same on every rank: rank 0 reads it. Raises ValueError on all where there is none."""
-    found = [None]
+    answer = [None]
     if RANK == 0:
         try:
             ids = tokens.encode(read_prompt(config.start))
@@ -113,14 +113,14 @@ def prompt_ids(config: Config, tokens: Tokens, block_size: int) -> list[int]:
                 raise ValueError(f"start={config.start!r}: the prompt is empty")
             if len(ids) > block_size:
                 print(f"the prompt has {len(ids)} tokens: its last {block_size}, a block, are used", file=sys.stderr)
-            found = [ids[-block_size:]]
+            answer = [ids[-block_size:]]
         except ValueError as error:
-            found = [str(error)]
+            answer = [str(error)]
     if WORLD_SIZE > 1:
-        dist.broadcast_object_list(found)
-    if isinstance(found[0], str):
-        raise distributed.SameOnAllRanks(found[0])
-    return found[0]
+        dist.broadcast_object_list(answer)
+    if isinstance(answer[0], str):
+        raise distributed.SameOnAllRanks(answer[0])
+    return answer[0]
 
 
 def sample(config: Config, model: rsm.GPT, tokens: Tokens, vocab_size: int, layout: distributed.Layout) -> None:
@@ -141,7 +141,7 @@ def sample(config: Config, model: rsm.GPT, tokens: Tokens, vocab_size: int, layo
             )
         return pick(logits.index_fill(1, suppressed, float("-inf")))
 
-    text_of = tokens.stream()
+    text_of = tokens.decoder()
 
     def say(text):
         if RANK == 0:

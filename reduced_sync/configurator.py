@@ -86,13 +86,13 @@ def parse(cls: type, argv: list[str], listed: str, description: str, program: st
         else:
             parser.add_argument(f"--{field.name}", nargs="+" if isinstance(default, tuple) else None, **keys)
     switches = {f"--{field.name}" for field in fields if field.type is bool}
-    found = vars(parser.parse_args([f"{text}=True" if text in switches else text for text in argv]))
+    texts_of = vars(parser.parse_args([f"{text}=True" if text in switches else text for text in argv]))
 
     def typed(key, text):
         return _typed(cls, key, _value(text, _kinds(cls, key)), text if key == listed else f"--{key}={text}")
 
     values = {}
-    for key, given in found.items():
+    for key, given in texts_of.items():
         if isinstance(given, str):
             values[key] = typed(key, given)
         elif given:

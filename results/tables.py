@@ -98,8 +98,8 @@ def rule_of(arm, baseline):
 
 def decoding_table(folder):
     """What bench.py decode measured, of its JSON files in a folder: a table for each case."""
-    found = map(read_results, sorted(folder.glob("*.json")))
-    cases = [case for options, results in found if options["command"] == "decode" for case in results]
+    files = map(read_results, sorted(folder.glob("*.json")))
+    cases = [case for options, results in files if options["command"] == "decode" for case in results]
     return "\n\n".join(map(decoding_case, cases))
 
 

@@ -132,14 +132,14 @@ def their_tensors(dense: dict, family: str, config: GPTConfig) -> dict:
         for name, parameter in whole.named_parameters():
             if name not in dense:
                 dense = dense | {name: torch.zeros(parameter.shape[1:] if is_sharded(name) else parameter.shape)}
-    found = {}
+    state = {}
     for ours, tensor in dense.items():
         theirs, transposed = their_names(ours, family)
         tensor = tensor.t() if transposed else tensor
         heads = [config.head_size * n for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
         parts = tensor.split(heads) if len(theirs) == 3 else [tensor]
-        found |= {name: part.contiguous() for name, part in zip(theirs, parts, strict=True)}
-    return found
+        state |= {name: part.contiguous() for name, part in zip(theirs, parts, strict=True)}
+    return state
 
 
 def their_config(config: GPTConfig) -> tuple[str, Any]:
@@ -301,7 +301,7 @@ def safetensors_files(name: str) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
     from transformers.utils import cached_file
 
-    missing, part, found = dict(_raise_exceptions_for_missing_entries=False), "model.safetensors", {}
+    missing, part, file_of = dict(_raise_exceptions_for_missing_entries=False), "model.safetensors", {}
     try:
         parts = [part]
         if cached_file(name, part, **missing) is None:
@@ -313,12 +313,12 @@ def safetensors_files(name: str) -> dict[str, Any]:
             if path is None:
                 raise OSError(f"there is no {part}: weights must be safetensors")
             file = safe_open(path, "pt")
-            found |= dict.fromkeys(file.keys(), file)
+            file_of |= dict.fromkeys(file.keys(), file)
     except OSError as error:
         raise ValueError(f"init_from={str(name)!r}: {one_line(error)}") from None
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"init_from={str(name)!r}: {part} is damaged: {one_line(error)}") from None
-    return found
+    return file_of
 
 
 def _shapes(family, config):

@@ -81,8 +81,8 @@ def sensitivities(
     if stop and stop.agreed:
         return None
     *total, count = distributed.sum_over_world([*total, count], layout.device)
-    found = [math.exp(min(nats / count, 700.0)) for nats in total]
-    return [found[i] - found[i + 1] for i in range(L)], found
+    perplexities = [math.exp(min(nats / count, 700.0)) for nats in total]
+    return [perplexities[i] - perplexities[i + 1] for i in range(L)], perplexities
 
 
 def relative_error(x: Tensor, exact: Tensor) -> Tensor:

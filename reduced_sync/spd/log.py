@@ -61,11 +61,11 @@ def _read_line(log, line):
             raise ValueError
         values = VALUE.findall(match[4])
         perplexities = {json.loads(n) if n[0] == '"' else n: float(value) for n, value in values}
-        found = (match[1], int(match[2]), int(match[3]), perplexities)
-        log.perplexities = [old for old in log.perplexities if old[:2] != found[:2]] + [found]
+        entry = (match[1], int(match[2]), int(match[3]), perplexities)
+        log.perplexities = [old for old in log.perplexities if old[:2] != entry[:2]] + [entry]
     elif match := SENSITIVITY.match(line):
-        found = (int(match[1]), float(match[2]), float(match[3]))
-        log.sensitivities = [old for old in log.sensitivities if old[0] != found[0]] + [found]
+        entry = (int(match[1]), float(match[2]), float(match[3]))
+        log.sensitivities = [old for old in log.sensitivities if old[0] != entry[0]] + [entry]
 
 
 def beside_dense(perplexity: float, dense: float) -> str:

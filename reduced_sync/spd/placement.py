@@ -124,8 +124,8 @@ def place_groups(
         for a, b in itertools.combinations(range(K), 2):
             swapped = list(order)
             swapped[a], swapped[b] = swapped[b], swapped[a]
-            if (found := cost(swapped)) < best * (1 - 1e-9):
-                order, best, improved = swapped, found, True
+            if (lower := cost(swapped)) < best * (1 - 1e-9):
+                order, best, improved = swapped, lower, True
     return order
 
 

@@ -88,11 +88,11 @@ def model_keys(keys: dict) -> dict:
     The neurons of swiglu are by default as many as make a block's parameters those of GPT-2's, 12*n_embd^2: a multiple
     of 48, which can be cut into up to 16 shards.
     """
-    found = {field.name: keys[field.name] for field in dataclasses.fields(GPTConfig) if field.name in keys}
-    if found.get("mlp") == "swiglu" and not found.get("n_hidden"):
-        kv_heads = (found.get("n_kv_head") or found["n_head"]) / found["n_head"]
-        found["n_hidden"] = max(1, round(found["n_embd"] * (10 - 2 * kv_heads) / 3 / 48)) * 48
-    return found
+    shape = {field.name: keys[field.name] for field in dataclasses.fields(GPTConfig) if field.name in keys}
+    if shape.get("mlp") == "swiglu" and not shape.get("n_hidden"):
+        kv_heads = (shape.get("n_kv_head") or shape["n_head"]) / shape["n_head"]
+        shape["n_hidden"] = max(1, round(shape["n_embd"] * (10 - 2 * kv_heads) / 3 / 48)) * 48
+    return shape
 
 
 def check_config(config: Config) -> None:
