@@ -192,7 +192,7 @@ def check_fraction(val_fraction: float) -> None:
         raise ValueError(f"--val_fraction is {val_fraction}: it must be above 0 and below 1")
 
 
-def is_complete(path: Path, **expected: str) -> bool:
+def is_complete(path: Path, **expected: Any) -> bool:
     """Whether the JSON file at `path` says what is expected, and beside it lie the files whose sha256s it has.
 
     These are train.bin and val.bin, or those that it has under `sha256`, by name.
@@ -205,14 +205,7 @@ def is_complete(path: Path, **expected: str) -> bool:
         return False
 
 
-def write_dataset(
-    out_dir: Path,
-    splits: dict[str, tuple[int, Iterable[np.ndarray]]],
-    vocab_size: int,
-    tokenizer: str,
-    source: str,
-    chars: str | None = None,
-) -> str:
+def write_dataset(out_dir: Path, splits: dict[str, tuple[int, Iterable[np.ndarray]]], **meta: Any) -> str:
     """Write train.bin and val.bin, then meta.json, whose presence says that the folder is complete.
 
     `splits`: {"train": (tokens, chunks), "val": (tokens, chunks)}, chunks an iterable of uint16 arrays that hold that
@@ -223,7 +216,7 @@ def write_dataset(
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / "meta.json").unlink(missing_ok=True)
         bins = {split: (n, write_bin(out_dir / f"{split}.bin", n, chunks)) for split, (n, chunks) in splits.items()}
-        said = write_meta(out_dir, bins, vocab_size, tokenizer, source, chars)
+        said = write_meta(out_dir, bins, **meta)
     except OSError as error:
         raise ValueError(f"cannot write to {out_dir}: {error.strerror or error}") from None
     if bins["val"][0] <= BLOCK_SIZE:
@@ -232,22 +225,11 @@ def write_dataset(
     return said
 
 
-def write_meta(
-    out_dir: Path,
-    bins: dict[str, tuple[int, str]],
-    vocab_size: int,
-    tokenizer: str,
-    source: str,
-    chars: str | None = None,
-) -> str:
-    """Write meta.json; returns what to say of it.
+def write_meta(out_dir: Path, bins: dict[str, tuple[int, str]], **meta: Any) -> str:
+    """Write meta.json: `meta`, tokens and hashes; returns what to say of it.
 
     `bins`: {"train": (tokens, sha256 of train.bin), "val": (tokens, sha256 of val.bin)}.
     """
-    meta = {"vocab_size": vocab_size, "tokenizer": tokenizer}
-    if chars is not None:
-        meta["chars"] = chars
-    meta["source"] = source
     meta |= {f"{split}_tokens": bins[split][0] for split in ("train", "val")}
     meta |= {f"{split}_sha256": bins[split][1] for split in ("train", "val")}
     text = json.dumps(meta, indent=1) + "\n"

@@ -216,7 +216,7 @@ def peak(keys):
         tokens = np.zeros(2 * 12 * 1024 + 1, "<u2")  # which they are makes no difference
         splits = {split: (len(tokens), [tokens]) for split in ("train", "val")}
         with contextlib.redirect_stdout(sys.stderr):
-            preparing.write_dataset(Path(folder), splits, 50257, "gpt2", "zeros")
+            preparing.write_dataset(Path(folder), splits, vocab_size=50257, tokenizer="gpt2", source="zeros")
             with Memory() as memory:
                 train(keys | dict(device="cuda", compile=False, dataset=folder), folder)
     return memory.most

@@ -252,7 +252,8 @@ def main():
             raise ValueError(f"--data_files has {path}: allowed are {', '.join(KINDS)}")
 
     source = source_of(args.data_files, args.max_docs, args.val_fraction)
-    if preparing.is_complete(args.out_dir / "meta.json", tokenizer="gpt2", source=source):
+    meta = dict(vocab_size=50257, tokenizer="gpt2", source=source)
+    if preparing.is_complete(args.out_dir / "meta.json", **meta):
         print(f"{args.out_dir}: already there, {source}")
         return
     check_disk(disk_needs(args.data_files, args.max_docs, args.out_dir))
@@ -264,7 +265,7 @@ def main():
         split: (int(dataset.with_format("numpy")["len"][:].sum()), chunks(dataset, split))
         for split, dataset in tokenized.items()
     }
-    print(preparing.write_dataset(args.out_dir, splits, 50257, "gpt2", source))
+    print(preparing.write_dataset(args.out_dir, splits, **meta))
 
 
 if __name__ == "__main__":

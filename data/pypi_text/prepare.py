@@ -65,8 +65,9 @@ def main():
     codes = np.union1d(*map(np.unique, streams.values()))
     ids = np.zeros(128, "<u2")
     ids[codes] = np.arange(len(codes))
+    meta = dict(vocab_size=len(codes), tokenizer="char", chars="".join(map(chr, codes)), source=source)
     splits = {split: (len(stream), [ids[stream]]) for split, stream in streams.items()}
-    print(preparing.write_dataset(args.out_dir, splits, len(codes), "char", source, "".join(map(chr, codes))))
+    print(preparing.write_dataset(args.out_dir, splits, **meta))
 
 
 if __name__ == "__main__":

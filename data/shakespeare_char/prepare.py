@@ -89,7 +89,8 @@ def main():
     ids, chars = encode(text, args.input or "the archive")
     n_train = min(max(1, int((1 - args.val_fraction) * len(ids))), len(ids) - 1)  # at least one each
     splits = {"train": (n_train, [ids[:n_train]]), "val": (len(ids) - n_train, [ids[n_train:]])}
-    print(preparing.write_dataset(args.out_dir, splits, len(chars), "char", source, chars))
+    meta = dict(vocab_size=len(chars), tokenizer="char", chars=chars, source=source)
+    print(preparing.write_dataset(args.out_dir, splits, **meta))
 
 
 if __name__ == "__main__":

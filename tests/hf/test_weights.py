@@ -212,7 +212,7 @@ def test_one_thing_wrong(tmp_path, make):
             lambda state: {"h.1.ln_1.bias": state["transformer.h.1.ln_1.bias"].clone()},
             "have both (transformer.)?h.1.ln_1.bias and (transformer.)?h.1.ln_1.bias",
         ),
-        (gpt2, lambda _: {"transformer.h.2.attn.bias": torch.ones(1, 1, 16, 16)}, "have transformer.h.2.attn.bias"),
+        (gpt2, lambda _: {"transformer.h.2.attn.bias": torch.ones(1, 1, 16, 16)}, "contain transformer.h.2.attn.bias"),
     ],
 )
 def test_wrong_tensors_are_named(tmp_path, make, change, words):

@@ -216,7 +216,8 @@ def gpt2_dataset(tmp_path_factory):
     """Random token ids below 50257."""
     folder = tmp_path_factory.mktemp("gpt2_dataset")
     tokens = np.random.default_rng(0).integers(50257, size=100_000).astype("<u2")
-    preparing.write_dataset(folder, {"train": (100_000, [tokens]), "val": (100_000, [tokens])}, 50257, "gpt2", "random")
+    splits = {"train": (100_000, [tokens]), "val": (100_000, [tokens])}
+    preparing.write_dataset(folder, splits, vocab_size=50257, tokenizer="gpt2", source="random")
     return folder
 
 
