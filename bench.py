@@ -116,7 +116,7 @@ def training(
 
 
 def train(args: "Train") -> list[Training]:
-    """Tokens/s and peak memory a rank of every candidate, eager and compiled, with the ratios to the first."""
+    """Tokens/s and peak memory per rank of every candidate, eager and compiled, with the ratios to the first."""
     modes = {"eager": [False], "compiled": [True], "both": [False, True]}[args.mode]
     table = []
     for compiled in modes:

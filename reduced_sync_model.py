@@ -35,12 +35,12 @@ from torch.nn import functional as F
 
 
 def baseline(n_layer: int) -> str:
-    """The pattern of standard TP: 2 syncs a layer, 24 for 12 layers."""
+    """The pattern of standard TP: 2 syncs per layer, 24 for 12 layers."""
     return "2" * n_layer
 
 
 def spd(n_layer: int) -> str:
-    """Sync-point drop (arXiv 2502.20727): one sync a layer, 12 for 12 layers."""
+    """Sync-point drop (arXiv 2502.20727): one sync per layer, 12 for 12 layers."""
     return "1" * n_layer
 
 
@@ -588,7 +588,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     position: str = "learned"  # or rope
     rope_theta: float = 10000.0
-    rope_inv_freq: tuple = ()  # radians a position of each of the D/2 pairs; empty: by rope_theta
+    rope_inv_freq: tuple = ()  # radians per position of each of the D/2 pairs; empty: by rope_theta
     mlp: str = "gelu"  # or swiglu
     n_hidden: int = 0  # neurons of an MLP; 0: 4*n_embd
     n_kv_head: int = 0  # heads of keys and values; 0: n_head
@@ -601,7 +601,7 @@ class GPTConfig:
             if type(value) not in {float: (float, int), tuple: (tuple, list)}.get(field.type, (field.type,)):
                 raise ValueError(f"{name}={value!r} must be {field.type.__name__}, not {type(value).__name__}")
             least = int(name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_shard"))
-            most = 2**16 if name == "n_layer" else 2**31  # a pattern has a character a layer
+            most = 2**16 if name == "n_layer" else 2**31  # a pattern has one character per layer
             if field.type is int and not least <= value <= most:
                 raise ValueError(f"{name}={value} must be at least {least}, and at most {most}")
             if name in ("norm_eps", "rope_theta") and not 0 < value < 1e18:

@@ -14,7 +14,7 @@ class Accelerator:
 
 
 OVERHEAD = 10.4e-6  # of a layer: measured on an H100, and taken for all
-DATA_SHEET = "NVIDIA's data sheet; 8 kernels a layer, 1.3 us each in a graph (Hazy Research 2025)"
+DATA_SHEET = "NVIDIA's data sheet; 8 kernels per layer, 1.3 us each in a graph (Hazy Research 2025)"
 
 # by a part of the name that torch.cuda.get_device_name gives; the first that fits
 ACCELERATORS = {

@@ -123,7 +123,7 @@ def decoding_case(case):
     for name, times in others.items():
         if times is not None:
             head += f" {name}: TTFT {1000 * times.ttft_s:.0f} ms, TPOT {1000 * times.tpot_s:.1f} ms."
-    head += f" Memory alone: {1000 * case.bound_s:.1f} ms a token."
+    head += f" Memory alone: {1000 * case.bound_s:.1f} ms per token."
     columns = ["variant", "syncs", "TTFT, ms", "TPOT, ms", "faster"]
     columns += ["in all-reduces, ms", "without them, ms"] if case.tp_size > 1 else []
     lines = [columns]

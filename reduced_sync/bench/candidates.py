@@ -1,4 +1,4 @@
-"""Models to be timed against each other, each in processes of its own, one a tensor-parallel rank.
+"""Models to be timed against each other, each in processes of its own, one per tensor-parallel rank.
 
 Candidates take turns, a round each, so that a slow moment of the machine hits all alike, and all can be launched anew
 several times in another order, since the memory that a process gets can be slow.

@@ -135,7 +135,7 @@ def read_log(path: str | Path) -> Log:
 def settings(config: dict) -> dict:
     """What of a config (a dict, as in a header) decides what a model learns and what its losses are measured on.
 
-    The same sequences a step are the same step, however many of them make a micro-step. The data is a matter of its
+    The same sequences per step are the same step, however many of them make a micro-step. The data is a matter of its
     content, not in here.
     """
     result = {key: value for key, value in config.items() if key not in (*ARCHITECTURE, *INDIFFERENT, "dataset")}

@@ -39,7 +39,7 @@ def conditions(layout: distributed.Layout) -> dict:
     return {
         "torch": torch.__version__,
         "git commit": commit + (" (dirty)" if dirty else ""),
-        "device": f"{device}, {torch.get_num_threads()} threads a process",
+        "device": f"{device}, {torch.get_num_threads()} threads per process",
         "dtype": str(layout.dtype).removeprefix("torch."),
     }
 
@@ -58,7 +58,7 @@ def header_of(config: Config, model: rsm.GPT, layout: distributed.Layout, meta: 
         "parameters": f"{n_params / 1e6:.2f}M ({n_params})",
         "vocab_size": model.config.vocab_size,  # sizes that the config does not have
         "head_size": model.config.head_size,
-        "layout": f"dp {layout.dp_size} x tp {layout.tp_size}, {config.n_shard // layout.tp_size} shards a rank",
+        "layout": f"dp {layout.dp_size} x tp {layout.tp_size}, {config.n_shard // layout.tp_size} shards per rank",
         "sync payload": f"float32, {payload} bytes"
         + (" (one rank holds all shards: nothing is sent)" if layout.tp_size == 1 else ""),
         **conditions(layout),

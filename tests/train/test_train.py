@@ -270,10 +270,10 @@ def test_the_log_describes_the_run(layouts, small_dataset):
     header = log.header
     assert header["sync"] == "grouped-2"
     assert header["drawn"] == "AM AM| AM AM|" and header["syncs"] == "2 of 8 (75.0% fewer)"
-    assert header["layout"] == "dp 1 x tp 1, 2 shards a rank"
+    assert header["layout"] == "dp 1 x tp 1, 2 shards per rank"
     assert header["sync payload"].startswith(f"float32, {2 * 32 * 32 * 4} bytes")
     assert header["torch"] == torch.__version__ and re.fullmatch(
-        r"cpu \(.+, with(out)? bfloat16 instructions\), 1 threads a process", header["device"]
+        r"cpu \(.+, with(out)? bfloat16 instructions\), 1 threads per process", header["device"]
     )
     digest = hashlib.sha256((small_dataset / "val.bin").read_bytes()).hexdigest()
     assert header["val data"] == f"sha256 {digest}" and header["train data"].startswith("sha256 ")
@@ -285,8 +285,8 @@ def test_the_log_describes_the_run(layouts, small_dataset):
     config = header["config"]
     assert set(config) == {field for field in Config.__dataclass_fields__}
     assert (config["n_embd"], config["dataset"], config["grad_clip"]) == (32, str(small_dataset), CLIP)
-    assert read_log(layouts / "out-tp2" / "log.txt").header["layout"] == "dp 1 x tp 2, 1 shards a rank"
-    assert read_log(layouts / "out-dp2-tp2" / "log.txt").header["layout"] == "dp 2 x tp 2, 1 shards a rank"
+    assert read_log(layouts / "out-tp2" / "log.txt").header["layout"] == "dp 1 x tp 2, 1 shards per rank"
+    assert read_log(layouts / "out-dp2-tp2" / "log.txt").header["layout"] == "dp 2 x tp 2, 1 shards per rank"
 
 
 def test_the_log_has_a_line_for_each_evaluation_and_update(layouts):
@@ -393,7 +393,7 @@ def test_the_commands_of_the_documents_are_accepted(small_dataset, tmp_path, mon
 
 def assert_run_of_config(folder, path):
     log = read_log(folder / f"out-{path.stem.removeprefix('train_').replace('_', '-')}-cpu" / "log.txt")
-    assert log.header["layout"] == "dp 8 x tp 1, 2 shards a rank"
+    assert log.header["layout"] == "dp 8 x tp 1, 2 shards per rank"
     assert log.header["syncs"].startswith(f"{syncs_in_name(path)} of 24 ")
     assert [row[0] for row in log.evaluations] == [0, 2] and [row[0] for row in log.iterations] == [0]
     assert all(np.isfinite(row[1:]).all() for row in log.evaluations)
@@ -507,7 +507,7 @@ def test_resuming_at_another_tp_size(resumed, small_dataset, tmp_path):
     argv = tiny(small_dataset, **LONG, tp_size=2, init_from="resume")
     succeeded(run_script([TRAIN, *argv], nproc=2, cwd=tmp_path))
     header = read_log(tmp_path / "out" / "log.txt").header
-    assert header["layout"] == "dp 1 x tp 2, 1 shards a rank" and f"resumed at step {step}" in header
+    assert header["layout"] == "dp 1 x tp 2, 1 shards per rank" and f"resumed at step {step}" in header
     lines, expected = log_lines(tmp_path / "out"), log_lines(resumed / "whole" / "out")
     n = next((i for i, line in enumerate(expected) if line.startswith(f"iter {step + 30}:")), 160)
     assert len(lines) == len(expected)
