@@ -111,12 +111,6 @@ def _config(cls, values):
             values[field.name] = os.path.expanduser(values[field.name])
     config = cls(**values)
     config.given = set(values)
-    check_bounds(config)
-    return config
-
-
-def check_bounds(config: Any) -> None:
-    """Raise ValueError with one clear line for a value of `config` that its option does not allow."""
     for field in dataclasses.fields(config):
         least, below, allowed = (field.metadata[bound] for bound in ("least", "below", "allowed"))
         value = getattr(config, field.name)
@@ -126,6 +120,7 @@ def check_bounds(config: Any) -> None:
             if least is not None and not least <= one < below:
                 limit = "2^63" if below == 2**63 else below
                 raise ValueError(f"{field.name}={one} must be at least {least}, and below {limit}")
+    return config
 
 
 def describe(cls: type) -> str:

