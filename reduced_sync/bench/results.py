@@ -75,9 +75,8 @@ class Case:
     prompt: int
     rows: list[Row] = field(metadata={"key": "patterns"})
     added_delay_s: float = 0.0
-    read_rate: float | None = field(
-        default=None, metadata={"key": "stream"}
-    )  # bytes/s at which a rank sums its weights
+    # bytes/s at which a rank sums its weights
+    read_rate: float | None = field(default=None, metadata={"key": "stream"})
     reference: str = field(default="", metadata={"key": "rival"})
     accelerator: dict | None = None
     link: dict | None = None
