@@ -81,3 +81,6 @@ lint: .venv/ready
 results: .venv/ready
 	$(BIN)/python -m results.tables
 	$(BIN)/python bench.py predict > results/predicted/h100.txt
+	$(BIN)/python bench.py predict baseline spd grouped-6 grouped-4 grouped-3 grouped-1 spd+parallel grouped-4+desync \
+		baseline+ladder baseline+delayed spd+delayed 6x1008 3x1280 2x1440 1x1728 --n_layer=12 --n_embd=768 --n_head=12 \
+		--n_shard=2 --links nvlink pcie 10gbe > results/predicted/124m.txt

@@ -16,10 +16,9 @@ decode prints, with times in milliseconds:
     run, bytes  the all-reduces that really ran in a decode step, and the size of each
     in-syncs    the time spent in them
     no-syncs    TPOT of the same model if its all-reduces send nothing: the bound without communication
-    bound/TPOT  bound: the time a rank needs to read its weights and cache once, at the bandwidth at which it sums them
-    residual    of the least-squares fit TPOT = compute + syncs x all_reduce, over the models of the first one's size
-                without hidden syncs
-    measured    how far that line is off with both constants measured, as no-syncs and in-syncs
+    bound/TPOT  bound: the time a rank needs to read its weights and cache once, at the rate at which it sums them
+    line        how far TPOT = compute + syncs x all_reduce is off, with both constants measured, as no-syncs and
+                in-syncs, over the models of the first one's size without hidden syncs
     model       how far cost_model.py is off
     exposed     what a hidden sync still costs: TPOT less no-syncs and the blocking syncs, and the model's figure
 
@@ -54,8 +53,8 @@ from reduced_sync import distributed
 from reduced_sync.bench import cost_model
 from reduced_sync.bench.candidates import Candidate, build, keys_of, measure, synchronize
 from reduced_sync.bench.figures import draw_decoding
-from reduced_sync.bench.results import Case, Prediction, Row, Times, Training, Variant, describe, to_json
-from reduced_sync.bench.timing import Constants, Decoding, Round, Setting, Workload
+from reduced_sync.bench.results import Case, Model, Prediction, Row, Times, Training, describe, to_json
+from reduced_sync.bench.timing import Condition, Constants, Decoding, Round, Workload
 from reduced_sync.cli import check_figure, check_target, one_line_errors
 from reduced_sync.configurator import option, parse
 from reduced_sync.hardware import LINKS, NAMED, Accelerator, Link
@@ -85,7 +84,7 @@ def peak_memory(device: torch.device, reset: bool = False) -> int:
 def training(
     candidate: Candidate, layout: distributed.Layout, batch_size: int, steps: int
 ) -> Callable[[], tuple[float, int]]:
-    """A function that trains so many steps and returns (seconds a step, peak bytes)."""
+    """A function that trains so many steps and returns (seconds per step, peak bytes)."""
     model, config = build(candidate, layout), candidate.config
     if candidate.is_gpt2:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -117,7 +116,7 @@ def training(
 
 
 def train(args: "Train") -> list[Training]:
-    """Tokens/s and peak memory a rank of every candidate, eager and compiled, with the ratios to the first."""
+    """Tokens/s and peak memory per rank of every candidate, eager and compiled, with the ratios to the first."""
     modes = {"eager": [False], "compiled": [True], "both": [False, True]}[args.mode]
     table = []
     for compiled in modes:
@@ -149,14 +148,14 @@ def train(args: "Train") -> list[Training]:
 class Machine(NamedTuple):
     """What a rank decodes with, as measured: bytes/s at which it sums its weights, and the cost model's constants."""
 
-    stream: float
+    read_rate: float
     accelerator: Accelerator
     link: Link | None
 
 
-def summarize(rounds: list[list[Round]], setting: Setting, n_forwards: int) -> Times:
-    """One setting in figures, of [round][rank]: medians, of the slowest rank; all-reduces over all ranks."""
-    ranks = [[ranks[i].generations[setting] for ranks in rounds] for i in range(len(rounds[0]))]
+def summarize(rounds: list[list[Round]], condition: Condition, n_forwards: int) -> Times:
+    """One condition in figures, of [round][rank]: medians, of the slowest rank; all-reduces over all ranks."""
+    ranks = [[ranks[i].generations[condition] for ranks in rounds] for i in range(len(rounds[0]))]
     calls = [one.all_reduces for rank in ranks for one in rank]
     count = len(calls[0]) // n_forwards  # the first so many are the prefill's
     per_token = [
@@ -167,7 +166,6 @@ def summarize(rounds: list[list[Round]], setting: Setting, n_forwards: int) -> T
         tpot_s=max(statistics.median(step for one in rank for step in one.steps) for rank in ranks),
         all_reduces=count,
         bytes=calls[0][-1].bytes if count else 0,
-        prefill_bytes=calls[0][0].bytes if count else 0,
         in_all_reduces_s=statistics.median(per_token) if count else 0.0,
     )
 
@@ -179,17 +177,16 @@ def machine_of(rounds: list[list[Round]], B: int, T: int, n_embd: int) -> Machin
     accelerator = Accelerator(middle.bandwidth, middle.peak, middle.overhead, "measured")
     link, n = None, len(rounds[0])
     if n > 1:
-        sizes = [4 * B * t * n_embd for t in (1, T)]
-        base, per_byte, _ = cost_model.fit(sizes, [middle.token_all_reduce, middle.prompt_all_reduce])
-        link = Link(base, 0.0, 2 * (n - 1) / n / per_byte, "measured")
-    return Machine(statistics.median(rank.stream for rank in ranks), accelerator, link)
+        small, large = (4 * B * t * n_embd for t in (1, T))
+        per_byte = (middle.prompt_all_reduce - middle.token_all_reduce) / max(1, large - small)
+        link = Link(middle.token_all_reduce - small * per_byte, 0.0, 2 * (n - 1) / n / per_byte, "measured")
+    return Machine(statistics.median(rank.read_rate for rank in ranks), accelerator, link)
 
 
 def check_decode(args: "Decode", configs: dict[str, rsm.GPTConfig], device: str) -> None:
     """Raise ValueError for what cannot be decoded or drawn."""
     for tp_size, (name, config) in itertools.product(args.tp_sizes, configs.items()):
-        if config.n_shard % tp_size:
-            raise ValueError(f"tp_size={tp_size} must divide n_shard={config.n_shard} of {name}")
+        config.check_tp_size(tp_size, name)
     if max(args.prompts) + args.new_tokens >= args.block_size:
         raise ValueError(f"prompts of {max(args.prompts)} and {args.new_tokens} new tokens exceed --block_size")
     if args.png and max(args.tp_sizes) < 2:
@@ -201,32 +198,33 @@ def check_decode(args: "Decode", configs: dict[str, rsm.GPTConfig], device: str)
 
 
 def decode(args: "Decode") -> list[Case]:
-    """TTFT and TPOT of every candidate at every tp_size, its all-reduces, and what bounds it; against rivals."""
+    """TTFT and TPOT of every candidate at every tp_size, its all-reduces, and what bounds it; beside a reference."""
     configs = {name: args.config(name, args.n_shard) for name in args.candidates}
     base = args.config("baseline", args.n_shard)
     device, dtype, _ = distributed.choose_device(args.device, args.dtype)
     check_decode(args, configs, device)
     delays = tuple(sorted(set(args.added_delay_us)))
     work = Workload(configs, args.batch_sizes, args.prompts, args.new_tokens, delays)
-    setups = {}  # tp_size: {what it is of a Case: candidate}
+    setups = {}  # tp_size: {what it is of a Case: what runs}
     for tp_size in args.tp_sizes:
-        rival = "PyTorch's tensor parallelism" if tp_size > 1 else "transformers' generate"
-        setups[tp_size] = setup = {"patterns": Candidate("ours", base, tp_size=tp_size)}
-        setup["rival_times"] = Candidate(rival, base, is_gpt2=True, tp_size=tp_size)
+        reference = "PyTorch's tensor parallelism" if tp_size > 1 else "transformers' generate"
+        setups[tp_size] = setup = {"rows": Candidate("ours", base, tp_size=tp_size)}
+        setup["reference_times"] = Candidate(reference, base, is_gpt2=True, tp_size=tp_size)
         if args.compile:
             setup["compiled"] = Candidate("ours", base, tp_size=tp_size, compile=True)
         if args.compile and tp_size > 1:
             setup["compiled_silent"] = Candidate("ours", base, tp_size=tp_size, compile=True, silent=True)
-    candidates = [one for setup in setups.values() for one in setup.values()]
+    launched = [one for setup in setups.values() for one in setup.values()]
     job = partial(Decoding, work=work)
-    results = iter(measure(candidates, job, args.device, args.dtype, args.rounds, args.launches))
+    results = iter(measure(launched, job, args.device, args.dtype, args.rounds, args.launches))
     table = []
     for tp_size, setup in setups.items():
         measured = {kind: next(results) for kind in setup}
         for B, T in itertools.product(args.batch_sizes, args.prompts):
             cases = []
             for delay in delays if tp_size > 1 else (0,):
-                cases.append(case_of(setup, measured, work, B, T, delay, dtype.itemsize))
+                condition = Condition(setup["reference_times"].name, True, B, T, delay)
+                cases.append(case_of(setup["rows"], measured, work, condition, dtype.itemsize))
                 print_case(cases[-1])
             if len(cases) > 1:
                 add_exposed(cases)
@@ -237,93 +235,80 @@ def decode(args: "Decode") -> list[Case]:
     return table
 
 
-def case_of(
-    setup: dict[str, Candidate], measured: dict[str, list], work: Workload, B: int, T: int, delay: int, itemsize: int
-) -> Case:
-    """The figures of one tp_size, batch size, prompt length and added delay in microseconds."""
-    ours, rival = setup["patterns"], setup["rival_times"]
-    machine = machine_of(measured["patterns"], B, T, ours.config.n_embd)
+def case_of(ours: Candidate, measured: dict[str, list], work: Workload, condition: Condition, itemsize: int) -> Case:
+    """The figures of one tp_size, and of the batch size, prompt and added delay of `condition`, the reference's."""
+    _, _, B, T, delay_us = condition
+    n_forwards, delay = work.new_tokens + 1, delay_us / 1e6
+    machine = machine_of(measured["rows"], B, T, ours.config.n_embd)
     # of the tokens decoded one in the middle
     token = cost_model.Forward(ours.tp_size, B, 1, T + work.new_tokens // 2, itemsize)
     prefill = cost_model.Forward(ours.tp_size, B, T, T, itemsize)
-
-    def times(kind, name, sent=True, delay=delay):
-        return summarize(measured[kind], Setting(name, sent, B, T, delay), work.new_tokens + 1)
-
     rows = []
     for name, config in work.configs.items():
-        silent = times("patterns", name, False, 0) if ours.tp_size > 1 else None
-        rows.append(row_of(name, config, machine, prefill, token, times("patterns", name), silent, delay / 1e6))
+        times = summarize(measured["rows"], condition._replace(model=name), n_forwards)
+        row = Row(candidate=name, **describe(config), **vars(times))
+        if ours.tp_size > 1:
+            silent = summarize(measured["rows"], Condition(name, False, B, T), n_forwards)
+            row.silent_ttft_s, row.silent_tpot_s = silent.ttft_s, silent.tpot_s
+        add_model(row, config, machine, prefill, token, delay)
+        rows.append(row)
     case = Case(
         tp_size=ours.tp_size,
         batch_size=B,
         prompt=T,
-        patterns=rows,
-        added_delay_s=delay / 1e6,
-        stream=machine.stream,
-        rival=rival.name,
+        rows=rows,
+        added_delay_s=delay,
+        read_rate=machine.read_rate,
+        reference=condition.model,
         accelerator=vars(machine.accelerator),
         link=machine.link and vars(machine.link),
         bound_s=rows[0].bound_s,
-        rival_times=times("rival_times", rival.name),
+        reference_times=summarize(measured["reference_times"], condition, n_forwards),
     )
-    if "compiled" in setup and not delay:  # a compiled all-reduce is not held up
-        case.compiled = times("compiled", rows[0].variant)
-        case.compiled.bound_s = bound_of_compiled(case, measured["compiled"])
-    if "compiled_silent" in setup and not delay:
-        case.compiled_silent = times("compiled_silent", rows[0].variant, sent=False)
-        case.compiled_silent.bound_s = bound_of_compiled(case, measured["compiled_silent"])
-    add_fit(case)
+    for kind, sent in (("compiled", True), ("compiled_silent", False)):
+        if kind in measured and not delay:  # a compiled all-reduce is not held up
+            times = summarize(measured[kind], Condition(rows[0].candidate, sent, B, T), n_forwards)
+            read_rate = statistics.median(rank.read_rate for ranks in measured[kind] for rank in ranks)
+            times.bound_s = case.bound_s * case.read_rate / read_rate
+            setattr(case, kind, times)
+    add_line(case)
     return case
 
 
-def bound_of_compiled(case: Case, rounds: list[list[Round]]) -> float:
-    """The case's bound at the rate at which the processes of a compiled model stream."""
-    return case.bound_s * case.stream / statistics.median(rank.stream for ranks in rounds for rank in ranks)
-
-
-def row_of(
-    name: str,
+def add_model(
+    row: Row,
     config: rsm.GPTConfig,
     machine: Machine,
     prefill: cost_model.Forward,
     token: cost_model.Forward,
-    times: Times,
-    silent: Times | None,
     added_delay: float,
-) -> Row:
-    """A variant's figures; `silent` are its times without communication, where there are several ranks."""
+) -> None:
+    """Give a row the cost model's figures, and what its syncs cost where it has times without communication."""
     model = partial(cost_model.forward_seconds, config, machine.accelerator, added_delay=added_delay)
-    row = Row(variant=name, **describe(config), **vars(times))
-    row.bound_s = cost_model.bytes_read(config, token) / machine.stream
+    row.bound_s = cost_model.bytes_read(config, token) / machine.read_rate
     row.model_ttft_s, row.model_tpot_s = model(machine.link, prefill), model(machine.link, token)
-    if silent is None:
-        return row
-    row.silent_ttft_s, row.silent_tpot_s = silent.ttft_s, silent.tpot_s
-    row.exposed_s, row.model_exposed_s = row.tpot_s - silent.tpot_s, row.model_tpot_s - model(None, token)
+    if row.silent_tpot_s is None:
+        return
+    row.exposed_s, row.model_exposed_s = row.tpot_s - row.silent_tpot_s, row.model_tpot_s - model(None, token)
     if row.hidden:
         payload = 4 * token.batch_size * config.n_embd
         blocking = max(machine.link.all_reduce(payload, token.tp_size), added_delay)  # the last one
         row.hidden_exposed_s = (row.exposed_s - blocking) / row.hidden
         row.hidden_model_exposed_s = (row.model_exposed_s - blocking) / row.hidden
-    return row
 
 
-def add_fit(case: Case) -> None:
-    """Fit TPOT = compute + syncs x all_reduce to the models of the first one's size without hidden syncs."""
+def add_line(case: Case) -> None:
+    """TPOT = compute + syncs x all_reduce, as measured, of the models of the first one's size without hidden syncs."""
 
     def size(row):
         return row.model["n_layer"], row.model["n_embd"]
 
-    alike = [row for row in case.patterns if not row.hidden and size(row) == size(case.patterns[0])]
+    alike = [row for row in case.rows if not row.hidden and size(row) == size(case.rows[0])]
     counts = [row.syncs for row in alike]
     if case.tp_size > 1 and len(set(counts)) > 1:
-        tpots = [row.tpot_s for row in alike]
-        case.fit_compute_s, case.fit_all_reduce_s, residuals = cost_model.fit(counts, tpots)
         case.compute_s = statistics.median(row.silent_tpot_s for row in alike)
         case.all_reduce_s = sum(row.in_all_reduces_s for row in alike) / sum(counts)
-        for row, residual in zip(alike, residuals, strict=True):
-            row.residual_s = residual
+        for row in alike:
             row.line_s = case.compute_s + row.syncs * case.all_reduce_s
 
 
@@ -331,12 +316,12 @@ def add_exposed(cases: list[Case]) -> None:
     """Give the rows of cases that differ in their added delay the slopes of TPOT from each to the next."""
     for before, after in itertools.pairwise(cases):
         added = after.added_delay_s - before.added_delay_s
-        for a, b in zip(before.patterns, after.patterns, strict=True):
+        for a, b in zip(before.rows, after.rows, strict=True):
             b.exposed_syncs = (b.tpot_s - a.tpot_s) / added
             b.model_exposed_syncs = (b.model_tpot_s - a.model_tpot_s) / added
 
 
-def count_of(row: Variant) -> str:
+def count_text(row: Model) -> str:
     """A row's all-reduces, with those that are hidden apart."""
     return f"{row.syncs - row.hidden}+{row.hidden}" if row.hidden else str(row.syncs)
 
@@ -346,31 +331,23 @@ def print_case(case: Case) -> None:
     delay = 1e6 * case.added_delay_s
     added = f", every all-reduce at least {delay:.0f} us (added)" if delay else ""
     print(f"\ntp_size {case.tp_size}, batch {case.batch_size}, prompt {case.prompt}{added}")
-    bound = f"its weights and cache take {1000 * case.bound_s:.2f} ms a token"
-    print(f"a rank streams {case.stream / 1e9:.1f} GB/s: {bound}")
-    print(f"{case.rival}: TTFT {1000 * case.rival_times.ttft_s:.2f}, TPOT {1000 * case.rival_times.tpot_s:.2f}")
+    bound = f"its weights and cache take {1000 * case.bound_s:.2f} ms per token"
+    print(f"a rank reads {case.read_rate / 1e9:.1f} GB/s: {bound}")
+    times = case.reference_times
+    print(f"{case.reference}: TTFT {1000 * times.ttft_s:.2f}, TPOT {1000 * times.tpot_s:.2f}")
     kinds = {"compiled": case.compiled, "compiled, all-reduces send nothing": case.compiled_silent}
     for words, times in kinds.items():
         if times is not None:
             line = f"TTFT {1000 * times.ttft_s:.2f}, TPOT {1000 * times.tpot_s:.2f}"
-            print(f"ours, {case.patterns[0].variant} {words}: {line}, bound/TPOT {times.bound_s / times.tpot_s:.2f}")
-    if case.fit_compute_s is not None:
-        print(f"TPOT, least squares: {1000 * case.fit_compute_s:.2f} + syncs x {1000 * case.fit_all_reduce_s:.3f}")
+            print(f"ours, {case.rows[0].candidate} {words}: {line}, bound/TPOT {times.bound_s / times.tpot_s:.2f}")
+    if case.compute_s is not None:
         print(f"TPOT, as measured: {1000 * case.compute_s:.2f} + syncs x {1000 * case.all_reduce_s:.3f}")
     many = case.tp_size > 1
-    hidden = many and any(row.hidden for row in case.patterns)
-    width = max(14, *(len(row.variant) + 1 for row in case.patterns))
+    width = max(14, *(len(row.candidate) + 1 for row in case.rows))
     columns = "syncs run bytes TTFT model TPOT model bound/TPOT".split()
-    columns += "in-syncs no-syncs residual measured".split() if many else []
-    columns += ["exposed", "model"] if hidden else []
-    print(f"{'variant':{width}}" + "".join(f"{name:>11}" for name in columns))
-    for row in case.patterns:
-        line = "".join(f"{cell:>11}" for cell in cells_of(row, case, many))
-        print(f"{row.variant:{width}}{line}".rstrip(), flush=True)
-
-
-def cells_of(row: Row, case: Case, many: bool) -> list[str]:
-    """A row of print_case's table, without its name; `many`: of several ranks."""
+    columns += "in-syncs no-syncs line".split() if many else []
+    columns += ["exposed", "model"] if many and any(row.hidden for row in case.rows) else []
+    print(f"{'candidate':{width}}" + "".join(f"{name:>11}" for name in columns))
 
     def ms(seconds):
         return "" if seconds is None else f"{1000 * seconds:.2f}"
@@ -378,26 +355,27 @@ def cells_of(row: Row, case: Case, many: bool) -> list[str]:
     def off(seconds, measured):
         return "" if seconds is None else f"{100 * (seconds / measured - 1):+.1f}%"
 
-    cells = [count_of(row), str(row.all_reduces), str(row.bytes)]
-    cells += [ms(row.ttft_s), off(row.model_ttft_s, row.ttft_s), ms(row.tpot_s), off(row.model_tpot_s, row.tpot_s)]
-    cells.append(f"{(case.bound_s if row.bound_s is None else row.bound_s) / row.tpot_s:.2f}")
-    if many:
-        cells += [ms(row.in_all_reduces_s), ms(row.silent_tpot_s), ms(row.residual_s), off(row.line_s, row.tpot_s)]
-        cells += [ms(row.hidden_exposed_s), ms(row.hidden_model_exposed_s)]
-    return cells
+    for row in case.rows:
+        cells = [count_text(row), row.all_reduces, row.bytes]
+        cells += [ms(row.ttft_s), off(row.model_ttft_s, row.ttft_s), ms(row.tpot_s), off(row.model_tpot_s, row.tpot_s)]
+        cells.append(f"{(case.bound_s if row.bound_s is None else row.bound_s) / row.tpot_s:.2f}")
+        if many:
+            cells += [ms(row.in_all_reduces_s), ms(row.silent_tpot_s), off(row.line_s, row.tpot_s)]
+            cells += [ms(row.hidden_exposed_s), ms(row.hidden_model_exposed_s)]
+        print(f"{row.candidate:{width}}{''.join(f'{cell:>11}' for cell in cells)}".rstrip(), flush=True)
 
 
 def print_exposed(cases: list[Case]) -> None:
     """Exposed syncs of cases that differ in their added delay: by how many times what was added TPOT grew."""
     first, delays = cases[0], [1e6 * case.added_delay_s for case in cases]
-    setting = f"tp_size {first.tp_size}, batch {first.batch_size}, prompt {first.prompt}"
-    print(f"\n{setting}: exposed syncs, measured and by the model, as an all-reduce takes at least so many us")
-    width = max(14, *(len(row.variant) + 1 for row in first.patterns))
+    place = f"tp_size {first.tp_size}, batch {first.batch_size}, prompt {first.prompt}"
+    print(f"\n{place}: exposed syncs, measured and by the model, as an all-reduce takes at least so many us")
+    width = max(14, *(len(row.candidate) + 1 for row in first.rows))
     spans = [f"{a:.0f}-{b:.0f}" for a, b in itertools.pairwise(delays)]
-    print(f"{'variant':{width}}{'syncs':>11}" + "".join(f"{span:>13}{'model':>8}" for span in spans))
-    for rows in zip(*(case.patterns for case in cases), strict=True):
+    print(f"{'candidate':{width}}{'syncs':>11}" + "".join(f"{span:>13}{'model':>8}" for span in spans))
+    for rows in zip(*(case.rows for case in cases), strict=True):
         cells = [f"{row.exposed_syncs:13.2f}{row.model_exposed_syncs:8.2f}" for row in rows[1:]]
-        print(f"{rows[0].variant:{width}}{count_of(rows[0]):>11}" + "".join(cells), flush=True)
+        print(f"{rows[0].candidate:{width}}{count_text(rows[0]):>11}" + "".join(cells), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -411,26 +389,25 @@ def predict(args: "Predict") -> list[Prediction]:
     for name, config in configs.items():
         if config.n_shard != args.n_shard:
             raise ValueError(f"{name}: predict has a rank a shard, here n_shard={args.n_shard}")
-    setting = f"tp_size {args.n_shard}, batch {args.batch_size}, prompt {args.prompt}"
-    print(f"PREDICTED, not measured: {args.accelerator}, {setting}")
+    place = f"tp_size {args.n_shard}, batch {args.batch_size}, prompt {args.prompt}"
+    print(f"PREDICTED, not measured: {args.accelerator}, {place}")
     width = max(14, *(len(name) + 1 for name in configs))
-    print(f"{'link':16}{'variant':{width}}{'syncs':>6}{'TTFT ms':>10}{'TPOT ms':>10}{'faster':>8}{'bound':>8}")
+    print(f"{'link':16}{'candidate':{width}}{'syncs':>6}{'TTFT ms':>10}{'TPOT ms':>10}{'faster':>8}{'bound':>8}")
     prefill = cost_model.Forward(args.n_shard, args.batch_size, args.prompt, args.prompt, args.itemsize)
     token = dataclasses.replace(prefill, tokens=1)
     table = []
     for name in args.links or LINKS:
         first = None
-        for variant, config in configs.items():
+        for candidate, config in configs.items():
             model = partial(cost_model.forward_seconds, config, accelerator)
             ttft, tpot, bound = model(LINKS[name], prefill), model(LINKS[name], token), model(None, token)
-            row = Prediction(
-                variant=variant, **describe(config), link=name, ttft_s=ttft, tpot_s=tpot, no_communication_tpot_s=bound
-            )
+            times = dict(ttft_s=ttft, tpot_s=tpot, no_communication_tpot_s=bound)
+            row = Prediction(candidate=candidate, **describe(config), link=name, **times)
             first = first or tpot
-            line = f"{name:16}{variant:{width}}{count_of(row):>6}{1000 * ttft:10.3f}{1000 * tpot:10.3f}"
+            line = f"{name:16}{candidate:{width}}{count_text(row):>6}{1000 * ttft:10.3f}{1000 * tpot:10.3f}"
             print(f"{line}{first / tpot:7.2f}x{first / bound:7.2f}x")
             table.append(row)
-    print("faster: than the first variant on this link; bound: the same without any communication. Sources:")
+    print("faster: than the first candidate on this link; bound: the same without any communication. Sources:")
     for name in args.links or LINKS:
         print(f"  {name}: {LINKS[name].source}")
     print(f"  {args.accelerator}: {accelerator.source}")
@@ -440,7 +417,7 @@ def predict(args: "Predict") -> list[Prediction]:
 # ---------------------------------------------------------------------------------------------------------------------
 # options
 
-EVERY = ("baseline", "spd", "110111011101", "grouped-6", "grouped-4", "grouped-3", "grouped-2", "grouped-1")
+PATTERNS = ("baseline", "spd", "110111011101", "grouped-6", "grouped-4", "grouped-3", "grouped-2", "grouped-1")
 
 
 @dataclass
@@ -457,11 +434,8 @@ class Options:
 
     def config(self, candidate: str, n_shard: int | None = None) -> rsm.GPTConfig:
         """The GPTConfig of a candidate, as keys_of takes it. Raises ValueError."""
-        names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")  # predict has no block_size
-        shape = {name: vars(self)[name] for name in names if name in vars(self)}
-        if self.modern:
-            shape |= MODERN | dict(n_kv_head=self.n_kv_head, bias=False)
-        return rsm.GPTConfig(**model_keys(shape | keys_of(candidate, self.n_layer, n_shard)))
+        block = MODERN | dict(bias=False) if self.modern else dict(n_kv_head=0)
+        return rsm.GPTConfig(**model_keys(vars(self) | block | keys_of(candidate, self.n_layer, n_shard)))
 
 
 @dataclass
@@ -480,14 +454,14 @@ class Train(Timed):
     candidates: tuple[str, ...] = option(("gpt2", "baseline@1", "grouped-4@2", "grouped-4@4"), "gpt2, RULE@N_SHARD")
     mode: str = option("both", "with torch.compile or without", allowed=("eager", "compiled", "both"))
     tp_size: int = option(1, "ranks of our candidates", least=1)
-    batch_size: int = option(4, "sequences of a step", least=1)
+    batch_size: int = option(4, "sequences per step", least=1)
     steps: int = option(1, "training steps in a round", least=1)
     launches: int = option(3, "times that the processes are started", least=1)
 
 
 @dataclass
 class Decode(Timed):
-    candidates: tuple[str, ...] = option(EVERY, "RULE[@N_SHARD]")
+    candidates: tuple[str, ...] = option(PATTERNS, "RULE[@N_SHARD]")
     n_shard: int = option(2, "shards that the transformer is cut into", least=1)
     tp_sizes: tuple[int, ...] = option((1, 2), "tensor-parallel ranks", least=1)
     batch_sizes: tuple[int, ...] = option((1,), "sequences decoded at once", least=1)
@@ -529,8 +503,8 @@ def main(argv: list[str]) -> None:
         results = job(args)
         if args.json:
             with open(args.json, "w", encoding="utf-8") as file:
-                settings = {"command": command} | dataclasses.asdict(args)  # vars would have what is no key
-                json.dump({"settings": settings, "results": list(map(to_json, results))}, file, indent=1)
+                keys = {"command": command} | dataclasses.asdict(args)  # vars would have what is no key
+                json.dump({"settings": keys, "results": list(map(to_json, results))}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,10 +37,10 @@ import reduced_sync_model as rsm
 from reduced_sync import checkpoint as ckpt
 from reduced_sync import distributed
 from reduced_sync.cli import StopSignal
-from reduced_sync.configurator import configure, describe, option
+from reduced_sync.configurator import configure, option
 from reduced_sync.distributed import RANK, WORLD_SIZE
 from reduced_sync.files import lock_folder, replace_file
-from reduced_sync.hf.tokenizer import KEPT, write_pretrained
+from reduced_sync.hf.tokenizer import write_pretrained
 from reduced_sync.spd import distillation, placement, texts
 from reduced_sync.spd.figures import draw_dropping
 from reduced_sync.spd.log import perplexity_line, read_drop_log, sensitivity_line, table_of
@@ -48,8 +49,8 @@ from reduced_sync.train.log import RunLog
 from reduced_sync.train.recorder import conditions
 
 STAGES = ("arrange", "sensitivity", "drop", "distil", "finetune", "finished")
-DONE = {"drop": "dropped", "distil": "distilled", "finetune": "finetuned"}
-FREE = "out_dir init_from tp_size device backend timeout_s checkpoint_minutes".split()  # may change at a resume
+AFTER = {"drop": "dropped", "distil": "distilled", "finetune": "finetuned"}
+MAY_CHANGE = "out_dir init_from tp_size device backend timeout_s checkpoint_minutes".split()  # at a resume
 
 
 @dataclass
@@ -69,10 +70,10 @@ class Config:
     evaluation_tokens: int = option(20480, "tokens of each evaluation text; 0: all", least=0)
     batch_size: int = option(8, "windows computed at once when nothing is trained", least=1)
     # stages
-    arrange: str = option("affinity", "neurons on shards: as_is or affinity", allowed=("as_is", "affinity"))
+    arrange: str = option("affinity", "how neurons stand on shards", allowed=("as_is", "affinity"))
     arrange_heads: str = option(
         "affinity",
-        "KV groups on shards: as_is, affinity or scatter",
+        "how KV groups stand on shards",
         allowed=("as_is", "affinity", "scatter"),
     )
     arrange_windows: int = option(16, "windows to arrange by", least=1)
@@ -80,13 +81,16 @@ class Config:
     drop: int | None = option(None, "number of blocks that lose a sync; None: all", least=0)
     sync: str | None = option(None, "instead of `drop`: the pattern to drop to, of 2 and 1")
     max_loss_percent: float | None = option(
-        None, "instead of `drop`: as many blocks as raise the perplexity by at most this", least=0
+        None,
+        "instead of `drop`: drop as many blocks as possible while calibration perplexity rises by at most this "
+        "percentage (before repair)",
+        least=0,
     )
     distil_epochs: int = option(4, "passes over the calibration windows for each dropped block; 0: none", least=0)
-    distil_batch_size: int = option(4, "windows of a step", least=1)
+    distil_batch_size: int = option(4, "windows per step", least=1)
     distil_learning_rate: float = option(1e-4, "peak", least=0)
     finetune_steps: int = option(0, "steps that train the whole model towards the dense one's distributions", least=0)
-    finetune_batch_size: int = option(4, "windows of a step", least=1)
+    finetune_batch_size: int = option(4, "windows per step", least=1)
     finetune_learning_rate: float = option(1e-4, "peak", least=0)
     elastic: bool = option(False, "train dropped blocks with and without their sync, for any number of dropped blocks")
     curve: tuple = option((), "numbers of dropped blocks with which the result is evaluated as well")
@@ -112,12 +116,19 @@ class Progress:
     sync: str = ""  # the rule that was chosen
 
 
-def prepare(config: Config) -> tuple[tuple, Source, dict | None, dict, dict, dict]:
-    """Refuse what can be refused before a process group exists. Raises ValueError or OSError.
+class Prepared(NamedTuple):
+    """What a run starts from."""
 
-    Returns (what distributed.choose_device has found, source, checkpoint or None, texts to calibrate on, windows of
-    them by the key that says how many, windows of each text to evaluate on).
-    """
+    hardware: tuple  # of distributed.choose_device
+    source: Source
+    saved: dict | None  # the checkpoint to go on from
+    calibration: dict  # {name: token ids} of the texts to calibrate on,
+    windows: dict  # and windows of them by the key that says how many
+    evaluation: dict  # {name: windows} of the texts to evaluate on
+
+
+def prepare(config: Config) -> Prepared:
+    """Refuse what can be refused before a process group exists. Raises ValueError or OSError."""
     out_dir, saved = Path(config.out_dir), None
     if config.init_from == "resume":
         saved = ckpt.load(
@@ -126,7 +137,7 @@ def prepare(config: Config) -> tuple[tuple, Source, dict | None, dict, dict, dic
         config.init_from = saved["config"]["init_from"]
         # distil_inputs: a key of older runs
         before, now = ({"distil_inputs": "teacher"} | keys for keys in (saved["config"], dataclasses.asdict(config)))
-        if changed := [key for key in now if key not in FREE and now[key] != before.get(key)]:
+        if changed := [key for key in now if key not in MAY_CHANGE and now[key] != before.get(key)]:
             says = ", ".join(f"{key}={before.get(key)!r}, not {now[key]!r}" for key in changed)
             raise ValueError(f"{out_dir} was started with {says}: go on with the same, or choose another out_dir")
     elif any((out_dir / name).exists() for name in ("ckpt.pt", "progress.pt")):
@@ -148,8 +159,9 @@ def prepare(config: Config) -> tuple[tuple, Source, dict | None, dict, dict, dic
         rule = rsm.SyncRule.parse(config.sync, L)
         if rule.rival or set(rule.pattern) - set("12"):
             raise ValueError(f"sync={config.sync!r}: allowed are 2 and, for a dropped block, 1, one per layer")
-    if config.n_shard % config.tp_size or WORLD_SIZE % config.tp_size:
-        raise ValueError(f"tp_size={config.tp_size} must divide n_shard={config.n_shard} and {WORLD_SIZE} processes")
+    shape.check_tp_size(config.tp_size)
+    if WORLD_SIZE % config.tp_size:
+        raise ValueError(f"tp_size={config.tp_size} must divide {WORLD_SIZE} processes")
     for key in ("calibration_windows", "distil_batch_size", "finetune_batch_size"):
         if getattr(config, key) % dp_size:
             raise ValueError(f"{key}={getattr(config, key)} is not divisible by the {dp_size} replicas")
@@ -159,7 +171,7 @@ def prepare(config: Config) -> tuple[tuple, Source, dict | None, dict, dict, dic
     keys = ("arrange_windows", "calibration_windows", "sensitivity_windows")
     windows = {key: texts.spread_windows(calibration, n, T, key) for key in keys if (n := getattr(config, key))}
     evaluation = {name: texts.first_windows(ids, config.evaluation_tokens, T, name) for name, ids in evaluation.items()}
-    return hardware, source, saved, calibration, windows, evaluation
+    return Prepared(hardware, source, saved, calibration, windows, evaluation)
 
 
 class Stopped(Exception):
@@ -169,9 +181,10 @@ class Stopped(Exception):
 class Dropping:
     """One run: the model on its way through the stages."""
 
-    def __init__(self, config, hardware, source, saved, calibration, windows, evaluation):
-        self.config, self.source, self.calibration, self.evaluation = config, source, calibration, evaluation
-        self.all_windows, self.windows = windows, windows["calibration_windows"]
+    def __init__(self, config, prepared):
+        self.config = config
+        hardware, self.source, saved, self.calibration, self.all_windows, self.evaluation = prepared
+        self.windows = self.all_windows["calibration_windows"]
         self.layout = distributed.start(*hardware, config.tp_size, config.timeout_s)
         self.stop, self.last_save = StopSignal(), time.monotonic()
         self.progress = Progress(**saved["progress"]) if saved else Progress()
@@ -183,9 +196,9 @@ class Dropping:
                 (Path(config.out_dir) / "log.txt").unlink(missing_ok=True)
             self.log = RunLog(Path(config.out_dir) / "log.txt")
             self.log.header(self.header(resumed=saved is not None))
-        for name, held_out in evaluation.items():
+        for name, held_out in self.evaluation.items():
             ids = held_out.flatten().numpy()
-            for other, known in calibration.items():
+            for other, known in self.calibration.items():
                 if np.array_equal(known[: len(ids)], ids):
                     self.say(f"warning: the evaluation text {name!r} is the calibration text {other!r}: not held out")
         if saved and saved["model"]:
@@ -231,13 +244,13 @@ class Dropping:
 
     def evaluate(self, stage: str, pattern: str, stop: StopSignal | None = None) -> None:
         """Say the perplexities of all evaluation texts under a pattern, unless all ranks agree to `stop` before."""
-        model, found = self.model.with_sync(pattern), {}
+        model, perplexities = self.model.with_sync(pattern), {}
         for name, windows in self.evaluation.items():
             loss = distillation.mean_loss(model, windows, self.config.batch_size, self.layout, stop)
             if loss is None:
                 return
-            found[name] = math.exp(min(loss, 700.0))
-        self.say(perplexity_line(stage, model.config.rule.syncs, 2 * len(pattern), found))
+            perplexities[name] = math.exp(min(loss, 700.0))
+        self.say(perplexity_line(stage, model.config.rule.syncs, 2 * len(pattern), perplexities))
 
     def save(self, final: bool = False) -> None:
         """Write progress.pt, and at the end ckpt.pt, which sample.py reads. Raises SameOnAllRanks where that fails."""
@@ -256,7 +269,7 @@ class Dropping:
                     state |= {"model_args": model_args, "data": self.source.meta}
                     if self.source.meta["tokenizer"] not in ("gpt2", "char"):
                         tokens = self.source.tokens
-                        write_pretrained(tokens.pretrained, tokens.generation, out_dir / KEPT)
+                        write_pretrained(tokens.pretrained, tokens.generation, out_dir / ckpt.TOKENIZER_FOLDER)
                     ckpt.save(state, out_dir, is_best=False)
                     (out_dir / "progress.pt").unlink(missing_ok=True)
                 else:
@@ -291,13 +304,13 @@ class Dropping:
             if n_tokens := do():
                 self.say(f"{stage}: {time.monotonic() - begin:.1f} s, {n_tokens} tokens")
             progress.stage, progress.done = following, 0
-            if stage == "drop" or (n_tokens and stage in DONE):
-                self.evaluate(DONE[stage], self.pattern)
+            if stage == "drop" or (n_tokens and stage in AFTER):
+                self.evaluate(AFTER[stage], self.pattern)
             if following != STAGES[-1]:
                 self.save()
         last = "finetune" if self.config.finetune_steps else "distil" if self.config.distil_epochs else "drop"
         for n in self.config.curve:
-            self.evaluate(DONE[last], self.dropped(n))
+            self.evaluate(AFTER[last], self.dropped(n))
         self.save(final=True)
         if RANK == 0:
             log = read_drop_log(Path(self.config.out_dir) / "log.txt")
@@ -324,16 +337,15 @@ class Dropping:
             return 0
         windows = self.all_windows["arrange_windows"]
         batches = [model.embed(idx.to(self.layout.device)) for idx in windows.split(config.batch_size)]
-        rope, batches = batches[0][1], [x for x, _ in batches]
         for i in self.bar(range(model.config.n_layer)):
             if i >= len(progress.groups):
                 by = config.arrange_heads, config.arrange
-                groups, neurons = placement.arrange(model, i, batches, rope, *by, self.layout)
+                groups, neurons = placement.arrange(model, i, batches, *by, self.layout)
                 progress.groups.append(groups)
                 progress.neurons.append(neurons)
                 self.step_done(i + 1)
             with self.layout.autocast():
-                batches = [model.run_blocks(x, rope, range(i, i + 1)) for x in batches]
+                batches = [model.run_blocks(x, range(i, i + 1)) for x in batches]
         return windows.numel()
 
     def sensitivity(self) -> int:
@@ -348,10 +360,10 @@ class Dropping:
         if measured is None:
             self.save()
             raise Stopped
-        found, perplexities = measured
+        s, perplexities = measured
         for i in range(L):
-            self.say(sensitivity_line(i, found[i], perplexities[i]))
-        self.progress.order = sorted(range(L), key=lambda i: (found[i], i))
+            self.say(sensitivity_line(i, s[i], perplexities[i]))
+        self.progress.order = sorted(range(L), key=lambda i: (s[i], i))
         return windows.numel()
 
     def drop(self) -> int:
@@ -381,16 +393,14 @@ class Dropping:
         teacher = self.build_arranged() if done else model  # a layer not yet trained is the teacher's own
         mine = list(distillation.share(self.windows, config.batch_size, self.layout))
         with torch.no_grad():
-            rope = teacher.embed(mine[0])[1]
-            exact = torch.cat([teacher.embed(idx)[0].cpu() for idx in mine])  # (windows, T, C)
+            exact = torch.cat([teacher.embed(idx).cpu() for idx in mine])  # (windows, T, C)
         for i in self.bar(range(model.config.n_layer)):
             before = exact
-            exact = distillation.run_layer(
-                teacher if i < done else model, i, "baseline", before, rope, config.batch_size, self.layout
-            )
+            synced = (teacher if i < done else model).with_sync("baseline")
+            exact = distillation.run_layer(synced, i, before, config.batch_size, self.layout)
             if i >= done:
                 if self.pattern[i] == "1":
-                    first, last = distillation.distil(model, i, before, exact, rope, config, self.layout)
+                    first, last = distillation.distil(model, i, before, exact, config, self.layout)
                     self.say(f"distil: block {i}, relative error {first:.3e} to {last:.3e}")
                 self.step_done(i + 1)
         return self.windows.numel() * config.distil_epochs
@@ -424,15 +434,12 @@ class Dropping:
 
 
 def main(argv):
-    if "--help" in argv or "-h" in argv:
-        print(__doc__, "Keys, as lines of a config file (key = value) or as arguments:\n", describe(Config), sep="\n")
-        return
     with distributed.clear_errors():
-        config = configure(Config, argv)
+        config = configure(Config, argv, __doc__)
         prepared = prepare(config)
         lock = lock_folder(config.out_dir) if RANK == 0 else None
         try:
-            Dropping(config, *prepared).run()
+            Dropping(config, prepared).run()
         except Stopped:
             if RANK == 0:
                 print("stopped and saved; go on with --init_from=resume", flush=True)

@@ -1,4 +1,4 @@
-"""A GPT whose tensor-parallel shards synchronise less often than after every sublayer. The whole model in one file.
+"""A GPT whose tensor-parallel shards synchronize less often than after every sublayer. The whole model in one file.
 
 The transformer is cut into `n_shard` shards, each with n_head/n_shard heads and 4*n_embd/n_shard MLP neurons of every
 layer. Standard tensor parallelism (TP, Megatron-LM, arXiv 1909.08053) all-reduces the shards' outputs after every
@@ -35,12 +35,12 @@ from torch.nn import functional as F
 
 
 def baseline(n_layer: int) -> str:
-    """The pattern of standard TP: 2 syncs a layer, 24 for 12 layers."""
+    """The pattern of standard TP: 2 syncs per layer, 24 for 12 layers."""
     return "2" * n_layer
 
 
 def spd(n_layer: int) -> str:
-    """Sync-point drop (arXiv 2502.20727): one sync a layer, 12 for 12 layers."""
+    """Sync-point drop (arXiv 2502.20727): one sync per layer, 12 for 12 layers."""
     return "1" * n_layer
 
 
@@ -63,9 +63,12 @@ def selective(n_layer: int, pattern: str) -> str:
     return pattern
 
 
+NAMES = {"baseline": baseline, "spd": spd}
+
+
 @dataclass(frozen=True)
 class SyncRule:
-    """When and how shards synchronise: a pattern, one character per layer, and at most one of the RIVALS' ways.
+    """When and how shards synchronize: a pattern, one character per layer, and at most one of the RIVALS' ways.
 
     Its text is PATTERN or PATTERN+RIVAL: `spd`, `grouped-4` (4 syncs in all), `110111011101`, `baseline+ladder`.
     """
@@ -79,25 +82,25 @@ class SyncRule:
         name, plus, rival = text.partition("+")
         if plus and rival not in RIVALS:
             raise ValueError(f"sync={text!r}: what follows the + is one of {', '.join(RIVALS)}")
-        if name in ("baseline", "spd"):
-            pattern = baseline(n_layer) if name == "baseline" else spd(n_layer)
+        if name in NAMES:
+            pattern = NAMES[name](n_layer)
         elif re.fullmatch(r"grouped-[0-9]{1,4}", name):
             pattern = grouped(n_layer, int(name.removeprefix("grouped-")))
         elif name and set(name) <= set("210a"):
             pattern = selective(n_layer, name)
         else:
-            known = "baseline, spd, grouped-N (N syncs in all) and one of 2 1 0 a per layer"
+            known = f"{', '.join(NAMES)}, grouped-N (N syncs in all) and one of 2 1 0 a per layer"
             raise ValueError(f"sync={text!r}: allowed are {known}, each with or without +{', +'.join(RIVALS)}")
         rule = cls(pattern, rival)
         if rival == "parallel" and set(pattern) - set("10"):
             raise ValueError(f"sync={text!r}: a parallel block has one sync or none, so its characters are 1 and 0")
-        if rival in HIDING and rule.syncs < 2:
+        if rule.parts.hides and rule.syncs < 2:
             raise ValueError(f"sync={text!r}: a single sync, the last, has nothing to hide behind")
         return rule
 
     def __str__(self):
         n_layer = len(self.pattern)
-        names = {baseline(n_layer): "baseline", spd(n_layer): "spd"}
+        names = {pattern(n_layer): name for name, pattern in NAMES.items()}
         if n_layer % self.syncs == 0:
             names.setdefault(grouped(n_layer, self.syncs), f"grouped-{self.syncs}")
         return "+".join(filter(None, (names.get(self.pattern, self.pattern), self.rival)))
@@ -105,25 +108,26 @@ class SyncRule:
     @property
     def syncs(self) -> int:
         """All-reduces of one forward pass."""
-        return sum({"2": 2, "1": 1, "a": 1, "0": 0}[character] for character in self.pattern)
+        return sum(map(sum, self.layers()))
 
     @property
     def hidden(self) -> int:
         """Those of them behind which a sublayer runs: of ladder and delayed all but the last one."""
-        return self.syncs - 1 if self.rival in HIDING else 0
+        return self.syncs - 1 if self.parts.hides else 0
 
     @property
     def drawing(self) -> str:
         """A attention, M MLP, | an all-reduce: of the pattern 21 it is `A|M| AM|`."""
-        return " ".join({"2": "A|M|", "1": "AM|", "a": "A|M", "0": "AM"}[character] for character in self.pattern)
+        return " ".join(f"A{'|' * after_attention}M{'|' * after_mlp}" for after_attention, after_mlp in self.layers())
 
     def layers(self) -> list[tuple[bool, bool]]:
         """For each layer, whether there is a sync after its attention, and whether there is one after its MLP."""
         return [(character in "2a", character in "21") for character in self.pattern]
 
-    def stream(self, x: Tensor, n_shard: int, tp_group: dist.ProcessGroup | None) -> "Stream":
-        """The Stream of a forward pass that begins with x (B, T, C)."""
-        return RIVALS.get(self.rival, Stream)(x, n_shard, tp_group)
+    @property
+    def parts(self) -> "Rival":
+        """The classes that compute it."""
+        return RIVALS.get(self.rival, Rival())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,13 +182,13 @@ class Block(nn.Module):
         self.ln_2 = Norm(config, n_local)
         self.mlp = MLP(config, n_local)
 
-    def forward(self, stream: Stream, syncs: tuple[bool, bool], rope=None, past=None, mask: Tensor | None = None):
-        """Add this layer to the stream. syncs: whether to sync after attention, and after the MLP.
+    def forward(
+        self, stream: Stream, after_attention: bool, after_mlp: bool, rope=None, past=None, mask: Tensor | None = None
+    ):
+        """Add this layer to the stream, which syncs after the attention, after the MLP, after both or not at all.
 
         past: this layer's part of a KVCache.
         """
-        after_attention, after_mlp = syncs
-
         y = self.attn(self.ln_1(stream.read()), rope, past, mask)
         if after_attention:
             stream.sync(y)
@@ -387,10 +391,12 @@ class MLP(nn.Module):
 class ParallelBlock(Block):
     """Attention and MLP read the same stream (GPT-J; PaLM, arXiv 2204.02311). Its layers sync at their end or not."""
 
-    def forward(self, stream: Stream, syncs: tuple[bool, bool], rope=None, past=None, mask: Tensor | None = None):
+    def forward(
+        self, stream: Stream, after_attention: bool, after_mlp: bool, rope=None, past=None, mask: Tensor | None = None
+    ):
         h = stream.read()
         y = self.attn(self.ln_1(h), rope, past, mask) + self.mlp(self.ln_2(h))
-        if syncs[1]:
+        if after_mlp:
             stream.sync(y)
         else:
             stream.keep(y)
@@ -451,10 +457,21 @@ class Delayed(Ladder):
         return self.h.to(y.dtype) + y
 
 
-RIVALS = dict(
-    parallel=Stream, desync=Desync, tracks=Tracks, ladder=Ladder, delayed=Delayed
-)  # the streams; parallel is another block
-HIDING = ("ladder", "delayed")
+class Rival(NamedTuple):
+    """The classes of a rule's layers and of its stream, and whether a sublayer runs behind each sync but the last."""
+
+    block: type[Block] = Block
+    stream: type[Stream] = Stream
+    hides: bool = False
+
+
+RIVALS = {
+    "parallel": Rival(block=ParallelBlock),
+    "desync": Rival(stream=Desync),
+    "tracks": Rival(stream=Tracks),
+    "ladder": Rival(stream=Ladder, hides=True),
+    "delayed": Rival(stream=Delayed, hides=True),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -571,7 +588,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     position: str = "learned"  # or rope
     rope_theta: float = 10000.0
-    rope_inv_freq: tuple = ()  # radians a position of each of the D/2 pairs; empty: by rope_theta
+    rope_inv_freq: tuple = ()  # radians per position of each of the D/2 pairs; empty: by rope_theta
     mlp: str = "gelu"  # or swiglu
     n_hidden: int = 0  # neurons of an MLP; 0: 4*n_embd
     n_kv_head: int = 0  # heads of keys and values; 0: n_head
@@ -584,7 +601,7 @@ class GPTConfig:
             if type(value) not in {float: (float, int), tuple: (tuple, list)}.get(field.type, (field.type,)):
                 raise ValueError(f"{name}={value!r} must be {field.type.__name__}, not {type(value).__name__}")
             least = int(name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_shard"))
-            most = 2**16 if name == "n_layer" else 2**31  # a pattern has a character a layer
+            most = 2**16 if name == "n_layer" else 2**31  # a pattern has one character per layer
             if field.type is int and not least <= value <= most:
                 raise ValueError(f"{name}={value} must be at least {least}, and at most {most}")
             if name in ("norm_eps", "rope_theta") and not 0 < value < 1e18:
@@ -620,6 +637,14 @@ class GPTConfig:
         self.rule = SyncRule.parse(self.sync, self.n_layer)
         self.sync = str(self.rule)
 
+    def check_tp_size(self, tp_size: int, name: str = "") -> None:
+        """Raise ValueError unless `tp_size` ranks can share this model, which the error calls `name`."""
+        if self.n_shard % tp_size:
+            of = f" of {name}" if name else ""
+            raise ValueError(f"n_shard={self.n_shard}{of} is not divisible by tp_size={tp_size}")
+        if self.dropout > 0 and tp_size > 1:
+            raise ValueError(f"dropout={self.dropout} needs tp_size=1, not {tp_size}: ranks would drop differently")
+
 
 class KVCache:
     """Keys and values of the tokens that a model has seen, for this rank's shards, allocated once.
@@ -647,12 +672,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.tp_size = tp_group.size() if tp_group is not None else 1
-        if config.n_shard % self.tp_size:
-            raise ValueError(f"n_shard={config.n_shard} is not divisible by tp_size={self.tp_size}")
-        if config.dropout > 0 and self.tp_size > 1:
-            raise ValueError(
-                f"dropout={config.dropout} needs tp_size=1, not {self.tp_size}: ranks would drop differently"
-            )
+        config.check_tp_size(self.tp_size)
         self.tp_group = tp_group if self.tp_size > 1 else None
         n_local = config.n_shard // self.tp_size
         first = n_local * (tp_group.rank() if self.tp_group is not None else 0)
@@ -662,8 +682,7 @@ class GPT(nn.Module):
         if config.position == "learned":
             layers |= dict(wpe=nn.Embedding(config.block_size, config.n_embd))
         layers |= dict(drop=nn.Dropout(config.dropout))
-        block = ParallelBlock if config.rule.rival == "parallel" else Block
-        layers |= dict(h=nn.ModuleList([block(config, n_local) for _ in range(config.n_layer)]))
+        layers |= dict(h=nn.ModuleList([config.rule.parts.block(config, n_local) for _ in range(config.n_layer)]))
         if config.norm == "rmsnorm":
             layers |= dict(ln_f=nn.RMSNorm(config.n_embd, config.norm_eps))
         else:
@@ -712,38 +731,36 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens behind the {held} in the cache: decoding takes one at a time")
         if mask is not None:
             mask = mask.repeat(self.config.n_shard // self.tp_size, 1, 1)[:, None]  # (S*B, 1, T, held+T)
-        x, rope = self.embed(idx, held, positions)
-        x = self.run_blocks(self.transformer.drop(x), rope, cache=cache, mask=mask)
+        x = self.transformer.drop(self.embed(idx, held, positions))
+        x = self.run_blocks(x, cache=cache, mask=mask)
         if cache is not None:
             cache.length += T
         return x
 
-    def embed(self, idx: Tensor, held: int = 0, positions: Tensor | None = None) -> tuple[Tensor, tuple | None]:
-        """Token ids (B, T) behind `held` others -> x (B, T, C), and what rotate() takes or None."""
-        x, T = self.transformer.wte(idx), idx.size(1)
-        if self.config.position == "rope":  # only differences of positions count
-            return x, self.rope(held, T)
-        return x + self.transformer.wpe.weight[slice(held, held + T) if positions is None else positions], None
+    def embed(self, idx: Tensor, held: int = 0, positions: Tensor | None = None) -> Tensor:
+        """Token ids (B, T) behind `held` others -> x (B, T, C)."""
+        x = self.transformer.wte(idx)
+        if self.config.position == "rope":  # the attention's
+            return x
+        return x + self.transformer.wpe.weight[slice(held, held + idx.size(1)) if positions is None else positions]
 
     def run_blocks(
-        self,
-        x: Tensor,
-        rope: tuple | None = None,
-        layers: range | None = None,
-        cache: KVCache | None = None,
-        mask: Tensor | None = None,
+        self, x: Tensor, layers: range | None = None, cache: KVCache | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """x (B, T, C), a synced stream, through all layers, or through `layers`, the last of which syncs; (B, T, C)."""
-        stream = self.config.rule.stream(x, self.config.n_shard, self.tp_group)
-        syncs = self.config.rule.layers()
+        rope = self.rope(0 if cache is None else cache.length, x.size(1))  # only differences of positions count
+        stream = self.config.rule.parts.stream(x, self.config.n_shard, self.tp_group)
+        syncs_after = self.config.rule.layers()
         for i in range(self.config.n_layer) if layers is None else layers:
             past = None if cache is None else (*cache.layers[i], cache.length)
-            self.transformer.h[i](stream, syncs[i], rope, past, mask)
+            self.transformer.h[i](stream, *syncs_after[i], rope, past, mask)
         return stream.end()
 
-    def rope(self, first: int, T: int) -> tuple[Tensor, Tensor]:
-        """cos and sin, each (T, D/2), of inv_freq times position, of the T positions from `first` on."""
+    def rope(self, first: int, T: int) -> tuple[Tensor, Tensor] | None:
+        """cos and sin, each (T, D/2), of inv_freq times position, of the T positions from `first` on; None: learned."""
         c, weight = self.config, self.transformer.wte.weight
+        if c.position == "learned":
+            return None
         exact = dict(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
         if c.rope_inv_freq:
             inv_freq = torch.tensor(c.rope_inv_freq, **exact)

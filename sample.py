@@ -29,7 +29,7 @@ import torch.distributed as dist
 import reduced_sync_model as rsm
 from reduced_sync import checkpoint as ckpt
 from reduced_sync import distributed, preparing
-from reduced_sync.configurator import configure, describe, option
+from reduced_sync.configurator import configure, option
 from reduced_sync.decoding import cast, choose, for_decoding, generate
 from reduced_sync.distributed import RANK, WORLD_SIZE
 from reduced_sync.hf.tokenizer import Tokens, pretrained_meta
@@ -73,7 +73,7 @@ def load(config: Config) -> tuple[dict | None, rsm.GPTConfig, dict]:
         saved, model_config, meta = ckpt.load_with_tokens(Path(config.out_dir) / "ckpt.pt")
     if model_config.n_shard % WORLD_SIZE:
         name = config.init_from if saved is None else Path(config.out_dir) / "ckpt.pt"
-        raise ValueError(f"{WORLD_SIZE} processes do not divide the n_shard={model_config.n_shard} of {name}")
+        raise ValueError(f"n_shard={model_config.n_shard} of {name} is not divisible by {WORLD_SIZE} processes")
     return saved, model_config, meta
 
 
@@ -105,7 +105,7 @@ def read_prompt(start: str) -> str:
 
 def prompt_ids(config: Config, tokens: Tokens, block_size: int) -> list[int]:
     """The prompt's token ids, the same on every rank: rank 0 reads it. Raises ValueError on all where there is none."""
-    found = [None]
+    answer = [None]
     if RANK == 0:
         try:
             ids = tokens.encode(read_prompt(config.start))
@@ -113,14 +113,14 @@ def prompt_ids(config: Config, tokens: Tokens, block_size: int) -> list[int]:
                 raise ValueError(f"start={config.start!r}: the prompt is empty")
             if len(ids) > block_size:
                 print(f"the prompt has {len(ids)} tokens: its last {block_size}, a block, are used", file=sys.stderr)
-            found = [ids[-block_size:]]
+            answer = [ids[-block_size:]]
         except ValueError as error:
-            found = [str(error)]
+            answer = [str(error)]
     if WORLD_SIZE > 1:
-        dist.broadcast_object_list(found)
-    if isinstance(found[0], str):
-        raise distributed.SameOnAllRanks(found[0])
-    return found[0]
+        dist.broadcast_object_list(answer)
+    if isinstance(answer[0], str):
+        raise distributed.SameOnAllRanks(answer[0])
+    return answer[0]
 
 
 def sample(config: Config, model: rsm.GPT, tokens: Tokens, vocab_size: int, layout: distributed.Layout) -> None:
@@ -141,7 +141,7 @@ def sample(config: Config, model: rsm.GPT, tokens: Tokens, vocab_size: int, layo
             )
         return pick(logits.index_fill(1, suppressed, float("-inf")))
 
-    text_of = tokens.stream()
+    text_of = tokens.decoder()
 
     def say(text):
         if RANK == 0:
@@ -168,11 +168,8 @@ def sample(config: Config, model: rsm.GPT, tokens: Tokens, vocab_size: int, layo
 
 
 def main(argv):
-    if "--help" in argv or "-h" in argv:
-        print(__doc__, "Keys, as arguments --key=value or as lines of a config file:\n", describe(Config), sep="\n")
-        return
     with distributed.clear_errors():
-        config = configure(Config, argv)
+        config = configure(Config, argv, __doc__)
         check_config(config)
         saved, model_config, meta = load(config)
         choice = distributed.choose_device(config.device, config.dtype, config.backend)

@@ -22,9 +22,9 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -32,7 +32,7 @@ import reduced_sync_model as rsm
 from reduced_sync import checkpoint as ckpt
 from reduced_sync import distributed
 from reduced_sync.cli import StopSignal
-from reduced_sync.configurator import configure, describe
+from reduced_sync.configurator import configure
 from reduced_sync.data import Corpus, vocabulary_hash
 from reduced_sync.distributed import RANK, RESTART_COUNT
 from reduced_sync.files import lock_folder
@@ -60,22 +60,31 @@ def check_tokens(config: Config, meta: dict) -> str:
     """
     name = config.init_from
     tokenizer = str(Path(name).absolute()) if Path(name).is_dir() else "gpt2" if name in GPT2_SHAPES else name
-    found = {
+    hashes = {
         f"dataset={config.dataset!r}": vocabulary_hash(meta.get("tokenizer"), meta),
         f"init_from={name!r}": vocabulary_hash(tokenizer, meta),
     }
-    if unknown := [key for key, value in found.items() if value is None]:
-        return f"not known of {' and '.join(unknown)}: taken to be the same"
-    if len(set(found.values())) > 1:
-        raise ValueError(f"{' and '.join(found)} have other tokens: prepare the data with the tokenizer of the model")
+    if unknown := [key for key, value in hashes.items() if value is None]:
+        return f"the vocabulary of {' and '.join(unknown)} could not be checked; assuming it matches"
+    if len(set(hashes.values())) > 1:
+        raise ValueError(f"{' and '.join(hashes)} have other tokens: prepare the data with the tokenizer of the model")
     return ""
 
 
-def prepare(config: Config) -> tuple[tuple, Corpus, dict, rsm.GPTConfig, dict | None]:
+class Prepared(NamedTuple):
+    """What a run starts from."""
+
+    hardware: tuple  # of distributed.choose_device
+    corpus: Corpus
+    notes: dict  # for the log
+    model_config: rsm.GPTConfig
+    saved: dict | None  # the checkpoint to go on from
+
+
+def prepare(config: Config) -> Prepared:
     """Refuse what can be refused before a process group exists: keys, device, data, the model's shape, a checkpoint.
 
-    Returns (what distributed.choose_device has found, corpus, notes for the log, GPTConfig, checkpoint or None). Raises
-    ValueError.
+    Raises ValueError.
     """
     path = Path(config.out_dir) / "ckpt.pt"
     if RESTART_COUNT > 0 and path.exists():  # torchrun --max-restarts: go on instead of starting over
@@ -98,11 +107,12 @@ def prepare(config: Config) -> tuple[tuple, Corpus, dict, rsm.GPTConfig, dict | 
         vars(config).update({key: shape[key] for key in keys - config.given})
     check_config(config)
     shape |= model_keys(vars(config))
+    model_config = rsm.GPTConfig(**shape)
+    model_config.check_tp_size(config.tp_size)
     corpus = Corpus(config.dataset, config.block_size)
     hardware = distributed.choose_device(config.device, config.dtype, config.backend)
-    # a multiple of 64 is fast on GPUs: GPT-2's 50257 tokens become 50304
-    shape.setdefault("vocab_size", -(-corpus.meta["vocab_size"] // 64) * 64)
-    model_config = rsm.GPTConfig(**shape)
+    if "vocab_size" not in shape:  # a multiple of 64 is fast on GPUs: GPT-2's 50257 tokens become 50304
+        model_config.vocab_size = -(-corpus.meta["vocab_size"] // 64) * 64
     if corpus.meta["vocab_size"] > model_config.vocab_size:
         raise ValueError(f"dataset={config.dataset!r} has more tokens than {origin}: {model_config.vocab_size}")
     if saved:
@@ -118,7 +128,7 @@ def prepare(config: Config) -> tuple[tuple, Corpus, dict, rsm.GPTConfig, dict | 
     if RANK == 0:
         for key, note in notes.items():
             print(f"{key}: {note}", file=sys.stderr)
-    return hardware, corpus, notes, model_config, saved
+    return Prepared(hardware, corpus, notes, model_config, saved)
 
 
 @dataclass
@@ -143,48 +153,21 @@ def build_model(config: Config, model_config: rsm.GPTConfig, layout: distributed
         raise distributed.SameOnAllRanks(str(error)) from None
 
 
-@torch.no_grad()
-def evaluate(
-    model: rsm.GPT, loss_of: Callable, corpus: Corpus, config: Config, layout: distributed.Layout, stop: StopSignal
-) -> list[float] | None:
-    """Mean loss per token, in nats, of the fixed windows of train and val, or None where it was stopped. All ranks.
-
-    loss_of(x, y) is the model's.
-    """
-    model.eval()
-    losses = []
-    for split in ("train", "val"):
-        total, count = 0.0, 0
-        part = (layout.dp_rank, layout.dp_size)
-        n_windows = len(corpus.evaluation_starts(split, config.eval_iters, config.batch_size))
-        batches = corpus.evaluation_batches(split, config.eval_iters, config.batch_size, *part)
-        for x, y, n in distributed.until_stopped(batches, n_windows, config.batch_size, layout, stop):
-            with layout.autocast():
-                loss = loss_of(x.to(layout.device), y.to(layout.device))
-            total, count = total + loss.item() * n, count + n
-        if stop.agreed:
-            return None
-        total, count = distributed.sum_over_world([total, count], layout.device)
-        losses.append(total / count)
-    model.train()
-    return losses
-
-
 class Trainer:
     """What a run trains: model, optimizer and progress, on every rank."""
 
-    def __init__(self, config, layout, corpus, model_config, saved):
-        self.config, self.layout, self.corpus = config, layout, corpus
+    def __init__(self, config, layout, prepared):
+        self.config, self.layout, self.corpus = config, layout, prepared.corpus
         torch.manual_seed(config.seed)
-        self.model = model = build_model(config, model_config, layout)
+        self.model = model = build_model(config, prepared.model_config, layout)
         betas, device_type = (config.beta1, config.beta2), layout.device.type
         self.optimizer = self.model.configure_optimizers(config.weight_decay, config.learning_rate, betas, device_type)
         self.scaler = distributed.gradient_scaler(layout)
-        self.progress, self.changed = Progress(), ""
+        self.progress, self.changed, self.last_save = Progress(), "", time.monotonic()
         # what a checkpoint and the log remember of the config; `changed` is in what a resumed run differs
         self.settled = dataclasses.asdict(config) | {"dtype": str(layout.dtype).removeprefix("torch.")}
-        if saved is not None:
-            self.resume(saved)
+        if prepared.saved is not None:
+            self.resume(prepared.saved)
 
         def loss_of(x, y):  # without the logits: as an output of a compiled graph they would get a gradient, all zeros
             return model(x, y)[1]  # not self.model: in a circle the process group would outlive the run
@@ -201,9 +184,40 @@ class Trainer:
         self.settled["init_from"] = saved["config"]["init_from"]  # where the weights came from at first
         self.changed = changes(self.settled | saved["config"], self.settled)
 
+    @torch.no_grad()
     def evaluate(self, stop: StopSignal) -> list[float] | None:
-        """Mean losses of train and val, or None where all ranks have agreed to stop."""
-        return evaluate(self.model, self.loss_of, self.corpus, self.config, self.layout, stop)
+        """Mean loss per token, in nats, of the fixed windows of train and val, or None where all agreed to stop."""
+        config, layout, losses = self.config, self.layout, []
+        self.model.eval()
+        for split in ("train", "val"):
+            total, count = 0.0, 0
+            part = (layout.dp_rank, layout.dp_size)
+            n_windows = len(self.corpus.evaluation_starts(split, config.eval_iters, config.batch_size))
+            batches = self.corpus.evaluation_batches(split, config.eval_iters, config.batch_size, *part)
+            for x, y, n in distributed.until_stopped(batches, n_windows, config.batch_size, layout, stop):
+                with layout.autocast():
+                    loss = self.loss_of(x.to(layout.device), y.to(layout.device))
+                total, count = total + loss.item() * n, count + n
+            if stop.agreed:
+                return None
+            total, count = distributed.sum_over_world([total, count], layout.device)
+            losses.append(total / count)
+        self.model.train()
+        return losses
+
+    def evaluate_and_save(self, stop: StopSignal, record: Recorder) -> bool:
+        """Evaluate, and save what has been evaluated. False where all agreed to stop: the resumed run evaluates."""
+        losses, progress, config = self.evaluate(stop), self.progress, self.config
+        if losses is None:
+            return False
+        train_loss, val_loss = losses
+        is_best = val_loss < progress.best_val_loss
+        progress.evaluated, progress.best_val_loss = progress.step, min(progress.best_val_loss, val_loss)
+        record.evaluation(progress.step, train_loss, val_loss)
+        at_end = progress.step >= config.max_iters
+        if progress.step > 0 and (is_best or config.always_save_checkpoint or at_end):
+            self.save(is_best)
+        return True
 
     def accumulate(self) -> tuple[float, float]:
         """Make the step's gradients: this replica's share of the global batch, then the mean over replicas, clipped.
@@ -252,15 +266,14 @@ class Trainer:
             except OSError as failure:
                 error = f"saving to {out_dir} failed, the checkpoint before it is whole: {failure}"
         distributed.raise_together(error)
+        self.last_save = time.monotonic()
 
 
-def train(
-    config: Config, hardware: tuple, corpus: Corpus, notes: dict, model_config: rsm.GPTConfig, saved: dict | None
-) -> None:
+def train(config: Config, prepared: Prepared) -> None:
     """The loop, on every rank."""
-    layout = distributed.start(*hardware, config.tp_size, config.timeout_s)
+    layout = distributed.start(*prepared.hardware, config.tp_size, config.timeout_s)
     stop = StopSignal()
-    trainer = Trainer(config, layout, corpus, model_config, saved)
+    trainer = Trainer(config, layout, prepared)
     progress = trainer.progress
 
     if config.eval_only:
@@ -279,29 +292,19 @@ def train(
         trainer.save()
         record.close(f"stopped at step {progress.step} and saved; go on with --init_from=resume")
 
-    record = Recorder(config, trainer.model, layout, corpus.meta, progress, trainer.changed, notes)
-    last_save = time.monotonic()
+    record = Recorder(trainer, prepared.notes)
     while True:
-        # evaluate, and save what has been evaluated
         at_end = progress.step >= config.max_iters
         if (progress.step % config.eval_interval == 0 or at_end) and progress.evaluated < progress.step:
             with record.pause():
-                losses = trainer.evaluate(stop)
-                if losses is None:  # the resumed run makes this evaluation anew
+                if not trainer.evaluate_and_save(stop, record):
                     return save_and_end()
-                train_loss, val_loss = losses
-                is_best = val_loss < progress.best_val_loss
-                progress.evaluated, progress.best_val_loss = progress.step, min(progress.best_val_loss, val_loss)
-                record.evaluation(progress.step, train_loss, val_loss)
-                if progress.step > 0 and (is_best or config.always_save_checkpoint or at_end):
-                    trainer.save(is_best)
-                    last_save = time.monotonic()
         if at_end:
             break
 
         # forward, backward and update; whatever a rank finds, every rank decides alike
         loss, norm = trainer.accumulate()
-        is_due = RANK == 0 and 0 < config.checkpoint_minutes * 60 <= time.monotonic() - last_save
+        is_due = RANK == 0 and 0 < config.checkpoint_minutes * 60 <= time.monotonic() - trainer.last_save
         (loss, norm), (stopping, is_due) = distributed.agree(
             [loss, norm], [stop.asked is not None, is_due], layout.device
         )
@@ -319,19 +322,15 @@ def train(
             return save_and_end()
         if is_due:
             trainer.save()
-            last_save = time.monotonic()
     record.close()
 
 
 def main(argv):
-    if "--help" in argv or "-h" in argv:
-        print(__doc__, "Keys, as lines of a config file (key = value) or as arguments:\n", describe(Config), sep="\n")
-        return
     with distributed.clear_errors():
-        config = configure(Config, argv)
+        config = configure(Config, argv, __doc__)
         prepared = prepare(config)
         lock = lock_folder(config.out_dir) if RANK == 0 and not config.eval_only else None
-        train(config, *prepared)
+        train(config, prepared)
         distributed.end()
         del lock  # held until here
 

@@ -1,6 +1,6 @@
 """Overlay: shrinks any of the 12-layer configs to a size for two CPU cores, on the Shakespeare characters.
 
-8 micro-steps x 2 sequences x 64 tokens = 1,024 tokens a step; 8 micro-steps divide over 1, 2, 4 or 8 processes. 500
+8 micro-steps x 2 sequences x 64 tokens = 1,024 tokens per step; 8 micro-steps divide over 1, 2, 4 or 8 processes. 500
 steps show that training works. They are too few to compare variants: config/study_demo.py does that.
 
 $ python data/shakespeare_char/prepare.py

@@ -7,6 +7,7 @@ ckpt.pt is the last one, ckpt_previous.pt the one before, and ckpt_best.pt the o
 Files are replaced whole, never changed.
 """
 
+import contextlib
 import dataclasses
 import json
 import zipfile
@@ -17,7 +18,6 @@ import torch.distributed as dist
 
 from reduced_sync.cli import one_line
 from reduced_sync.files import link_file, replace_file, sync_folder
-from reduced_sync.hf.tokenizer import KEPT
 from reduced_sync.old_keys import with_sync
 from reduced_sync_model import GPT, GPTConfig, is_sharded
 
@@ -25,6 +25,7 @@ from reduced_sync_model import GPT, GPTConfig, is_sharded
 DROPPED = dict.fromkeys("model optimizer model_args config data progress".split(), dict)
 KINDS = dict.fromkeys("model optimizer model_args config data scaler".split(), dict)
 KINDS |= dict.fromkeys("step evaluated skipped bad_steps".split(), int) | {"best_val_loss": float}
+TOKENIZER_FOLDER = "tokenizer"  # of an out_dir: its model's own tokenizer and generation_config.json
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of AdamW; none before its first update
 
 
@@ -89,12 +90,26 @@ def save(checkpoint: dict, out_dir: str | Path, is_best: bool) -> None:
     sync_folder(out_dir)
 
 
+@contextlib.contextmanager
+def _usable(path):
+    """What goes wrong inside is a ValueError that names the checkpoint in `path`, and the one before it if there is."""
+    try:
+        yield
+    except Exception as error:  # whatever a damaged or foreign file provokes
+        previous = Path(path).with_name("ckpt_previous.pt")
+        other = previous != Path(path) and previous.exists()
+        hint = f"; to go on from the one before, copy {previous} over it" if other else ""
+        raise ValueError(f"checkpoint {path} cannot be used: {one_line(error)}{hint}") from None
+
+
 def load(path: str | Path, kinds: dict | None = None) -> dict:
     """The checkpoint in `path`, read without running anything in it. Raises ValueError with one clear line.
 
     kinds: {key that it must have: type}; None: KINDS, or DROPPED where it has a key of those alone.
     """
-    try:
+    if not Path(path).exists():
+        raise ValueError(f"no checkpoint {path}")
+    with _usable(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load itself does not check the sums
         if damaged is not None:
@@ -111,13 +126,6 @@ def load(path: str | Path, kinds: dict | None = None) -> dict:
             json.dumps(checkpoint[key])  # no tensor where the header has plain values
         for key in kinds.keys() & {"model_args", "config", "progress"}:
             checkpoint[key] = with_sync(checkpoint[key])
-    except FileNotFoundError:
-        raise ValueError(f"no checkpoint {path}") from None
-    except Exception as error:  # whatever a damaged or foreign file provokes
-        previous = Path(path).with_name("ckpt_previous.pt")
-        other = previous != Path(path) and previous.exists()
-        hint = f"; to go on from the one before, copy {previous} over it" if other else ""
-        raise ValueError(f"checkpoint {path} cannot be used: {one_line(error)}{hint}") from None
     return checkpoint
 
 
@@ -126,34 +134,27 @@ def check_model(checkpoint: dict, config: GPTConfig, path: str | Path) -> None:
 
     It names the fields that differ, or a tensor.
     """
-    try:
+    with _usable(path):
         saved = dataclasses.asdict(GPTConfig(**checkpoint["model_args"]))  # older ones lack some fields
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint {path} cannot be used: {one_line(error)}") from None
     wanted = dataclasses.asdict(config) | {"dropout": saved.get("dropout")}  # dropout is no part of the weights
     differing = [f"{key}={saved.get(key)!r}, not {value!r}" for key, value in wanted.items() if saved.get(key) != value]
     if differing:
         raise ValueError(f"checkpoint {path} holds another model: {'; '.join(differing)}")
     with torch.device("meta"):  # shapes without memory
         parameters = dict(GPT(config).named_parameters())
-    for name in [*checkpoint["model"], *checkpoint["optimizer"]]:
-        if name not in parameters:
-            raise ValueError(f"checkpoint {path} cannot be used: {name!r} in it is no parameter of its model")
-    for name, parameter in parameters.items():
-        weight, moments = checkpoint["model"].get(name), checkpoint["optimizer"].get(name)
-        known = isinstance(moments, dict) and moments.keys() in (set(), MOMENTS)
-        tensors = [weight, *moments.values()] if known else [None]
-        if (
-            not all(isinstance(t, torch.Tensor) and t.shape in (parameter.shape, ()) for t in tensors)
-            or not weight.dim()
-        ):
-            raise ValueError(
-                f"checkpoint {path} cannot be used: {name} or its optimizer state is not what it should be"
-            )
-        if other := [str(t.dtype) for t in tensors if t.dtype != torch.float32]:
-            raise ValueError(
-                f"checkpoint {path} cannot be used: {name} or its optimizer state is {other[0]}; allowed is float32"
-            )
+    with _usable(path):
+        for name in [*checkpoint["model"], *checkpoint["optimizer"]]:
+            if name not in parameters:
+                raise ValueError(f"{name!r} in it is no parameter of its model")
+        for name, parameter in parameters.items():
+            weight, moments = checkpoint["model"].get(name), checkpoint["optimizer"].get(name)
+            known = isinstance(moments, dict) and moments.keys() in (set(), MOMENTS)
+            tensors = [weight, *moments.values()] if known else [None]
+            fit = all(isinstance(t, torch.Tensor) and t.shape in (parameter.shape, ()) for t in tensors)
+            if not fit or not weight.dim():
+                raise ValueError(f"{name} or its optimizer state is not what it should be")
+            if other := [str(t.dtype) for t in tensors if t.dtype != torch.float32]:
+                raise ValueError(f"{name} or its optimizer state is {other[0]}; allowed is float32")
 
 
 def load_with_tokens(path: str | Path) -> tuple[dict, GPTConfig, dict]:
@@ -162,23 +163,20 @@ def load_with_tokens(path: str | Path) -> tuple[dict, GPTConfig, dict]:
     Raises ValueError with one clear line.
     """
     saved = load(path)
-    try:
+    with _usable(path):
         config = GPTConfig(**saved["model_args"] | {"dropout": 0.0})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint {path} cannot be used: {one_line(error)}") from None
     check_model(saved, config, path)
     meta = saved["data"]
-    chars, size = meta.get("chars"), meta.get("vocab_size")
-    if type(size) is not int or not 0 < size <= config.vocab_size:
-        raise ValueError(f"checkpoint {path} cannot be used: vocab_size={size!r} of its data does not fit its model")
-    if (kept := Path(path).parent / KEPT).is_dir():
-        meta = meta | {"tokenizer": str(kept)}
-    name = meta.get("tokenizer")
-    is_char = name == "char" and isinstance(chars, str) and len(chars) == size
-    if not (is_char or name == "gpt2" or (isinstance(name, str) and ("/" in name or Path(name).is_dir()))):
-        raise ValueError(
-            f"checkpoint {path} cannot be used: its data names no tokenizer: gpt2, char with chars, or a folder"
-        )
+    with _usable(path):
+        chars, size = meta.get("chars"), meta.get("vocab_size")
+        if type(size) is not int or not 0 < size <= config.vocab_size:
+            raise ValueError(f"vocab_size={size!r} of its data does not fit its model")
+        if (kept := Path(path).parent / TOKENIZER_FOLDER).is_dir():
+            meta = meta | {"tokenizer": str(kept)}
+        name = meta.get("tokenizer")
+        is_char = name == "char" and isinstance(chars, str) and len(chars) == size
+        if not (is_char or name == "gpt2" or (isinstance(name, str) and ("/" in name or Path(name).is_dir()))):
+            raise ValueError("its data names no tokenizer: gpt2, char with chars, or a folder")
     return saved, config, meta
 
 

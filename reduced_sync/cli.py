@@ -44,7 +44,7 @@ def one_line_errors(interrupted: str = "interrupted") -> Iterator[None]:
 def check_figure(path: str) -> None:
     """Raise ValueError unless the name of a figure says its format, by which it is written."""
     if os.path.splitext(path)[1] not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"a figure's name ends in .png, .pdf or .svg, not as {path!r} does")
+        raise ValueError(f"{path!r}: a figure's file name must end in .png, .pdf or .svg")
 
 
 def check_target(path: str) -> None:
@@ -93,8 +93,8 @@ class StopSignal:
         if self.asked is None:
             self.asked = time.monotonic()
             if os.environ.get("RANK", "0") == "0":
-                with contextlib.suppress(OSError):  # a terminal that is closed
-                    os.write(2, b"stopping after this step; a second time: at once\n")  # print() is not reentrant
+                with contextlib.suppress(OSError):  # a terminal that is closed; and print() is not reentrant
+                    os.write(2, b"stopping after this step; signal again to stop immediately\n")
         elif time.monotonic() - self.asked > 1:
             os._exit(128 + number)
 

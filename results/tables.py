@@ -98,8 +98,8 @@ def rule_of(arm, baseline):
 
 def decoding_table(folder):
     """What bench.py decode measured, of its JSON files in a folder: a table for each case."""
-    found = map(read_results, sorted(folder.glob("*.json")))
-    cases = [case for settings, results in found if settings["command"] == "decode" for case in results]
+    files = map(read_results, sorted(folder.glob("*.json")))
+    cases = [case for options, results in files if options["command"] == "decode" for case in results]
     return "\n\n".join(map(decoding_case, cases))
 
 
@@ -116,9 +116,9 @@ def training_table(folder):
 
 
 def decoding_case(case):
-    """The patterns of one tp_size, batch size and prompt: milliseconds, and how much faster than the first."""
+    """The candidates at one tp_size, batch size and prompt: milliseconds, and how much faster than the first."""
     head = f"**tp_size {case.tp_size}, batch {case.batch_size}, prompt {case.prompt}.**"
-    others = {case.rival: case.rival_times, "Ours, baseline, compiled": case.compiled}
+    others = {case.reference: case.reference_times, "Ours, baseline, compiled": case.compiled}
     others["The same without communication"] = case.compiled_silent
     for name, times in others.items():
         if times is not None:
@@ -128,10 +128,10 @@ def decoding_case(case):
     columns = ["variant", "syncs", "TTFT, ms", "TPOT, ms", "faster"]
     columns += ["in all-reduces, ms", "without them, ms"] if case.tp_size > 1 else []
     lines = [columns]
-    for row in case.patterns:
-        cells = [row.variant, count_text(row.syncs, row.hidden)]
+    for row in case.rows:
+        cells = [row.candidate, count_text(row.syncs, row.hidden)]
         cells += [f"{1000 * row.ttft_s:.0f}", f"{1000 * row.tpot_s:.1f}"]
-        cells.append(f"{case.patterns[0].tpot_s / row.tpot_s:.2f}x")
+        cells.append(f"{case.rows[0].tpot_s / row.tpot_s:.2f}x")
         if case.tp_size > 1:
             cells += [f"{1000 * row.in_all_reduces_s:.1f}", f"{1000 * row.silent_tpot_s:.1f}"]
         lines.append(cells)
@@ -146,8 +146,8 @@ def delays_table(folder):
     columns = ["variant", "syncs", *(f"{delay} ms" for delay in delays)]
     columns += [f"exposed, {a} to {b} ms" for a, b in itertools.pairwise(delays)]
     lines = [columns]
-    for rows in zip(*(case.patterns for case in cases), strict=True):
-        cells = [rows[0].variant, count_text(rows[0].syncs, rows[0].hidden)]
+    for rows in zip(*(case.rows for case in cases), strict=True):
+        cells = [rows[0].candidate, count_text(rows[0].syncs, rows[0].hidden)]
         cells += [f"{1000 * row.tpot_s:.1f}" for row in rows]
         cells += [f"{row.exposed_syncs:.1f} ({row.model_exposed_syncs:.1f})" for row in rows[1:]]
         lines.append(cells)

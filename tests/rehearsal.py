@@ -4,7 +4,7 @@
     python tests/rehearsal.py LIBRARY memory        the memory table of docs/memory.md, in three minutes
 
 LIBRARY is fake_cuda.cpp, compiled; it has to be loaded before torch. Fake tensors have shapes, types and devices but no
-numbers: what shows are wrong devices and types, graph breaks, recompilations, host synchronisations and memory. The
+numbers: what shows are wrong devices and types, graph breaks, recompilations, host synchronizations and memory. The
 process group is torch's "fake" one, of WORLD_SIZE ranks of which this is rank 0. A case prints a line of JSON:
 
     host_waits  of each update: how often Python waits for a number on the GPU
@@ -132,7 +132,7 @@ def replaced(owner, **attributes):
 
 
 def train(keys, out_dir):
-    """Train with `keys`; returns (the checkpoint last saved, host synchronisations of each update)."""
+    """Train with `keys`; returns (the checkpoint last saved, host synchronizations of each update)."""
     config = configure(script.Config, [f"--{key}={value}" for key, value in (keys | {"out_dir": out_dir}).items()])
     step, saved, counts = torch.optim.AdamW.step, [], []
 
@@ -146,7 +146,7 @@ def train(keys, out_dir):
         replaced(torch.optim.AdamW, step=counted_step),
         replaced(checkpoint, save=lambda state, *_: saved.append(state)),
     ):
-        script.train(config, *script.prepare(config))
+        script.train(config, script.prepare(config))
     return saved[-1], counts[1:]  # before the first update there is an evaluation
 
 
@@ -216,7 +216,7 @@ def peak(keys):
         tokens = np.zeros(2 * 12 * 1024 + 1, "<u2")  # which they are makes no difference
         splits = {split: (len(tokens), [tokens]) for split in ("train", "val")}
         with contextlib.redirect_stdout(sys.stderr):
-            preparing.write_dataset(Path(folder), splits, 50257, "gpt2", "zeros")
+            preparing.write_dataset(Path(folder), splits, vocab_size=50257, tokenizer="gpt2", source="zeros")
             with Memory() as memory:
                 train(keys | dict(device="cuda", compile=False, dataset=folder), folder)
     return memory.most

@@ -100,7 +100,7 @@ def test_a_figures_format_is_that_of_its_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", ["c", "c.", "c.jpeg2", "png", ".png", "c.png.gz"])
 def test_names_that_no_figure_has(path, capsys):
-    line = f"error: a figure's name ends in .png, .pdf or .svg, not as {path!r} does\n"
+    line = f"error: {path!r}: a figure's file name must end in .png, .pdf or .svg\n"
     assert status(compare.main, [f"--png={path}"]) == 1 and capsys.readouterr().err == line
     assert status(bench.main, ["decode", f"--png={path}"]) == 1 and capsys.readouterr().err == line
 

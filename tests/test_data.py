@@ -110,7 +110,7 @@ def test_shakespeare_is_whole_and_split_90_10(shakespeare, plays):
     assert meta["val_sha256"] == "858f382025330d49571cfe6895b2162d52d785c55bedd319d33eaefc4d329199"
 
 
-def test_second_call_changes_nothing_and_damage_is_repaired(shakespeare, archive, tmp_path):
+def test_second_call_changes_nothing_and_damage_is_repaired(shakespeare, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(shakespeare, folder)
     before = mtimes(folder)
@@ -121,7 +121,7 @@ def test_second_call_changes_nothing_and_damage_is_repaired(shakespeare, archive
     assert mtimes(folder) == before
     with open(folder / "val.bin", "r+b") as file:
         file.write(b"\1\1")
-    assert "already there" not in succeeded(prepare(CHAR, "--out_dir", folder, "--archive", archive))
+    assert "already there" not in succeeded(prepare(CHAR, "--out_dir", folder))
     assert decoded(folder) == decoded(shakespeare)
 
 
@@ -187,13 +187,9 @@ def test_bad_text(tmp_path, content, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_archive(archive, shakespeare, tmp_path):
-    (tmp_path / "part.tar.gz").write_bytes(archive.read_bytes()[:-1])
-    one_line_error(prepare(CHAR, "--archive", tmp_path / "part.tar.gz", "--out_dir", tmp_path), "truncated", SHA256)
-    assert [path.name for path in tmp_path.iterdir()] == ["part.tar.gz"]
-    # a mistake does not cost what is already there
+def test_a_mistake_does_not_cost_what_is_already_there(archive, shakespeare, tmp_path):
     folder = shutil.copytree(shakespeare, tmp_path / "copy")
-    one_line_error(prepare(CHAR, "--input", tmp_path / "part.tar.gz", "--out_dir", folder), "not UTF-8")
+    one_line_error(prepare(CHAR, "--input", archive, "--out_dir", folder), "not UTF-8")
     decoded(folder)
 
 
@@ -509,8 +505,6 @@ TWO = [{"text": "a"}, {"text": "b"}]
         (TWO, ["--data_files", "a.parquet", "b.parquet.gz"], ["b.parquet.gz", "allowed are"]),
         (TWO, ["--data_files", "absent.parquet"], ["absent.parquet", "No such file"]),
         (TWO, ["--data_files", "absent[1].jsonl"], ["absent[1].jsonl", "No such file"]),
-        (TWO, ["--data_files", "a::b.jsonl"], ["a::b.jsonl", "takes no path"]),
-        (TWO, ["--data_files", "$PATH.jsonl"], ["$PATH.jsonl", "takes no path"]),
     ],
 )
 def test_bad_documents(run_here, tmp_path, rows, args, words):
@@ -599,7 +593,7 @@ def test_an_empty_file_is_named(run_here, tmp_path, name, content):
     for files in ([tmp_path / name], [good, tmp_path / name], [tmp_path / name, good]):
         error = run_here("--data_files", *files)
         assert error.startswith(f"error: cannot load {tmp_path / name}: "), error
-        assert "no documents" in error or "0 bytes" in error
+        assert "no documents" in error
 
 
 def test_text_that_is_not_utf_8(run_here, tmp_path):
@@ -731,7 +725,7 @@ def test_nanogpts_characters(nanogpt_here, tmp_path, capsys, protocol):
     (folder / "meta.pkl").rename(tmp_path / "meta.pkl")
     assert "".join(decoded(folder)) == text
     assert Corpus(str(folder), block_size=64).meta["chars"] == "".join(chars)
-    # the same again is already there; what says other than its neighbours is left to its owner
+    # the same again is already there; what says other than its neighbors is left to its owner
     (tmp_path / "meta.pkl").rename(folder / "meta.pkl")
     assert nanogpt_here(folder) is None and "already there" in capsys.readouterr().out
     (folder / "meta.pkl").unlink()

@@ -1,4 +1,4 @@
-"""The order of the house: commands and tests are imported by nobody, libraries know the model and each other."""
+"""The order of the house: who imports whom, and who prints. Commands and tests are imported by nobody."""
 
 import ast
 import graphlib
@@ -10,6 +10,12 @@ COMMANDS = {path.stem for path in ROOT.glob("*.py")} - {"reduced_sync_model"}
 LIBRARIES = sorted((ROOT / "reduced_sync").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 CODE = [*ROOT.glob("*.py"), *LIBRARIES, *(ROOT / "results").glob("*.py"), *ROOT.glob("*/*/prepare.py")]
+
+
+# the rooms that a room may import besides its own and train/; the top imports none
+ROOMS = {"": set(), "train": set(), "compare": {"bench"}, "bench": set(), "spd": {"hf"}, "hf": {"spd"}}
+# libraries that print: what a command says at its end, its help, its log on the terminal, and what happens meanwhile
+PRINT = {"cli", "configurator", "distributed", "preparing", "train.recorder"}
 
 
 def imported(path):
@@ -44,6 +50,20 @@ def test_libraries_go_in_no_circle():
     assert len(names) > 10
     order = graphlib.TopologicalSorter({name: imported(path) & set(names) for name, path in names.items()})
     assert set(order.static_order()) == set(names)  # raises CycleError
+
+
+@pytest.mark.parametrize("path", LIBRARIES, ids=lambda path: path.stem)
+def test_rooms(path):
+    room = path.parent.name if path.parent.name in ROOMS else ""
+    seen = {name.split(".")[1] for name in imported(path) if name.startswith("reduced_sync.")}
+    assert seen & ROOMS.keys() <= ROOMS[room] | ({room, "train"} if room else set())
+
+
+@pytest.mark.parametrize("path", LIBRARIES, ids=lambda path: path.stem)
+def test_a_library_prints_nothing(path):
+    name = ".".join(path.relative_to(ROOT / "reduced_sync").with_suffix("").parts)
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
+    assert name in PRINT or not any(isinstance(call, ast.Name) and call.id == "print" for call in calls)
 
 
 def test_the_model_imports_nothing_of_ours():

@@ -91,7 +91,7 @@ def test_a_log(name, sync):
 def test_results_of_bench():
     """Where grouped:3 was 3 layers a group, 4 syncs of 12 layers."""
     _, cases = read_results(ROOT / "results/decode-all/every.json")
-    rows = {row.variant: row for row in cases[0].patterns}
+    rows = {row.candidate: row for row in cases[0].rows}
     assert {rows[name].syncs for name in ("grouped-4", "grouped-4+desync")} == {4} and "spd+parallel" in rows
     _, results = read_results(ROOT / "results/h100/train.json")
     assert [row.candidate for row in results if "grouped" in row.candidate] == [

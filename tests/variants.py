@@ -2,7 +2,7 @@
 
 import torch
 
-from reduced_sync_model import GPTConfig
+from reduced_sync_model import GPTConfig, shard_tensor
 
 torch.set_num_threads(1)  # the tensors are tiny
 PATTERNS = ["2222", "1111", "0101", "0001", "1101", "a2a1", "0a02", "a001"]  # every kind
@@ -15,6 +15,11 @@ SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=4, n_head=4, n_embd=32, 
 def batch(B=3, T=12, vocab_size=61):
     idx = torch.randint(0, vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(7))
     return idx[:, :-1], idx[:, 1:]
+
+
+def dense_to_shards(dense, config):
+    """State dict of a dense model -> state dict of the whole sharded model."""
+    return {name: shard_tensor(name, tensor, config) for name, tensor in dense.items()}
 
 
 def rough(model):

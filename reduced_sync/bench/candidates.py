@@ -1,4 +1,4 @@
-"""Models to be timed against each other, each in processes of its own, one a tensor-parallel rank.
+"""Models to be timed against each other, each in processes of its own, one per tensor-parallel rank.
 
 Candidates take turns, a round each, so that a slow moment of the machine hits all alike, and all can be launched anew
 several times in another order, since the memory that a process gets can be slow.
@@ -49,19 +49,19 @@ def keys_of(text: str, n_layer: int, n_shard: int | None = None) -> dict:
     follows. Its head size is even, makes heads divisible by n_shard, is a multiple of 8 where one does, and of those
     the nearest to 64, the larger of two. `n_shard` counts where the text has none.
     """
-    found = CANDIDATE.fullmatch(text)
-    n_shard = int(found[4] or n_shard or 0) if found else 0
+    match = CANDIDATE.fullmatch(text)
+    n_shard = int(match[4] or n_shard or 0) if match else 0
     if not n_shard:
         wanted = "gpt2 or RULE@N_SHARD, such as grouped-4@2, spd+delayed@2 or 3x1280@2"
         raise ValueError(f"{text!r}: a candidate is {wanted}")
-    if not found[1]:
+    if not match[1]:
         return dict(n_shard=n_shard, sync=str(rsm.SyncRule.parse(text.partition("@")[0], n_layer)))
-    n_layer, n_embd = int(found[1]), int(found[2])
+    n_layer, n_embd = int(match[1]), int(match[2])
     sizes = [size for size in range(2, n_embd + 1, 2) if n_embd % size == 0 and n_embd // size % n_shard == 0]
     if not sizes:
         raise ValueError(f"{text!r}: no even head size makes heads divisible by n_shard={n_shard}")
     n_head = n_embd // min(sizes, key=lambda size: (size % 8 > 0, abs(size - 64), -size))
-    sync = str(rsm.SyncRule.parse("baseline" + (found[3] or ""), n_layer))
+    sync = str(rsm.SyncRule.parse("baseline" + (match[3] or ""), n_layer))
     return dict(n_shard=n_shard, n_layer=n_layer, n_embd=n_embd, n_head=n_head, sync=sync)
 
 
@@ -123,7 +123,7 @@ def answers(ranks: list[Connection], message: str) -> list:
             pipe.send(message)
         return [pipe.recv() for pipe in ranks]
     except (EOFError, ConnectionError):
-        raise ChildProcessError("a process ended; its error stands above") from None
+        raise ChildProcessError("a worker process died; see its error above") from None
 
 
 @distributed.clear_errors()

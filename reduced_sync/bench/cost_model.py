@@ -4,19 +4,16 @@ One forward pass of B sequences with T new tokens each, behind a context of toke
 
     n_layer * overhead  +  max(bytes / bandwidth, flops / peak)  +  syncs * (alpha + payload * beta)
 
-bytes: this rank's weights and its part of the cache, read once. flops: two a weight and token, and attention. payload:
-B * T * n_embd float32 numbers. alpha and beta of an all-reduce over n ranks are those of a ring, as in NCCL's own cost
-model: alpha = base + 2 (n - 1) * step, beta = 2 (n - 1) / n / bus bandwidth. Of a sync that is hidden, what the
-sublayer that runs meanwhile leaves: max(0, all-reduce - sublayer). Seconds, bytes and flops throughout.
+bytes: this rank's weights and its part of the cache, read once. flops: two per weight and token, and attention.
+payload: B * T * n_embd float32 numbers. alpha and beta of an all-reduce over n ranks are those of a ring, as in NCCL's
+own cost model: alpha = base + 2 (n - 1) * step, beta = 2 (n - 1) / n / bus bandwidth. Of a sync that is hidden, what
+the sublayer that runs meanwhile leaves: max(0, all-reduce - sublayer). Seconds, bytes and flops throughout.
 
 Communication takes none of the processor's time. So it does not hold on a CPU, where gloo works on the core that should
 compute meanwhile: hidden syncs cost more than this says, TPOT is up to a third too low (results/decode-all).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from reduced_sync.hardware import Accelerator, Link
 from reduced_sync_model import GPTConfig
@@ -87,10 +84,3 @@ def forward_seconds(
     after_mlp = rule.syncs - after_attention - 1
     hidden = after_attention * max(0.0, all_reduce - mlp) + after_mlp * max(0.0, all_reduce - attention)
     return seconds + hidden + all_reduce
-
-
-def fit(x: Sequence[float], seconds: Sequence[float]) -> tuple[float, float, list[float]]:
-    """Least squares of seconds = start + slope * x, such as compute + syncs * all_reduce: (start, slope, residuals)."""
-    design = np.stack([np.ones(len(x)), np.asarray(x, float)], axis=1)
-    (start, slope), *_ = np.linalg.lstsq(design, np.asarray(seconds, float), rcond=None)
-    return float(start), float(slope), [float(s - start - slope * n) for n, s in zip(x, seconds, strict=True)]

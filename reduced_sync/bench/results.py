@@ -1,8 +1,12 @@
-"""What bench.py finds, the JSON that it writes with --json, and the one place that reads that again."""
+"""What bench.py finds, the JSON that it writes with --json, and the one place that reads that again.
+
+A field's metadata say what it is in JSON: its `key`, where that is an older name, or the `prefix` of the keys of Times,
+which stand in the Case itself.
+"""
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ from reduced_sync_model import GPTConfig
 
 @dataclass
 class Training:
-    """What bench.py train says of a candidate; ratios are to the first."""
+    """What bench.py train measured of a candidate; ratios are to the first."""
 
     candidate: str
     tokens_per_s: float
@@ -30,16 +34,15 @@ class Times:
     ttft_s: float | None = None
     all_reduces: int | None = None  # that ran in a decode step
     bytes: int | None = None  # of one of those
-    prefill_bytes: int | None = None
     in_all_reduces_s: float | None = None  # of a decoded token
     bound_s: float | None = None  # the time in which a rank reads its weights and cache once
 
 
 @dataclass(kw_only=True)
-class Variant:
+class Model:
     """Which model a row is about."""
 
-    variant: str = ""
+    candidate: str = field(default="", metadata={"key": "variant"})
     pattern: str = ""
     syncs: int = 0  # all-reduces of a forward pass
     hidden: int = 0  # those of them in flight while the next sublayer runs
@@ -47,18 +50,17 @@ class Variant:
 
 
 @dataclass(kw_only=True)
-class Row(Variant, Times):
-    """A variant in one Case. `model_`: by the cost model; `silent_`: where all-reduces send nothing."""
+class Row(Model, Times):
+    """A candidate in one Case. `model_`: by the cost model; `silent_`: where all-reduces send nothing."""
 
     model_ttft_s: float | None = None
     model_tpot_s: float | None = None
     silent_ttft_s: float | None = None
     silent_tpot_s: float | None = None
-    exposed_s: float | None = None  # of a token: all-reduces that are waited for, and the same of the hidden ones, each
+    exposed_s: float | None = None  # per token: all-reduces that are waited for, and of the hidden ones the same, each
     model_exposed_s: float | None = None
     hidden_exposed_s: float | None = None
     hidden_model_exposed_s: float | None = None
-    residual_s: float | None = None  # from the line that fits best
     line_s: float | None = None  # TPOT on the line of what was measured
     exposed_syncs: float | None = None  # the slope of TPOT from the next shorter added delay to this one
     model_exposed_syncs: float | None = None
@@ -71,82 +73,81 @@ class Case:
     tp_size: int
     batch_size: int
     prompt: int
-    patterns: list[Row]
+    rows: list[Row] = field(metadata={"key": "patterns"})
     added_delay_s: float = 0.0
-    stream: float | None = None  # bytes/s at which a rank sums its weights
-    rival: str = ""
+    # bytes/s at which a rank sums its weights
+    read_rate: float | None = field(default=None, metadata={"key": "stream"})
+    reference: str = field(default="", metadata={"key": "rival"})
     accelerator: dict | None = None
     link: dict | None = None
-    bound_s: float | None = None  # the first variant's
-    rival_times: Times | None = None
-    compiled: Times | None = None  # the first variant
-    compiled_silent: Times | None = None
-    fit_compute_s: float | None = None
-    fit_all_reduce_s: float | None = None
-    compute_s: float | None = None
+    bound_s: float | None = None  # the first candidate's
+    reference_times: Times | None = field(default=None, metadata={"prefix": "rival_"})
+    compiled: Times | None = field(default=None, metadata={"prefix": "compiled_"})  # the first candidate
+    compiled_silent: Times | None = field(default=None, metadata={"prefix": "compiled_silent_"})
+    compute_s: float | None = None  # TPOT on the line: compute_s + syncs x all_reduce_s
     all_reduce_s: float | None = None
 
 
 @dataclass(kw_only=True)
-class Prediction(Variant):
-    """What bench.py predict says of a variant on a link."""
+class Prediction(Model):
+    """What bench.py predict says of a candidate on a link."""
 
     link: str
     ttft_s: float
     tpot_s: float
     no_communication_tpot_s: float
-    predicted: bool = True
 
 
 RESULTS = {"train": Training, "decode": Case, "predict": Prediction}
 REQUIRED = {"train": ["tokens_per_s", "peak_bytes"], "decode": ["tp_size", "batch_size", "prompt"], "predict": []}
-PREFIXES = {"rival_times": "rival_", "compiled": "compiled_", "compiled_silent": "compiled_silent_"}  # of Times in JSON
 
 
 def describe(config: GPTConfig) -> dict:
-    """The keys of a Variant that follow from its config."""
-    rule = config.rule
-    names = "n_layer n_embd n_head n_shard sync norm position mlp n_hidden n_kv_head head_size vocab_size".split()
-    row = {"pattern": rule.pattern, "syncs": rule.syncs, "hidden": rule.hidden}
-    return row | {"model": {name: getattr(config, name) for name in names}}
+    """The keys of a Model that follow from its config."""
+    model = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("block_size", "dropout")}
+    return {"pattern": config.rule.pattern, "syncs": config.rule.syncs, "hidden": config.rule.hidden, "model": model}
 
 
 def to_json(result: Any) -> dict:
-    """A result as JSON has it: what is None is left out, and Times stand in the Case itself."""
-    found = {key: value for key, value in vars(result).items() if value is not None}
-    for name, prefix in PREFIXES.items():
-        if name in found:
-            found |= {prefix + key: value for key, value in to_json(found.pop(name)).items()}
-    if "patterns" in found:
-        found["patterns"] = [to_json(row) for row in found["patterns"]]
-    return found
+    """A result as JSON has it: what is None is left out."""
+    entry = {}
+    for one in dataclasses.fields(result):
+        value, names = getattr(result, one.name), one.metadata
+        if value is not None and "prefix" in names:
+            entry |= {names["prefix"] + key: part for key, part in to_json(value).items()}
+        elif value is not None:
+            entry[names.get("key", one.name)] = list(map(to_json, value)) if one.name == "rows" else value
+    return entry
 
 
-def _from_json(cls, found):
-    """The result of class `cls` that `found` describes."""
-    keys = {field.name: found[field.name] for field in dataclasses.fields(cls) if field.name in found}
-    if cls is Case:
-        for name, prefix in PREFIXES.items():
-            if f"{prefix}tpot_s" in found:
-                own = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
-                keys[name] = _from_json(Times, own)
-        keys["patterns"] = [_from_json(Row, row) for row in found["patterns"]]
+def _from_json(cls, entry):
+    """The result of class `cls` that `entry` describes."""
+    keys = {}
+    for one in dataclasses.fields(cls):
+        key, prefix = one.metadata.get("key", one.name), one.metadata.get("prefix")
+        if prefix and f"{prefix}tpot_s" in entry:
+            own = {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)}
+            keys[one.name] = _from_json(Times, own)
+        elif not prefix and key in entry:
+            keys[one.name] = [_from_json(Row, row) for row in entry[key]] if one.name == "rows" else entry[key]
     return cls(**keys)
 
 
 def read_results(path: str | Path) -> tuple[dict, list]:
-    """(settings, results) that `bench.py --json=PATH` wrote: a list of Training, Case or Prediction.
+    """(options, results) that `bench.py --json=PATH` wrote: a list of Training, Case or Prediction.
 
     Raises OSError, and ValueError where the file has another form, or a time or size in it is impossible.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not what bench.py writes: {error}") from None
-    settings, results = (found.get("settings", {}), found.get("results")) if isinstance(found, dict) else ({}, None)
-    if not isinstance(settings, dict) or not isinstance(results, list):
+    options, results = (
+        (content.get("settings", {}), content.get("results")) if isinstance(content, dict) else ({}, None)
+    )
+    if not isinstance(options, dict) or not isinstance(results, list):
         raise ValueError(f"{path}: not what bench.py writes: an object with a list of results")
-    command = settings.get("command", "decode")
+    command = options.get("command", "decode")
     if command not in list(RESULTS):
         raise ValueError(f"{path}: not what bench.py writes: its command is {command!r}")
     for i, one in enumerate(results):
@@ -157,7 +158,7 @@ def read_results(path: str | Path) -> tuple[dict, list]:
         for j, row in enumerate(rows):
             _check_numbers(f"{path}: results[{i}].patterns[{j}]", row, ["tpot_s"])
     try:
-        return settings, [_from_json(RESULTS[command], with_rules(one, settings.get("n_layer"))) for one in results]
+        return options, [_from_json(RESULTS[command], with_rules(one, options.get("n_layer"))) for one in results]
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not what bench.py writes: {error}") from None
 

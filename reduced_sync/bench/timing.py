@@ -185,7 +185,7 @@ class Workload:
     delays_us: tuple[int, ...] = (0,)
 
 
-class Setting(NamedTuple):
+class Condition(NamedTuple):
     """One way in which tokens are decoded."""
 
     model: str
@@ -216,8 +216,8 @@ class Constants(NamedTuple):
 class Round(NamedTuple):
     """What a rank measures at once."""
 
-    generations: dict[Setting, Generation]
-    stream: float | None = None  # bytes/s at which it sums its weights, where the model is ours
+    generations: dict[Condition, Generation]
+    read_rate: float | None = None  # bytes/s at which it sums its weights, where the model is ours
     constants: dict[tuple[int, int], Constants] | None = None  # by batch size and prompt, where it is not compiled
 
 
@@ -279,7 +279,7 @@ class Decoding:
         self.small = decoding.for_decoding(rsm.GPT(small, silent_group).to(layout.device).eval())
 
     def __call__(self) -> Round:
-        """Generate in every setting once, in another order each time, since some moments are slow for all."""
+        """Generate under every condition once, in another order each time, since some moments are slow for all."""
         generations = {}
         first, *others = self.models.items()
         self.models = dict([*others, first])
@@ -297,8 +297,8 @@ class Decoding:
                     else:
                         times = our_times(model, self.prompts[B, T], n_tokens, self.layout)
                 steps = [b - a for a, b in itertools.pairwise(times)]
-                setting = Setting(name, sent, B, T, delay)
-                generations[setting] = Generation(times[0] - begin, steps, self.meter.take())
+                condition = Condition(name, sent, B, T, delay)
+                generations[condition] = Generation(times[0] - begin, steps, self.meter.take())
         self.meter.added_delay = 0.0
         if self.candidate.is_gpt2:
             return Round(generations)
@@ -306,10 +306,10 @@ class Decoding:
             weights = [decoding.matrix(m) for m in self.silent.modules() if isinstance(m, decoding.LINEAR)]
             # the very memory that is read: how fast that is differs from place to place on a virtual machine
             seconds = seconds_of(lambda: [w.sum() for w in weights], self.layout.device)
-            stream = sum(w.nbytes for w in weights) / seconds
+            read_rate = sum(w.nbytes for w in weights) / seconds
             if self.candidate.compile:
-                return Round(generations, stream)
-            return Round(generations, stream, {(B, T): self.constants(weights, B, T) for B, T in self.prompts})
+                return Round(generations, read_rate)
+            return Round(generations, read_rate, {(B, T): self.constants(weights, B, T) for B, T in self.prompts})
 
     def constants(self, weights: list[torch.Tensor], B: int, T: int) -> Constants:
         """Constants of this rank, measured while all ranks measure them. weights: those of the silent model."""
@@ -318,7 +318,7 @@ class Decoding:
         def multiply_all():
             """The products of a decode step, alone."""
             inputs = {shape: weights[0].new_ones(shape) for shape in {(len(w), B, w.size(2)) for w in weights}}
-            few = device.type == "cpu" and B <= decoding.FEW
+            few = device.type == "cpu" and B <= decoding.FEW_ROWS
             for w in weights:
                 x = inputs[len(w), B, w.size(2)]
                 decoding.multiply_few(x, w) if few else torch.bmm(x, w.mT)
@@ -344,9 +344,8 @@ class Decoding:
         """All blocks on T tokens; with a group, a real all-reduce behind each."""
         config = self.silent.config
         x = torch.zeros(B, T, config.n_embd, device=self.layout.device)
-        rope = self.silent.rope(0, T) if config.position == "rope" else None
         for i in range(config.n_layer):
-            x = self.silent.run_blocks(x, rope, range(i, i + 1))
+            x = self.silent.run_blocks(x, range(i, i + 1))
             if group is not None:
                 with self.meter:
                     dist.all_reduce(x, group=group)

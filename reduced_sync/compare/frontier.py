@@ -63,7 +63,7 @@ def add_measured(arms: list[Arm], path: str | Path, tp_size: int | None, batch_s
             condition = f"tp_size {tp_size}, batch {batch_size}, prompt {case.prompt}"
             if case.added_delay_s:
                 condition += f", {1e6 * case.added_delay_s:g} us added"
-            rows = [(row.tpot_s, _model_of(row, settings)) for row in case.patterns]
+            rows = [(row.tpot_s, _model_of(row, settings)) for row in case.rows]
             measured |= {_size(model) for _, model in rows}
             for arm, config in zip(arms, configs, strict=True):
                 times = [seconds for seconds, model in rows if _is_of(model, arm, config)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from reduced_sync import checkpoint as ckpt
 from reduced_sync import preparing
 from reduced_sync.files import sync_folder, temporary_folder
 from reduced_sync.hf.tokenizer import Tokens, write_pretrained
-from reduced_sync.hf.weights import OURS, shards_to_dense, their_config, their_tensors
-from reduced_sync.spd.log import beside_dense, cell, read_drop_log
+from reduced_sync.hf.weights import MODEL_TYPE, shards_to_dense, their_config, their_tensors
+from reduced_sync.spd.log import beside_dense, read_drop_log, table_cell
 from reduced_sync.train.log import read_log
 from reduced_sync_model import GPT, GPTConfig
 
@@ -71,7 +72,7 @@ def our_config(config: GPTConfig) -> dict:
         "architectures": ["ReducedSyncForCausalLM"],
         "auto_map": {key: f"modeling_reduced_sync.{name}" for key, name in auto_map.items()},
         "dtype": "float32",
-        "model_type": OURS,
+        "model_type": MODEL_TYPE,
     } | dataclasses.asdict(config)
 
 
@@ -156,9 +157,9 @@ def validation_loss(path: Path, saved: dict) -> str:
     if log.is_file():
         for step, _, loss in reversed(read_log(log).evaluations):
             if step == saved["evaluated"]:
-                return f"{loss:.4f} nats a token (perplexity {torch.tensor(loss).exp():.2f}) at step {step}"
+                return f"{loss:.4f} nats per token (perplexity {torch.tensor(loss).exp():.2f}) at step {step}"
     if saved["best_val_loss"] < float("inf"):
-        return f"{saved['best_val_loss']:.4f} nats a token, the lowest of the run"
+        return f"{saved['best_val_loss']:.4f} nats per token, the lowest of the run"
     return "not evaluated"
 
 
@@ -170,63 +171,23 @@ def dropped_rows(path: Path, keys: dict, syncs: int) -> dict[str, str]:
     texts = "not known"
     if of_this := [perplexities for _, n, _, perplexities in measured if n == syncs]:
         dense = measured[0][3]
-        texts = ", ".join(f"{cell(name)} {beside_dense(value, dense[name])}" for name, value in of_this[-1].items())
+        texts = ", ".join(
+            f"{table_cell(name)} {beside_dense(value, dense[name])}" for name, value in of_this[-1].items()
+        )
     return {
-        "data": f"calibrated on {cell(keys['calibration']) or 'the data of the run'}",
+        "data": f"calibrated on {table_cell(keys['calibration']) or 'the data of the run'}",
         "trained": f"{distilled:,} tokens block to block, {finetuned:,} tokens towards the model with all syncs",
         "perplexity, and above that of all syncs": texts,
     }
 
 
-def card(name: str, path: Path, saved: dict, config: GPTConfig, meta: dict, has_code: bool, can_pad: bool) -> str:
-    """README.md of the folder."""
-    name = json.dumps(name, ensure_ascii=False)[1:-1]  # as it may stand in quotes and on one line
-    with torch.device("meta"):
-        n_params = GPT(config).get_num_params(non_embedding=False)
-    keys, most, syncs = saved["config"], 2 * config.n_layer, config.rule.syncs
-    if "calibration" in keys:
-        training = dropped_rows(path, keys, syncs)
-    else:
-        step, last = saved["step"], keys.get("max_iters", saved["step"])
-        a_step = [keys.get(key, 0) for key in ("gradient_accumulation_steps", "batch_size", "block_size")]
-        n_tokens = step * a_step[0] * a_step[1] * a_step[2]
-        training = {
-            "data": cell(meta.get("source", meta["tokenizer"])),
-            "trained": f"{n_tokens:,} tokens, {step:,} steps" + (f" of {last:,}: unfinished" if step < last else ""),
-            "validation loss": validation_loss(path, saved),
-        }
-    rows = {
-        "sync rule": f"`{config.sync}`",
-        "drawn (A attention, M MLP, \\| all-reduce)": f"`{config.rule.drawing}`".replace("|", "\\|"),
-        "syncs of a forward pass": f"{syncs} of {most}",
-        "n_shard": config.n_shard,
-        "shape": f"{config.n_layer} layers x {config.n_embd}, {config.n_head} heads, {config.n_kv_head} of keys and "
-        f"values, {config.n_hidden} neurons, {config.block_size} positions, {config.vocab_size} ids",
-        "parameters": f"{n_params:,}",
-        "weights from": "scratch" if keys.get("init_from", "scratch") == "scratch" else f"`{cell(keys['init_from'])}`",
-    } | training
-    trust = ", trust_remote_code=True" if has_code else ""
-    no_trust = ", trust_remote_code=False" if has_code else ""  # it needs no code: without a word transformers asks
-    prompts = '["the", "a"], return_tensors="pt", padding=True' if can_pad else '"the", return_tensors="pt"'
-    serve = "vLLM, transformers and lm-eval load it as any GPT-2 or Llama: `vllm serve " + name + "`."
-    if has_code:
-        serve = (
-            "transformers 5 serves it with the code that is in this folder: read it, then allow it by\n"
-            "`trust_remote_code=True`. vLLM "
-        ) + (
-            f"has no all-reduce that is in flight while it computes, as {config.rule.rival} asks for."
-            if config.rule.hidden
-            else "needs the plugin of the project that made it, and then no code from this folder: there,\n"
-            f"`make serve MODEL={name}`, on as many tensor-parallel ranks as divide {config.n_shard}."
-        )
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
-    return f"""---
+CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
 ---
 # {name}
 
-A GPT whose tensor-parallel shards synchronise less often than after every sublayer.
+A GPT whose tensor-parallel shards synchronize less often than after every sublayer.
 
 | | |
 |---|---|
@@ -247,3 +208,55 @@ print(tokenizer.batch_decode(model.generate(**prompts, max_new_tokens=50)))
 
 {serve}
 """
+
+
+def trained_rows(path: Path, saved: dict, meta: dict) -> dict[str, str]:
+    """What the card says of a training run's data, tokens and loss."""
+    keys, step = saved["config"], saved["step"]
+    last = keys.get("max_iters", step)
+    n_tokens = step * math.prod(keys.get(key, 0) for key in ("gradient_accumulation_steps", "batch_size", "block_size"))
+    return {
+        "data": table_cell(meta.get("source", meta["tokenizer"])),
+        "trained": f"{n_tokens:,} tokens, {step:,} steps" + (f" of {last:,}: unfinished" if step < last else ""),
+        "validation loss": validation_loss(path, saved),
+    }
+
+
+def serving_text(name: str, config: GPTConfig, has_code: bool) -> str:
+    """How to serve the folder."""
+    if not has_code:
+        return f"vLLM, transformers and lm-eval load it as any GPT-2 or Llama: `vllm serve {name}`."
+    own = "transformers 5 serves it with the code that is in this folder: read it, then allow it by\n"
+    own += "`trust_remote_code=True`. vLLM "
+    if config.rule.hidden:
+        return f"{own}has no all-reduce that is in flight while it computes, as {config.rule.rival} asks for."
+    plugin = "needs the plugin of the project that made it, and then no code from this folder: there,\n"
+    return f"{own}{plugin}`make serve MODEL={name}`, on as many tensor-parallel ranks as divide {config.n_shard}."
+
+
+def card(name: str, path: Path, saved: dict, config: GPTConfig, meta: dict, has_code: bool, can_pad: bool) -> str:
+    """README.md of the folder."""
+    name = json.dumps(name, ensure_ascii=False)[1:-1]  # as it may stand in quotes and on one line
+    with torch.device("meta"):
+        n_params = GPT(config).get_num_params(non_embedding=False)
+    keys, syncs = saved["config"], config.rule.syncs
+    start = keys.get("init_from", "scratch")
+    rows = {
+        "sync rule": f"`{config.sync}`",
+        "drawn (A attention, M MLP, \\| all-reduce)": f"`{config.rule.drawing}`".replace("|", "\\|"),
+        "syncs of a forward pass": f"{syncs} of {2 * config.n_layer}",
+        "n_shard": config.n_shard,
+        "shape": f"{config.n_layer} layers x {config.n_embd}, {config.n_head} heads, {config.n_kv_head} of keys and "
+        f"values, {config.n_hidden} neurons, {config.block_size} positions, {config.vocab_size} ids",
+        "parameters": f"{n_params:,}",
+        "weights from": start if start == "scratch" else f"`{table_cell(start)}`",
+    }
+    rows |= dropped_rows(path, keys, syncs) if "calibration" in keys else trained_rows(path, saved, meta)
+    return CARD.format(
+        name=name,
+        table="\n".join(f"| {key} | {value} |" for key, value in rows.items() if value),
+        trust=", trust_remote_code=True" if has_code else "",
+        no_trust=", trust_remote_code=False" if has_code else "",  # without a word transformers asks
+        prompts='["the", "a"], return_tensors="pt", padding=True' if can_pad else '"the", return_tensors="pt"',
+        serve=serving_text(name, config, has_code),
+    )

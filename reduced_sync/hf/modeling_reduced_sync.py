@@ -99,7 +99,7 @@ class ReducedSyncForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.model.lm_head = value
 
-    def forward(
+    def forward(  # noqa: PLR0913  transformers' own
         self,
         input_ids,
         attention_mask=None,

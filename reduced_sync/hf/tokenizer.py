@@ -11,8 +11,6 @@ from typing import Any
 from reduced_sync import preparing
 from reduced_sync.hf.weights import GPT2_SHAPES
 
-KEPT = "tokenizer"  # folder of an out_dir with its model's own tokenizer and generation_config.json
-
 
 def pretrained_meta(name: str, vocab_size: int) -> dict:
     """meta of Tokens for the pretrained model `name`, as init_from takes it. A folder wins over a name."""
@@ -77,11 +75,11 @@ class Tokens:
             )
         return ids
 
-    def stream(self) -> Callable[[int | None], str]:
+    def decoder(self) -> Callable[[int | None], str]:
         """A function from the next token id to the text that has become whole with it, and from None to the rest."""
         if self.kind in ("gpt2", "char"):
-            decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a character
-            return lambda token: decoder.decode(b"" if token is None else self.bytes_of(token), final=token is None)
+            utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a character
+            return lambda token: utf8.decode(b"" if token is None else self.bytes_of(token), final=token is None)
         ids, said = [], ""
 
         def text_of(token):

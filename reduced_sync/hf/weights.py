@@ -26,8 +26,8 @@ GPT2_SHAPES = {
     "gpt2-xl": (48, 25, 1600),
 }
 PRETRAINED = "init_from takes a folder or hub name of a GPT-2 or Llama"
-OURS = "reduced_sync"  # model_type of a folder of export.py that carries its code
-FLOATS = ("F32", "BF16", "F16")  # what a tensor may be, in safetensors' words
+MODEL_TYPE = "reduced_sync"  # model_type of a folder of export.py that carries its code
+FLOAT_TYPES = ("F32", "BF16", "F16")  # what a tensor may be, in safetensors' words
 # our name in a layer: Llama's, one or several
 LLAMA = {
     "ln_1": ["input_layernorm"],
@@ -58,11 +58,6 @@ def unshard_tensor(name: str, shards: torch.Tensor, config: GPTConfig) -> torch.
             return shards.flatten(0, 1).t()
         case "divided":
             return shards.sum(0)
-
-
-def dense_to_shards(dense: dict, config: GPTConfig) -> dict:
-    """State dict of a dense model -> state dict of the whole sharded model."""
-    return {name: shard_tensor(name, tensor, config) for name, tensor in dense.items()}
 
 
 def shards_to_dense(shards: dict, config: GPTConfig) -> dict:
@@ -115,7 +110,7 @@ def their_names(name: str, family: str) -> tuple[list[str], bool]:
 
     And whether they are transposed. Of our own family it is the sharded tensor.
     """
-    if family == OURS:
+    if family == MODEL_TYPE:
         return [f"model.{name}"], False
     if family == "gpt2":
         return [name], name.startswith("transformer.h.") and role_of(name).is_matrix
@@ -137,14 +132,14 @@ def their_tensors(dense: dict, family: str, config: GPTConfig) -> dict:
         for name, parameter in whole.named_parameters():
             if name not in dense:
                 dense = dense | {name: torch.zeros(parameter.shape[1:] if is_sharded(name) else parameter.shape)}
-    found = {}
+    state = {}
     for ours, tensor in dense.items():
         theirs, transposed = their_names(ours, family)
         tensor = tensor.t() if transposed else tensor
         heads = [config.head_size * n for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
         parts = tensor.split(heads) if len(theirs) == 3 else [tensor]
-        found |= {name: part.contiguous() for name, part in zip(theirs, parts, strict=True)}
-    return found
+        state |= {name: part.contiguous() for name, part in zip(theirs, parts, strict=True)}
+    return state
 
 
 def their_config(config: GPTConfig) -> tuple[str, Any]:
@@ -236,39 +231,47 @@ def refuse_unless(hf: Any, key: str, allowed: tuple) -> None:
         raise ValueError(f"config.json has {key}={value!r}; allowed: {key}={' or '.join(map(repr, allowed))}")
 
 
+def _read_config(name):
+    """config.json of a folder or hub name, a dict. Raises ValueError where it is none, or its weights are not plain."""
+    from transformers import PretrainedConfig
+    from transformers.utils import find_adapter_config_file
+
+    if not Path(name).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
+        where = "there is no such folder, and a name on the hub is OWNER/MODEL"
+        raise ValueError(f"{PRETRAINED}, besides scratch and resume: {where}")
+    if find_adapter_config_file(str(name)) or any(Path(name).glob("adapter_model.*")):
+        raise ValueError(
+            "it has an adapter, of LoRA or another kind: merge it into the weights with "
+            "PeftModel.merge_and_unload(), and save the result with save_pretrained() to a new folder"
+        )
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError("the folder has no config.json")
+    keys, _ = PretrainedConfig.get_config_dict(name)
+    if not isinstance(keys, dict):
+        raise ValueError("config.json holds no object")
+    if keys.get("quantization_config") is not None:
+        raise ValueError("it is quantized; allowed are float32, bfloat16 and float16")
+    if keys.get("transformers_weights") is not None:
+        raise ValueError("config.json has transformers_weights: the weights must be in model.safetensors")
+    return keys
+
+
 def pretrained_fields(name: str) -> tuple[str, dict]:
     """(family, fields of GPTConfig) of a folder of save_pretrained, one of export.py, or a hub name.
 
     The fields of our own family include n_shard and the rule of syncs. Raises ValueError for a model that is not there,
     or that our block does not compute.
     """
-    from transformers import AutoConfig, PretrainedConfig
-    from transformers.utils import find_adapter_config_file
+    from transformers import AutoConfig
 
     if name in GPT2_SHAPES and not Path(name).is_dir():
         shape = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SHAPES[name], strict=True))
         return "gpt2", shape | dict(vocab_size=50257, block_size=1024, bias=True)
     families = {"gpt2": gpt2_fields, "llama": llama_fields}
     try:
-        if not Path(name).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
-            where = "there is no such folder, and a name on the hub is OWNER/MODEL"
-            raise ValueError(f"{PRETRAINED}, besides scratch and resume: {where}")
-        if find_adapter_config_file(str(name)) or any(Path(name).glob("adapter_model.*")):
-            raise ValueError(
-                "it has an adapter, of LoRA or another kind: merge it into the weights with "
-                "PeftModel.merge_and_unload(), and save the result with save_pretrained() to a new folder"
-            )
-        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-            raise ValueError("the folder has no config.json")
-        keys, _ = PretrainedConfig.get_config_dict(name)
-        if not isinstance(keys, dict):
-            raise ValueError("config.json holds no object")
-        if keys.get("quantization_config") is not None:
-            raise ValueError("it is quantized; allowed are float32, bfloat16 and float16")
-        if keys.get("transformers_weights") is not None:
-            raise ValueError("config.json has transformers_weights: the weights must be in model.safetensors")
+        keys = _read_config(name)
         family = keys.get("model_type")
-        if family == OURS:
+        if family == MODEL_TYPE:
             names = {field.name for field in dataclasses.fields(GPTConfig)} - {"dropout"}
             keys = with_sync(keys)
             if missing := sorted(names - keys.keys()):
@@ -298,7 +301,7 @@ def safetensors_files(name: str) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
     from transformers.utils import cached_file
 
-    missing, part, found = dict(_raise_exceptions_for_missing_entries=False), "model.safetensors", {}
+    missing, part, file_of = dict(_raise_exceptions_for_missing_entries=False), "model.safetensors", {}
     try:
         parts = [part]
         if cached_file(name, part, **missing) is None:
@@ -310,18 +313,27 @@ def safetensors_files(name: str) -> dict[str, Any]:
             if path is None:
                 raise OSError(f"there is no {part}: weights must be safetensors")
             file = safe_open(path, "pt")
-            found |= dict.fromkeys(file.keys(), file)
+            file_of |= dict.fromkeys(file.keys(), file)
     except OSError as error:
         raise ValueError(f"init_from={str(name)!r}: {one_line(error)}") from None
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"init_from={str(name)!r}: {part} is damaged: {one_line(error)}") from None
-    return found
+    return file_of
+
+
+def _shapes(family, config):
+    """{tensor of `family`: its shape} of a model of GPTConfig `config`."""
+    with torch.device("meta"):
+        tensors = dict(GPT(config).named_parameters())
+    if family != MODEL_TYPE:
+        tensors = {key: unshard_tensor(key, tensor, config) for key, tensor in tensors.items()}
+    return {key: list(tensor.shape) for key, tensor in their_tensors(tensors, family, config).items()}
 
 
 def stored_tensors(name: str, family: str, config: GPTConfig) -> dict[str, tuple[Any, str]]:
     """{tensor of `family`: (open file, its name there)} of a folder or hub name whose config.json gives `config`.
 
-    Raises ValueError unless the files hold the tensors of that model and no others, of its shapes, in FLOATS. That is
+    Raises ValueError unless the files hold the tensors of that model and no others, of its shapes, as floats. That is
     in the files' headers: no weights are read, but an lm_head beside the embedding that it is tied to.
     """
     source, stored = f"init_from={str(name)!r}", {}
@@ -337,13 +349,9 @@ def stored_tensors(name: str, family: str, config: GPTConfig) -> dict[str, tuple
             f"{source}: its safetensors have {len(stored)} tensors; config.json has {config.n_layer} layers"
         )
     try:
-        with torch.device("meta"):
-            expected = dict(GPT(config).named_parameters())
+        expected = _shapes(family, config)
     except RuntimeError as error:  # sizes beyond any number of bytes
         raise ValueError(f"{source}: its config.json gives no model: {one_line(error)}") from None
-    if family != OURS:
-        expected = {key: unshard_tensor(key, tensor, config) for key, tensor in expected.items()}
-    expected = {key: list(tensor.shape) for key, tensor in their_tensors(expected, family, config).items()}
     [head], [embedding] = (their_names(key, family)[0] for key in ("lm_head.weight", "transformer.wte.weight"))
     is_tied = config.tie_embeddings and head in stored
     if is_tied:
@@ -360,14 +368,16 @@ def stored_tensors(name: str, family: str, config: GPTConfig) -> dict[str, tuple
             raise ValueError(f"{source}: its safetensors have no {key}")
         file, there = stored[key]
         if key not in expected:
-            raise ValueError(f"{source}: its safetensors have {there}, which the model of its config.json has not")
+            raise ValueError(
+                f"{source}: its safetensors contain {there}, which is not part of the model in config.json"
+            )
         tensor = file.get_slice(there)
         if tensor.get_shape() != expected[key]:
             raise ValueError(
                 f"{source}: {there} of {tensor.get_shape()} does not fit its config.json, which gives {expected[key]}"
             )
-        if tensor.get_dtype() not in FLOATS:
-            raise ValueError(f"{source}: {there} is {tensor.get_dtype()}; allowed are {', '.join(FLOATS)}")
+        if tensor.get_dtype() not in FLOAT_TYPES:
+            raise ValueError(f"{source}: {there} is {tensor.get_dtype()}; allowed are {', '.join(FLOAT_TYPES)}")
     if is_tied:
         ours, wte = (file.get_tensor(there) for file, there in (stored[head], stored[embedding]))
         if ours.dtype != wte.dtype or not torch.equal(ours, wte):
@@ -396,20 +406,20 @@ def from_pretrained(
 
     name: a folder of save_pretrained or export.py, or a name on the hub. block_size crops the positions; `choices` are
     fields of GPTConfig that are no shape of the weights: dropout, n_shard (but of a folder that carries its code),
-    sync. With dropped syncs it is another function than the original: a place to
-    train from. Raises ValueError or OSError where the weights are not there or do not fit.
+    sync. With dropped syncs it is another function than the original: a place to train from. Raises ValueError or
+    OSError where the weights are not there or do not fit.
     """
     family, fields = pretrained_fields(name)
     if block_size is not None and block_size > fields["block_size"]:
         raise ValueError(f"block_size={block_size} is above the {fields['block_size']} positions of {name}")
     config = GPTConfig(**fields | choices | dict(block_size=block_size or fields["block_size"]))
-    if family == OURS and config.n_shard != fields["n_shard"]:
+    if family == MODEL_TYPE and config.n_shard != fields["n_shard"]:
         raise ValueError(f"n_shard={config.n_shard}: the weights of {name} are {fields['n_shard']} shards")
     stored = stored_tensors(name, family, GPTConfig(**fields))
     with torch.device("meta"):
         names = [key for key, _ in GPT(config).named_parameters()]
     return from_dense(
-        config, dense_tensors(stored, family, names), tp_group, f"init_from={str(name)!r}", family == OURS
+        config, dense_tensors(stored, family, names), tp_group, f"init_from={str(name)!r}", family == MODEL_TYPE
     )
 
 

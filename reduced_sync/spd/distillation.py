@@ -18,8 +18,6 @@ from reduced_sync.distributed import Layout
 from reduced_sync.train.experiment import cosine_schedule
 from reduced_sync_model import GPT, is_sharded
 
-Rope = tuple[Tensor, Tensor] | None  # what GPT.embed gives besides x
-
 
 def head_nats(model: GPT, x: Tensor, idx: Tensor) -> float:
     """The summed loss in nats of x (B, T, C) behind the last layer, of the tokens idx (B, T) but the first of each."""
@@ -74,18 +72,17 @@ def sensitivities(
     batches = progress(list(share(windows, batch_size, layout)))
     for idx in distributed.until_stopped(batches, len(windows), batch_size, layout, stop):
         with layout.autocast():
-            x, rope = model.embed(idx)
-            before = [x]
+            before = [model.embed(idx)]
             for i in range(L):
-                before.append(model.run_blocks(before[-1], rope, range(i, i + 1)))
+                before.append(model.run_blocks(before[-1], range(i, i + 1)))
             for i in range(L + 1):
-                total[i] += head_nats(model, dropped.run_blocks(before[i], rope, range(i, L)), idx)
+                total[i] += head_nats(model, dropped.run_blocks(before[i], range(i, L)), idx)
         count += idx[:, 1:].numel()
     if stop and stop.agreed:
         return None
     *total, count = distributed.sum_over_world([*total, count], layout.device)
-    found = [math.exp(min(nats / count, 700.0)) for nats in total]
-    return [found[i] - found[i + 1] for i in range(L)], found
+    perplexities = [math.exp(min(nats / count, 700.0)) for nats in total]
+    return [perplexities[i] - perplexities[i + 1] for i in range(L)], perplexities
 
 
 def relative_error(x: Tensor, exact: Tensor) -> Tensor:
@@ -114,9 +111,7 @@ class Descent:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def distil(
-    model: GPT, i: int, inputs: Tensor, exact: Tensor, rope: Rope, config: Any, layout: Layout
-) -> tuple[float, float]:
+def distil(model: GPT, i: int, inputs: Tensor, exact: Tensor, config: Any, layout: Layout) -> tuple[float, float]:
     """Train layer i, its sync dropped, to give `exact` for `inputs`; returns its relative error before and after.
 
     inputs, exact: (windows, T, C) of this replica; config is drop_syncs.py's. With its `elastic` the layer with its
@@ -130,9 +125,9 @@ def distil(
     def loss_of(rows):
         x, target = inputs[rows].to(layout.device), exact[rows].to(layout.device)
         with layout.autocast():
-            loss = relative_error(dropped.run_blocks(x, rope, range(i, i + 1)), target)
+            loss = relative_error(dropped.run_blocks(x, range(i, i + 1)), target)
             if config.elastic:
-                loss = loss + relative_error(synced.run_blocks(x, rope, range(i, i + 1)), target)
+                loss = loss + relative_error(synced.run_blocks(x, range(i, i + 1)), target)
         return loss
 
     def error():
@@ -151,13 +146,13 @@ def distil(
 
 
 @torch.no_grad()
-def run_layer(model: GPT, i: int, sync: str, x: Tensor, rope: Rope, batch_size: int, layout: Layout) -> Tensor:
-    """All windows x (windows, T, C) through layer i of the model under the rule `sync`; on the CPU."""
-    model, found = model.with_sync(sync), []
+def run_layer(model: GPT, i: int, x: Tensor, batch_size: int, layout: Layout) -> Tensor:
+    """All windows x (windows, T, C) through layer i; on the CPU."""
+    outputs = []
     for part in x.split(batch_size):
         with layout.autocast():
-            found.append(model.run_blocks(part.to(layout.device), rope, range(i, i + 1)).cpu())
-    return torch.cat(found)
+            outputs.append(model.run_blocks(part.to(layout.device), range(i, i + 1)).cpu())
+    return torch.cat(outputs)
 
 
 def divergence(model: GPT, teacher: GPT, idx: Tensor, layout: Layout) -> Tensor:

@@ -61,11 +61,11 @@ def _read_line(log, line):
             raise ValueError
         values = VALUE.findall(match[4])
         perplexities = {json.loads(n) if n[0] == '"' else n: float(value) for n, value in values}
-        found = (match[1], int(match[2]), int(match[3]), perplexities)
-        log.perplexities = [old for old in log.perplexities if old[:2] != found[:2]] + [found]
+        entry = (match[1], int(match[2]), int(match[3]), perplexities)
+        log.perplexities = [old for old in log.perplexities if old[:2] != entry[:2]] + [entry]
     elif match := SENSITIVITY.match(line):
-        found = (int(match[1]), float(match[2]), float(match[3]))
-        log.sensitivities = [old for old in log.sensitivities if old[0] != found[0]] + [found]
+        entry = (int(match[1]), float(match[2]), float(match[3]))
+        log.sensitivities = [old for old in log.sensitivities if old[0] != entry[0]] + [entry]
 
 
 def beside_dense(perplexity: float, dense: float) -> str:
@@ -73,7 +73,7 @@ def beside_dense(perplexity: float, dense: float) -> str:
     return f"{perplexity:.2f} ({100 * (perplexity / dense - 1):+.1f} %)"
 
 
-def cell(text: object) -> str:
+def table_cell(text: object) -> str:
     """What a user has named, as it may stand in a table in Markdown."""
     return " ".join(str(text).split()).replace("|", "\\|")
 
@@ -90,10 +90,10 @@ def table_of(logs: dict[str, DropLog]) -> str:
             raise ValueError(f"{name}: its log has no perplexity, yet")
         dense = log.perplexities[0][3]
         if not lines:
-            head = ["run", "after", "syncs", *map(cell, dense)]
+            head = ["run", "after", "syncs", *map(table_cell, dense)]
             lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for stage, syncs, most, perplexities in log.perplexities[dense == above :]:
             cells = [beside_dense(value, dense[text]) for text, value in perplexities.items()]
-            lines.append(f"| {cell(name)} | {stage} | {syncs} of {most} | {' | '.join(cells)} |")
+            lines.append(f"| {table_cell(name)} | {stage} | {syncs} of {most} | {' | '.join(cells)} |")
         above = dense
     return "\n".join(lines)

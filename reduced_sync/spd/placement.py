@@ -67,13 +67,13 @@ def whole_block(dense: Dense, config: GPTConfig, device: torch.device) -> Block:
 
 
 def arrange(
-    model: GPT, i: int, batches: list[torch.Tensor], rope: Rope, heads: str, neurons: str, layout: Layout
+    model: GPT, i: int, batches: list[torch.Tensor], heads: str, neurons: str, layout: Layout
 ) -> tuple[list[int], list[int]]:
     """Order layer i's KV groups and its neurons, in place, by `heads` and `neurons`: as_is, affinity or scatter.
 
     batches: x (B, T, C), what the layer reads. Returns both orders.
     """
-    config, dense = model.config, dense_block(model, i)
+    config, dense, rope = model.config, dense_block(model, i), model.rope(0, batches[0].size(1))
     groups, order = list(range(config.n_kv_head)), list(range(config.n_hidden))
     as_they_are = list(groups)
     if heads != "as_is":
@@ -124,8 +124,8 @@ def place_groups(
         for a, b in itertools.combinations(range(K), 2):
             swapped = list(order)
             swapped[a], swapped[b] = swapped[b], swapped[a]
-            if (found := cost(swapped)) < best * (1 - 1e-9):
-                order, best, improved = swapped, found, True
+            if (lower := cost(swapped)) < best * (1 - 1e-9):
+                order, best, improved = swapped, lower, True
     return order
 
 

@@ -11,7 +11,7 @@ import reduced_sync_model as rsm
 from reduced_sync import checkpoint as ckpt
 from reduced_sync.data import Corpus
 from reduced_sync.hf.tokenizer import Tokens, pretrained_meta
-from reduced_sync.hf.weights import OURS, from_dense, from_pretrained, pretrained_fields, shards_to_dense
+from reduced_sync.hf.weights import MODEL_TYPE, from_dense, from_pretrained, pretrained_fields, shards_to_dense
 from reduced_sync.spd import texts
 
 
@@ -24,7 +24,7 @@ class Source:
         self.saved = None
         if not path.exists():
             family, fields = pretrained_fields(name)
-            if family == OURS:
+            if family == MODEL_TYPE:
                 raise ValueError(f"init_from={name!r} was exported with its code: name the out_dir it came from")
             self.meta = pretrained_meta(name, fields["vocab_size"]) | {"source": str(name)}
             self.fields = fields
@@ -42,19 +42,19 @@ class Source:
 
     def texts(self, config: Any) -> tuple[dict, dict]:
         """{name: token ids} to calibrate and to evaluate on, as config says, drop_syncs.py's. Raises ValueError."""
-        found = []
+        parts = []
         if self.meta["tokenizer"] not in ("gpt2", "char"):
             self.tokens  # noqa: B018  without a text, too: the result gets them
         for key, split in (("calibration", "train"), ("evaluation", "val")):
             if pattern := getattr(config, key):
-                found.append(texts.read_texts(pattern, self.tokens, key))
+                parts.append(texts.read_texts(pattern, self.tokens, key))
             elif self.saved is None or "dataset" not in self.saved["config"]:  # of this command, it has none
                 raise ValueError(f"{key} is empty: it must name text files")
             else:
                 corpus = Corpus(self.saved["config"]["dataset"], config.block_size)
                 ckpt.check_data(self.saved, corpus.meta, Path(self.name) / "ckpt.pt")
-                found.append({split: corpus.splits[split]})
-        return found[0], found[1]
+                parts.append({split: corpus.splits[split]})
+        return parts[0], parts[1]
 
     @functools.cached_property
     def tokens(self) -> Tokens:

@@ -20,17 +20,17 @@ def read_texts(pattern: str, tokens: Tokens, key: str) -> dict[str, np.ndarray]:
         raise ValueError(f"{key}={pattern!r}: there is no such file")
     ways = ([path.name.split(".")[0] for path in paths], [path.name for path in paths], list(map(str, paths)))
     names = next(names for names in ways if all(names) and len(set(names)) == len(paths))
-    found = {}
+    ids_of = {}
     for name, path in zip(names, paths, strict=True):
         try:
             text = decode_text(path.read_bytes(), str(path))
         except OSError as error:
             raise ValueError(f"{key}={pattern!r}: {path}: {error.strerror}") from None
         try:
-            found[name] = np.array(tokens.encode(text), dtype=np.int64)
+            ids_of[name] = np.array(tokens.encode(text), dtype=np.int64)
         except ValueError as error:
             raise ValueError(f"{key}={pattern!r}: {path}: {error}") from None
-    return found
+    return ids_of
 
 
 def spread_windows(texts: dict[str, np.ndarray], windows: int, length: int, key: str) -> torch.Tensor:
@@ -50,12 +50,12 @@ def spread_windows(texts: dict[str, np.ndarray], windows: int, length: int, key:
 
 def random_windows(texts: dict[str, np.ndarray], n: int, length: int, generator: torch.Generator) -> torch.Tensor:
     """n windows (n, length) int64 from random places, each text as likely."""
-    arrays, found = list(texts.values()), []
+    arrays, windows = list(texts.values()), []
     for _ in range(n):
         ids = arrays[int(torch.randint(len(arrays), (), generator=generator))]
         start = int(torch.randint(len(ids) - length + 1, (), generator=generator))
-        found.append(torch.from_numpy(ids[start : start + length].astype(np.int64)))
-    return torch.stack(found)
+        windows.append(torch.from_numpy(ids[start : start + length].astype(np.int64)))
+    return torch.stack(windows)
 
 
 def first_windows(ids: np.ndarray, n_tokens: int, length: int, name: str) -> torch.Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from reduced_sync.configurator import option
 from reduced_sync.distributed import LOCAL_WORLD_SIZE, WORLD_SIZE
-from reduced_sync_model import GPTConfig, SyncRule
+from reduced_sync_model import GPTConfig
 
 
 @dataclass
@@ -29,10 +29,10 @@ class Config:
     wandb_log: bool = option(False, "also log to Weights & Biases")
     wandb_project: str = option("reduced-sync", "project name in Weights & Biases")
     wandb_run_name: str | None = option(None, "run name in Weights & Biases; None: out_dir")
-    # data: 12 sequences x 1024 tokens x 40 micro-steps = 491,520 tokens a step, shared by the data-parallel ranks
+    # data: 12 sequences x 1024 tokens x 40 micro-steps = 491,520 tokens per step, shared by the data-parallel ranks
     dataset: str = option("openwebtext", "folder under data/, or an absolute path")
-    gradient_accumulation_steps: int = option(40, "micro-steps of a step, over all replicas together", least=1)
-    batch_size: int = option(12, "sequences of a micro-step", least=1)
+    gradient_accumulation_steps: int = option(40, "micro-steps per step, over all replicas together", least=1)
+    batch_size: int = option(12, "sequences per micro-step", least=1)
     block_size: int = option(1024, "tokens of a sequence", least=1)
     # model
     sync: str = option("baseline", "baseline, spd, grouped-N (N syncs in all) or one of 2 1 0 a per layer; then +RIVAL")
@@ -43,11 +43,13 @@ class Config:
     dropout: float = option(0.0, "0 is good for pretraining; above 0 needs tp_size 1", least=0)
     bias: bool = option(False, "biases in linear layers and layer norms")
     # the layers of Llama's family beside GPT-2's; config/modern.py sets them all
-    norm: str = option("layernorm", "layernorm or rmsnorm", allowed=("layernorm", "rmsnorm"))
-    position: str = option("learned", "learned embedding, or rope (rotary)", allowed=("learned", "rope"))
+    norm: str = option("layernorm", "normalization", allowed=("layernorm", "rmsnorm"))
+    position: str = option("learned", "a learned embedding, or rotary", allowed=("learned", "rope"))
     rope_theta: float = option(10000.0, "the base of rope's frequencies", least=1)
-    mlp: str = option("gelu", "gelu, or swiglu (gated)", allowed=("gelu", "swiglu"))
-    n_hidden: int = option(0, "neurons of an MLP; 0: chosen for as many parameters as GPT-2's block", least=0)
+    mlp: str = option("gelu", "plain, or gated", allowed=("gelu", "swiglu"))
+    n_hidden: int = option(
+        0, "hidden width of the MLP; 0: chosen to match the parameter count of GPT-2's block", least=0
+    )
     n_kv_head: int = option(0, "heads of keys and values; 0: n_head", least=0)
     tie_embeddings: bool = option(True, "share one matrix between input and output tokens")
     # AdamW and its schedule
@@ -60,7 +62,7 @@ class Config:
     decay_lr: bool = option(True, "cosine schedule; False: learning_rate throughout")
     warmup_iters: int = option(2000, "steps of linear warm-up", least=0)
     lr_decay_iters: int | None = option(None, "step at which min_lr is reached; None: max_iters", least=1)
-    min_lr: float = option(6e-5, "a tenth of learning_rate, as in Chinchilla", least=0)
+    min_lr: float = option(6e-5, "learning rate at the end of the schedule; a tenth of learning_rate is usual", least=0)
     max_bad_steps: int = option(25, "stop after this many steps in a row whose loss or gradient is not finite", least=1)
     seed: int = option(1337, "for the initial weights, the batches and dropout", least=0)
     # system
@@ -86,15 +88,15 @@ def model_keys(keys: dict) -> dict:
     The neurons of swiglu are by default as many as make a block's parameters those of GPT-2's, 12*n_embd^2: a multiple
     of 48, which can be cut into up to 16 shards.
     """
-    found = {field.name: keys[field.name] for field in dataclasses.fields(GPTConfig) if field.name in keys}
-    if found.get("mlp") == "swiglu" and not found.get("n_hidden"):
-        kv_heads = (found.get("n_kv_head") or found["n_head"]) / found["n_head"]
-        found["n_hidden"] = max(1, round(found["n_embd"] * (10 - 2 * kv_heads) / 3 / 48)) * 48
-    return found
+    shape = {field.name: keys[field.name] for field in dataclasses.fields(GPTConfig) if field.name in keys}
+    if shape.get("mlp") == "swiglu" and not shape.get("n_hidden"):
+        kv_heads = (shape.get("n_kv_head") or shape["n_head"]) / shape["n_head"]
+        shape["n_hidden"] = max(1, round(shape["n_embd"] * (10 - 2 * kv_heads) / 3 / 48)) * 48
+    return shape
 
 
 def check_config(config: Config) -> None:
-    """Raise ValueError for values and combinations that cannot be trained, before any process group exists."""
+    """Raise ValueError for values and combinations, but of the model, that cannot be trained."""
     if not config.out_dir:
         raise ValueError("out_dir is empty: it must name a folder")
     if config.decay_lr and not config.eval_only:
@@ -108,19 +110,12 @@ def check_config(config: Config) -> None:
                 f"warmup_iters={config.warmup_iters} is past step {end}, where the run or its decay ends: for a short "
                 f"run add --warmup_iters={end // 10}"
             )
-    SyncRule.parse(config.sync, config.n_layer)
-    if config.n_shard % config.tp_size:
-        raise ValueError(f"n_shard={config.n_shard} is not divisible by tp_size={config.tp_size}")
     if WORLD_SIZE % config.tp_size:
         raise ValueError(f"the world size, {WORLD_SIZE} processes, is not divisible by tp_size={config.tp_size}")
     if config.gradient_accumulation_steps % (dp_size := WORLD_SIZE // config.tp_size):
         raise ValueError(
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} is not divisible by the {dp_size} "
             f"data-parallel replicas (world size {WORLD_SIZE} / tp_size {config.tp_size})"
-        )
-    if config.dropout > 0 and config.tp_size > 1:
-        raise ValueError(
-            f"dropout={config.dropout} with tp_size={config.tp_size}: ranks would drop differently; use tp_size=1"
         )
     if LOCAL_WORLD_SIZE % config.tp_size:
         raise ValueError(

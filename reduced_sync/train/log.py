@@ -4,7 +4,7 @@ A log opens with a header of `# key: value` lines that describes the run; `# con
 fixed forms that grep finds:
 
     step 20000: train loss 3.2711, val loss 3.2833
-    iter 20000: loss 3.2690, time 131.20ms, tok/s 3746000, mfu 41.20%, grad norm 0.4213
+    iter 19990: loss 3.2690, time 131.20ms, tok/s 3746000, mfu 41.20%, grad norm 0.4213
 
 `step N` is an evaluation of the weights after N updates; `iter N` is update number N, counted from 0. An update that
 was skipped, as its loss or gradient was not finite, always has its line, which ends in the number of them so far:
@@ -138,7 +138,7 @@ def read_log(path: str | Path) -> Log:
 def settings(config: dict) -> dict:
     """What of a config (a dict, as in a header) decides what a model learns and what its losses are measured on.
 
-    The same sequences a step are the same step, however many of them make a micro-step. The data is a matter of its
+    The same sequences per step are the same step, however many of them make a micro-step. The data is a matter of its
     content, not in here.
     """
     result = {key: value for key, value in config.items() if key not in (*ARCHITECTURE, *INDIFFERENT, "dataset")}

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -38,7 +39,7 @@ def conditions(layout: distributed.Layout) -> dict:
     return {
         "torch": torch.__version__,
         "git commit": commit + (" (dirty)" if dirty else ""),
-        "device": f"{device}, {torch.get_num_threads()} threads a process",
+        "device": f"{device}, {torch.get_num_threads()} threads per process",
         "dtype": str(layout.dtype).removeprefix("torch."),
     }
 
@@ -57,7 +58,7 @@ def header_of(config: Config, model: rsm.GPT, layout: distributed.Layout, meta: 
         "parameters": f"{n_params / 1e6:.2f}M ({n_params})",
         "vocab_size": model.config.vocab_size,  # sizes that the config does not have
         "head_size": model.config.head_size,
-        "layout": f"dp {layout.dp_size} x tp {layout.tp_size}, {config.n_shard // layout.tp_size} shards a rank",
+        "layout": f"dp {layout.dp_size} x tp {layout.tp_size}, {config.n_shard // layout.tp_size} shards per rank",
         "sync payload": f"float32, {payload} bytes"
         + (" (one rank holds all shards: nothing is sent)" if layout.tp_size == 1 else ""),
         **conditions(layout),
@@ -98,7 +99,7 @@ class WandB:
             self.run = None
 
 
-def model_flops_utilisation(model: rsm.GPT, sequences: float, seconds: float, device_name: str) -> float | None:
+def model_flops_utilization(model: rsm.GPT, sequences: float, seconds: float, device_name: str) -> float | None:
     """MFU: the share of its device's bfloat16 peak that one rank attains, or None where the peak is not known.
 
     sequences: those of block_size that this rank's TP group trains on in so many seconds. Flops as in PaLM (arXiv
@@ -113,26 +114,26 @@ def model_flops_utilisation(model: rsm.GPT, sequences: float, seconds: float, de
 
 
 class Recorder:
-    """Writes a run's lines, on rank 0; on the others it does nothing.
+    """Writes the lines of a training script's Trainer, on rank 0; on the others it does nothing.
 
-    `resumed`: the settings that a resume changed. `notes`: what else its log is to say at its head.
+    `notes`: what else its log is to say at its head.
     """
 
-    def __init__(self, config, model, layout, meta, progress, resumed="", notes=None):
-        self.config, self.model, self.layout = config, model, layout
+    def __init__(self, trainer: Any, notes: dict):
+        self.config, self.model, self.layout = config, model, layout = trainer.config, trainer.model, trainer.layout
         self.device_name = distributed.device_name(layout.device)
         self.last, self.updates = time.monotonic(), 0  # the last `iter` line, and the updates since
         self.log = None
         if distributed.RANK > 0:
             return
-        path, step = Path(config.out_dir) / "log.txt", progress.step
+        path, step = Path(config.out_dir) / "log.txt", trainer.progress.step
         if path.exists():
-            drop_lines_after(path, step, progress.evaluated) if step else path.unlink()
+            drop_lines_after(path, step, trainer.progress.evaluated) if step else path.unlink()
         self.log, self.wandb = RunLog(path), WandB(config)
-        self.log.header(header_of(config, model, layout, meta, step) | (notes or {}))
-        if resumed:
-            self.log.header({f"changed since step {step}": resumed})
-            print(f"resumed at step {step} with other settings: {resumed}", flush=True)
+        self.log.header(header_of(config, model, layout, trainer.corpus.meta, step) | notes)
+        if trainer.changed:
+            self.log.header({f"changed since step {step}": trainer.changed})
+            print(f"resumed at step {step} with other settings: {trainer.changed}", flush=True)
         self.bar = tqdm(initial=step, total=config.max_iters, unit="step", disable=None, dynamic_ncols=True)
 
     @contextlib.contextmanager
@@ -160,7 +161,7 @@ class Recorder:
         if step % self.config.log_interval == 0 or skipped:
             now, c = time.monotonic(), self.config
             seconds, windows = (now - self.last) / self.updates, c.gradient_accumulation_steps * c.batch_size
-            mfu = model_flops_utilisation(self.model, windows / self.layout.dp_size, seconds, self.device_name)
+            mfu = model_flops_utilization(self.model, windows / self.layout.dp_size, seconds, self.device_name)
             tokens = windows * c.block_size
             values = {"train/iter_loss": loss, "lr": learning_rate(c, step), "grad_norm": norm}
             line = iter_line(step, loss, seconds, tokens, norm, mfu, skipped)

@@ -16,6 +16,7 @@ import transformers
 from launch import ROOT, one_line_error, run_script, succeeded
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from variants import dense_to_shards
 
 import export
 import sample
@@ -71,7 +72,7 @@ def save(out, meta=None, **shape):
             parameter += 0.2 * torch.randn_like(parameter)
     if model.config.n_kv_head < model.config.n_shard:  # a dense model, cut: copies of a head are alike
         dense = {name: weights.unshard_tensor(name, p.detach(), model.config) for name, p in model.named_parameters()}
-        model.load_state_dict(weights.dense_to_shards(dense, model.config), strict=False)
+        model.load_state_dict(dense_to_shards(dense, model.config), strict=False)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     rest = {
         "model_args": dataclasses.asdict(model.config),
@@ -344,14 +345,14 @@ def test_the_card_says_what_the_model_is(tmp_path):
         f"| parameters | {model.get_num_params(non_embedding=False):,} |",
         "| data | a book |",
         "| 4,320 tokens, 30 steps of 40: unfinished |",
-        "| 4.2500 nats a token, the lowest of the run |",
+        "| 4.2500 nats per token, the lowest of the run |",
         'from_pretrained("export", trust_remote_code=True)',
         "`make serve MODEL=export`, on as many tensor-parallel ranks as divide 2.",
     ):
         assert words in text, words
     (tmp_path / "out" / "log.txt").write_text("# started: now\nstep 20: train loss 4.1000, val loss 4.3000\n")
     export.main([str(tmp_path / "out"), f"--to={tmp_path / 'second'}", "--best"])
-    assert "| 4.3000 nats a token (perplexity 73.70) at step 20 |" in (tmp_path / "second" / "README.md").read_text()
+    assert "| 4.3000 nats per token (perplexity 73.70) at step 20 |" in (tmp_path / "second" / "README.md").read_text()
     save(tmp_path / "plain" / "out")
     export.main([str(tmp_path / "plain" / "out"), f"--to={tmp_path / 'plain' / 'export'}"])
     text = (tmp_path / "plain" / "export" / "README.md").read_text()
@@ -485,7 +486,7 @@ def test_a_folder_is_trained_on_its_own_tokens_alone(small_dataset, tmp_path):
         training(same, small_dataset, tmp_path / "run")
     (same / "tokenizer.json").unlink()
     notes, _ = training(same, small_dataset, tmp_path / "run")
-    assert notes == {"tokens": f"not known of init_from='{same}': taken to be the same"}
+    assert notes == {"tokens": f"the vocabulary of init_from='{same}' could not be checked; assuming it matches"}
 
 
 def test_the_hash_of_gpt2s_tokens(tmp_path):
@@ -511,7 +512,7 @@ def test_a_folder_is_sampled_on_its_shards(tmp_path, monkeypatch):
     ]
     assert succeeded(run_script(argv, nproc=2)) == succeeded(run_script(argv[1:]))
     monkeypatch.setattr(sample, "WORLD_SIZE", 3)
-    with pytest.raises(ValueError, match=f"3 processes do not divide the n_shard=4 of {folder}"):
+    with pytest.raises(ValueError, match=f"n_shard=4 of {folder} is not divisible by 3 processes"):
         sample.load(sample.Config(init_from=str(folder)))
 
 

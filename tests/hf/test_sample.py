@@ -379,7 +379,7 @@ def test_layouts_that_do_not_fit(out):
     process = run_script([*under(3), *arguments(out)], nproc=3)
     assert process.returncode == 1 and process.stdout == ""
     said = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
-    assert said == [f"error: 3 processes do not divide the n_shard=4 of {out}/ckpt.pt"]
+    assert said == [f"error: n_shard=4 of {out}/ckpt.pt is not divisible by 3 processes"]
 
 
 def test_meta_json_of_real_data_is_understood(small_dataset):

@@ -30,8 +30,9 @@ import drop_syncs
 import export
 import sample
 from reduced_sync import checkpoint as ckpt
+from reduced_sync.checkpoint import TOKENIZER_FOLDER
 from reduced_sync.files import lock_folder, temporary_folder
-from reduced_sync.hf.tokenizer import KEPT, Tokens, pretrained_meta
+from reduced_sync.hf.tokenizer import Tokens, pretrained_meta
 from reduced_sync_model import GPT, GPTConfig
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("modules")]
@@ -154,7 +155,7 @@ def test_a_text_is_neither_cut_nor_padded(tmp_path):
     export.main([str(tmp_path / "out"), f"--to={tmp_path / 'export'}"])
     write_checkpoint(tmp_path / "unread", pretrained_meta(str(folder), 256))  # of which no text is encoded
     export.main([str(tmp_path / "unread"), f"--to={tmp_path / 'another'}"])
-    for place in (tmp_path / "out" / KEPT, tmp_path / "export", tmp_path / "another"):
+    for place in (tmp_path / "out" / TOKENIZER_FOLDER, tmp_path / "export", tmp_path / "another"):
         written = json.loads((place / "tokenizer.json").read_text())
         assert written["truncation"] is written["padding"] is written["model"]["dropout"] is None
         assert AutoTokenizer.from_pretrained(place, trust_remote_code=False)(text).input_ids == expected
@@ -185,7 +186,7 @@ def test_suppressed_tokens_beyond_the_table_are_refused(tmp_path, capsys, suppre
     """Fault 6: in the folder, and in what a run has kept of it, before anything is written."""
     folder = save(tmp_path / "model", suppress_tokens=[3])
     assert status(drop_syncs.main, dropping(folder, tmp_path / "out", drop=0)) == 0
-    for place in (folder, tmp_path / "out" / KEPT):
+    for place in (folder, tmp_path / "out" / TOKENIZER_FOLDER):
         (place / "generation_config.json").write_text(json.dumps(dict(suppress_tokens=suppressed)))
     before = sorted(tmp_path.iterdir())
     for main, argv in {
@@ -236,7 +237,7 @@ def test_a_text_ends_everywhere_at_the_same_tokens(tmp_path, drop, file):
     assert 3 < len(ids) < 30 and ids[-1] == end
     assert sampled(init_from=folder) == "the other" + tokenizer.decode(ids[:-1])
     assert status(drop_syncs.main, dropping(folder, tmp_path / "out", drop=drop)) == 0
-    assert Tokens({"tokenizer": str(tmp_path / "out" / KEPT)}).ends == {1, 5, end}
+    assert Tokens({"tokenizer": str(tmp_path / "out" / TOKENIZER_FOLDER)}).ends == {1, 5, end}
     export.main([str(tmp_path / "out"), f"--to={tmp_path / 'export'}"])
     generation = GenerationConfig.from_pretrained(tmp_path / "export")
     assert generation.eos_token_id == sorted([1, 5, end])

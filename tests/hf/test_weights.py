@@ -205,14 +205,14 @@ def test_one_thing_wrong(tmp_path, make):
         (
             llama,
             lambda _: {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)},
-            "have model.layers.0.self_attn.q_proj.bias, which the model of its config.json has not",
+            "contain model.layers.0.self_attn.q_proj.bias, which is not part of the model in config.json",
         ),
         (
             gpt2,
             lambda state: {"h.1.ln_1.bias": state["transformer.h.1.ln_1.bias"].clone()},
             "have both (transformer.)?h.1.ln_1.bias and (transformer.)?h.1.ln_1.bias",
         ),
-        (gpt2, lambda _: {"transformer.h.2.attn.bias": torch.ones(1, 1, 16, 16)}, "have transformer.h.2.attn.bias"),
+        (gpt2, lambda _: {"transformer.h.2.attn.bias": torch.ones(1, 1, 16, 16)}, "contain transformer.h.2.attn.bias"),
     ],
 )
 def test_wrong_tensors_are_named(tmp_path, make, change, words):

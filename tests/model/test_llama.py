@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from variants import PATTERNS, VARIANTS, batch, rough
+from variants import PATTERNS, VARIANTS, batch, dense_to_shards, rough
 
 import bench
 from reduced_sync.configurator import configure
@@ -74,7 +74,7 @@ def test_variants_against_the_oracle(variant, n_shard, n_kv_head):
     dense.setdefault("lm_head.weight", dense["transformer.wte.weight"])
     config = dataclasses.replace(dense_model.config, n_shard=n_shard, sync=variant)
     model = GPT(config).double()
-    model.load_state_dict(weights.dense_to_shards(dense, config))
+    model.load_state_dict(dense_to_shards(dense, config))
     x, y = batch()
     logits, loss = model(x, y)
     expected = oracle.logits(dense, x, 4, 4, n_shard, sync=variant, n_kv_head=n_kv_head)

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
-from variants import PATTERNS, SMALL, VARIANTS, batch, rough
+from variants import PATTERNS, SMALL, VARIANTS, batch, dense_to_shards, rough
 
 import reduced_sync_model as rsm
 from reduced_sync.hf import weights
-from reduced_sync.train.recorder import model_flops_utilisation
+from reduced_sync.train.recorder import model_flops_utilization
 from reduced_sync_model import GPT, GPTConfig, SyncRule, baseline, grouped, selective, spd
 
 
@@ -191,7 +191,7 @@ def test_variants_against_the_oracle(variant, n_shard, bias):
     dense = weights.shards_to_dense(dict(dense_model.named_parameters()), dense_model.config)
     config = dataclasses.replace(SMALL, bias=bias, n_shard=n_shard, sync=variant)
     model = GPT(config).double()
-    model.load_state_dict(weights.dense_to_shards(dense, config), strict=False)
+    model.load_state_dict(dense_to_shards(dense, config), strict=False)
     x, y = batch()
     logits, loss = model(x, y)
     expected = oracle.logits(dense, x, 4, 4, n_shard, sync=variant)
@@ -350,11 +350,11 @@ def test_mfu_is_of_the_flops_that_pytorch_counts(fake_group):
         model(idx, idx)[1].backward()
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     attention = 3 * 4 * idx.numel() * 4 * 32 * 16  # backward is twice forward; a token in a layer: 2 products of 2 C T
-    mfu = model_flops_utilisation(model, 4, 2.0, "NVIDIA H100 80GB HBM3")
+    mfu = model_flops_utilization(model, 4, 2.0, "NVIDIA H100 80GB HBM3")
     assert mfu == pytest.approx((counted + attention) / 2 / 989e12, rel=0.01)  # it takes norms for matrices
     part = GPT(dataclasses.replace(SMALL, bias=False, n_shard=2), fake_group)
-    assert model_flops_utilisation(part, 4, 2.0, "NVIDIA H100 80GB HBM3") == pytest.approx(mfu / 2, rel=0.01)
-    assert model_flops_utilisation(model, 4, 2.0, "cpu") is None
+    assert model_flops_utilization(part, 4, 2.0, "NVIDIA H100 80GB HBM3") == pytest.approx(mfu / 2, rel=0.01)
+    assert model_flops_utilization(model, 4, 2.0, "cpu") is None
 
 
 def test_without_targets_only_the_last_position():

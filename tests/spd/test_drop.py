@@ -257,14 +257,14 @@ def test_affinity_finds_neurons_that_were_shuffled():
     shuffled = placement.permuted(
         dense, base.config, groups, torch.randperm(96, generator=torch.Generator().manual_seed(5)).tolist()
     )
-    x, rope = base.embed(windows())
-    found = placement.place_neurons(shuffled, base.config, [x.detach()], rope, LAYOUT)
+    x = base.embed(windows())
+    found = placement.place_neurons(shuffled, base.config, [x.detach()], base.rope(0, x.size(1)), LAYOUT)
     assert sorted(found) == everywhere
     errors = []
     for tensors in (dense, shuffled, placement.permuted(shuffled, base.config, groups, found)):
         placement.set_dense_block(base, 0, tensors)
         with torch.no_grad():
-            exact, dropped = (base.with_sync(sync).run_blocks(x, rope, range(1)) for sync in ("baseline", "spd"))
+            exact, dropped = (base.with_sync(sync).run_blocks(x, range(1)) for sync in ("baseline", "spd"))
         errors.append(distillation.relative_error(dropped, exact).item())
     made, mixed, arranged = errors
     assert arranged < made < mixed, errors
@@ -275,8 +275,7 @@ def test_places_of_groups_are_the_best_of_all_pairs(by):
     """Four groups on two shards have three partitions: the one that is found has the least cost of the three."""
     base = model()
     dense = placement.dense_block(base, 0)
-    x, rope = base.embed(windows())
-    x = x.detach()
+    x, rope = base.embed(windows()).detach(), base.rope(0, windows().size(1))
     order = placement.place_groups(dense, base.config, [x], rope, by, LAYOUT)
     assert sorted(order) == [0, 1, 2, 3]
     groups = placement.whole_block(dense, dataclasses.replace(base.config, n_shard=4), "cpu")
@@ -309,17 +308,17 @@ def test_distilling_lowers_the_error_on_other_inputs(elastic):
     base = model().eval()
     config = drop_syncs.Config(distil_epochs=8, distil_learning_rate=2e-3, elastic=elastic)
     with torch.no_grad():
-        x, rope = base.embed(windows(64))
-        exact = base.run_blocks(x, rope, range(1))
+        x = base.embed(windows(64))
+        exact = base.run_blocks(x, range(1))
     held_out = slice(48, None)
 
     def error(pattern):
         with torch.no_grad():
-            out = base.with_sync(pattern).run_blocks(x[held_out], rope, range(1))
+            out = base.with_sync(pattern).run_blocks(x[held_out], range(1))
         return distillation.relative_error(out, exact[held_out]).item()
 
     before = error("1111")
-    first, last = distillation.distil(base, 0, x[:48], exact[:48], rope, config, LAYOUT)
+    first, last = distillation.distil(base, 0, x[:48], exact[:48], config, LAYOUT)
     assert last < 0.8 * first and error("1111") < 0.9 * before
     kept = error("2222")  # zero before; without elastic nothing holds it
     assert kept < error("1111") if elastic else kept > 0

@@ -216,7 +216,8 @@ def gpt2_dataset(tmp_path_factory):
     """Random token ids below 50257."""
     folder = tmp_path_factory.mktemp("gpt2_dataset")
     tokens = np.random.default_rng(0).integers(50257, size=100_000).astype("<u2")
-    preparing.write_dataset(folder, {"train": (100_000, [tokens]), "val": (100_000, [tokens])}, 50257, "gpt2", "random")
+    splits = {"train": (100_000, [tokens]), "val": (100_000, [tokens])}
+    preparing.write_dataset(folder, splits, vocab_size=50257, tokenizer="gpt2", source="random")
     return folder
 
 
@@ -248,6 +249,6 @@ def test_every_variant_trains_on_a_gpu(gpus, small_dataset, tmp_path, variant):
 
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
-def test_gpt2_small_fits_and_reports_its_utilisation(gpus, gpt2_dataset, tmp_path):
+def test_gpt2_small_fits_and_reports_its_utilization(gpus, gpt2_dataset, tmp_path):
     out = succeeded(run_script(on_gpu(gpt2_dataset, tmp_path, sync="spd", **GPT2_SIZE), timeout=500))
     assert 10 < losses(out.splitlines())[0] < 11.5

@@ -197,7 +197,7 @@ def test_a_run_that_a_scheduler_stops_goes_on(small_dataset, tmp_path):
         out, err = process.communicate(timeout=BOUND)
     (step,) = re.findall(r"^stopped at step (\d+) and saved; go on with --init_from=resume$", out, re.MULTILINE)
     assert not re.search(r"^(error: |rank \d)", err, re.MULTILINE), err
-    assert err.count("stopping after this step; a second time: at once\n") == 1
+    assert err.count("stopping after this step; signal again to stop immediately\n") == 1
     assert_nothing_lives(tmp_path)
     assert torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"] == int(step) < 300
     assert losses(tmp_path)[-1].startswith(f"iter {int(step) - 1}:")

@@ -38,7 +38,8 @@ def tokens(n, seed):
 def train(folder, tp_size):
     """{name of a variant: the `step` and `iter` lines of its log} of runs on `tp_size` processes."""
     splits = {split: (20_000, [tokens(20_000, seed)]) for seed, split in enumerate(("train", "val"))}
-    preparing.write_dataset(folder / "data", splits, 64, "char", "thrice", "".join(map(chr, range(32, 96))))
+    chars = "".join(map(chr, range(32, 96)))
+    preparing.write_dataset(folder / "data", splits, vocab_size=64, tokenizer="char", chars=chars, source="thrice")
     argv = []
     for name, keys in VARIANTS.items():
         keys = SHAPE | keys | dict(tp_size=tp_size, device="cpu", dataset=folder / "data", out_dir=folder / name)

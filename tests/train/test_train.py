@@ -83,7 +83,7 @@ def pretend(monkeypatch, world_size, local_world_size=None):
         (dict(batch_size=2.5), ["batch_size must be int, not float"]),
         (dict(n_head=4, n_shard=3), ["n_head=4 is not divisible by n_shard=3"]),
         (dict(n_embd=33), ["n_embd=33 is not divisible by n_head=4"]),
-        (dict(n_shard=4, tp_size=3), ["n_shard=4 is not divisible by tp_size=3"]),
+        (dict(n_shard=4, tp_size=3), ["the world size, 1 processes, is not divisible by tp_size=3"]),
         (dict(tp_size=2), ["world size, 1", "tp_size=2"]),
         (dict(block_size=10**6), ["train.bin", "too few for block_size=1000000"]),
         (dict(sync="gpt"), ["sync='gpt'", "baseline, spd, grouped-N"]),
@@ -149,7 +149,7 @@ def test_a_device_that_is_not_there(small_dataset, tmp_path):
         (3, dict(tp_size=2), ["world size, 3", "tp_size=2"]),
         (3, dict(gradient_accumulation_steps=4), ["gradient_accumulation_steps=4", "3 data-parallel replicas"]),
         (8, dict(tp_size=2, gradient_accumulation_steps=6), ["gradient_accumulation_steps=6", "4 data-parallel"]),
-        (2, dict(tp_size=2, dropout=0.1), ["dropout=0.1", "tp_size=2", "use tp_size=1"]),
+        (2, dict(tp_size=2, dropout=0.1), ["dropout=0.1", "needs tp_size=1, not 2"]),
     ],
     ids=str,
 )
@@ -270,10 +270,10 @@ def test_the_log_describes_the_run(layouts, small_dataset):
     header = log.header
     assert header["sync"] == "grouped-2"
     assert header["drawn"] == "AM AM| AM AM|" and header["syncs"] == "2 of 8 (75.0% fewer)"
-    assert header["layout"] == "dp 1 x tp 1, 2 shards a rank"
+    assert header["layout"] == "dp 1 x tp 1, 2 shards per rank"
     assert header["sync payload"].startswith(f"float32, {2 * 32 * 32 * 4} bytes")
     assert header["torch"] == torch.__version__ and re.fullmatch(
-        r"cpu \(.+, with(out)? bfloat16 instructions\), 1 threads a process", header["device"]
+        r"cpu \(.+, with(out)? bfloat16 instructions\), 1 threads per process", header["device"]
     )
     digest = hashlib.sha256((small_dataset / "val.bin").read_bytes()).hexdigest()
     assert header["val data"] == f"sha256 {digest}" and header["train data"].startswith("sha256 ")
@@ -285,8 +285,8 @@ def test_the_log_describes_the_run(layouts, small_dataset):
     config = header["config"]
     assert set(config) == {field for field in Config.__dataclass_fields__}
     assert (config["n_embd"], config["dataset"], config["grad_clip"]) == (32, str(small_dataset), CLIP)
-    assert read_log(layouts / "out-tp2" / "log.txt").header["layout"] == "dp 1 x tp 2, 1 shards a rank"
-    assert read_log(layouts / "out-dp2-tp2" / "log.txt").header["layout"] == "dp 2 x tp 2, 1 shards a rank"
+    assert read_log(layouts / "out-tp2" / "log.txt").header["layout"] == "dp 1 x tp 2, 1 shards per rank"
+    assert read_log(layouts / "out-dp2-tp2" / "log.txt").header["layout"] == "dp 2 x tp 2, 1 shards per rank"
 
 
 def test_the_log_has_a_line_for_each_evaluation_and_update(layouts):
@@ -393,7 +393,7 @@ def test_the_commands_of_the_documents_are_accepted(small_dataset, tmp_path, mon
 
 def assert_run_of_config(folder, path):
     log = read_log(folder / f"out-{path.stem.removeprefix('train_').replace('_', '-')}-cpu" / "log.txt")
-    assert log.header["layout"] == "dp 8 x tp 1, 2 shards a rank"
+    assert log.header["layout"] == "dp 8 x tp 1, 2 shards per rank"
     assert log.header["syncs"].startswith(f"{syncs_in_name(path)} of 24 ")
     assert [row[0] for row in log.evaluations] == [0, 2] and [row[0] for row in log.iterations] == [0]
     assert all(np.isfinite(row[1:]).all() for row in log.evaluations)
@@ -507,7 +507,7 @@ def test_resuming_at_another_tp_size(resumed, small_dataset, tmp_path):
     argv = tiny(small_dataset, **LONG, tp_size=2, init_from="resume")
     succeeded(run_script([TRAIN, *argv], nproc=2, cwd=tmp_path))
     header = read_log(tmp_path / "out" / "log.txt").header
-    assert header["layout"] == "dp 1 x tp 2, 1 shards a rank" and f"resumed at step {step}" in header
+    assert header["layout"] == "dp 1 x tp 2, 1 shards per rank" and f"resumed at step {step}" in header
     lines, expected = log_lines(tmp_path / "out"), log_lines(resumed / "whole" / "out")
     n = next((i for i, line in enumerate(expected) if line.startswith(f"iter {step + 30}:")), 160)
     assert len(lines) == len(expected)
