@@ -94,6 +94,8 @@ class SyncRule:
         rule = cls(pattern, rival)
         if rival == "parallel" and set(pattern) - set("10"):
             raise ValueError(f"sync={text!r}: a parallel block has one sync or none, so its characters are 1 and 0")
+        if rival == "delayed-layer" and (set(pattern) != {"2"} or n_layer < 2):
+            raise ValueError(f"sync={text!r}: it delays every sync of two or more layers: baseline+delayed-layer")
         if rule.parts.hides and rule.syncs < 2:
             raise ValueError(f"sync={text!r}: a single sync, the last, has nothing to hide behind")
         return rule
@@ -108,11 +110,13 @@ class SyncRule:
     @property
     def syncs(self) -> int:
         """All-reduces of one forward pass."""
-        return sum(map(sum, self.layers()))
+        return sum(map(sum, self.layers())) - (self.rival == "delayed-layer")  # two dropped, one mean
 
     @property
     def hidden(self) -> int:
-        """Those of them behind which a sublayer runs: of ladder and delayed all but the last one."""
+        """Those of them behind which a sublayer runs: all but the last one, or those of the inner layers."""
+        if self.rival == "delayed-layer":
+            return 2 * len(self.pattern) - 4
         return self.syncs - 1 if self.parts.hides else 0
 
     @property
@@ -141,8 +145,8 @@ class Stream:
     itself after a sync, else x + d, (S, B, T, C). Under bfloat16 autocast d and h are bfloat16 and x is float32.
     """
 
-    def __init__(self, x: Tensor, n_shard: int, tp_group: dist.ProcessGroup | None):
-        self.n_shard, self.tp_group = n_shard, tp_group
+    def __init__(self, x: Tensor, config: "GPTConfig", tp_group: dist.ProcessGroup | None):
+        self.n_shard, self.n_layer, self.tp_group = config.n_shard, config.n_layer, tp_group
         self.start(x)
 
     def start(self, x: Tensor) -> None:
@@ -457,6 +461,38 @@ class Delayed(Ladder):
         return self.h.to(y.dtype) + y
 
 
+class DelayedLayer(Stream):
+    """Delayed TP as Kog publish it: others' outputs of a module come a layer late, with the same module's next ones.
+
+    The first layer is in step. What the last one computes for others is never sent, and the end is the mean of the
+    shards' streams; where Kog take the mean of each one's final norm, here the norm is of the mean.
+    """
+
+    def start(self, x: Tensor) -> None:
+        super().start(x)
+        self.in_flight = []  # (y, what finish_sum_over_ranks takes) of the modules of the last layer
+
+    def __init__(self, x: Tensor, config: "GPTConfig", tp_group: dist.ProcessGroup | None):
+        super().__init__(x, config, tp_group)
+        self.modules = 0  # that have run
+
+    def sync(self, y: Tensor) -> None:
+        """Add y (S, B, T, C) to its shards, and what the others' same module had a layer before."""
+        self.modules += 1
+        if self.modules <= 2:
+            super().sync(y)
+            return
+        self.h = self.h + y
+        if self.modules > 4:
+            before, sum_of_all = self.in_flight.pop(0)
+            self.h = self.h + copy_to_ranks(finish_sum_over_ranks(*sum_of_all), self.tp_group) - before
+        if self.modules <= 2 * self.n_layer - 2:
+            self.in_flight.append((y, start_sum_over_ranks(y.sum(0, dtype=self.x.dtype), self.tp_group)))
+
+    def end(self) -> Tensor:
+        return sum_over_ranks(self.h.sum(0) / self.n_shard, self.tp_group)
+
+
 class Rival(NamedTuple):
     """The classes of a rule's layers and of its stream, and whether a sublayer runs behind each sync but the last."""
 
@@ -471,6 +507,7 @@ RIVALS = {
     "tracks": Rival(stream=Tracks),
     "ladder": Rival(stream=Ladder, hides=True),
     "delayed": Rival(stream=Delayed, hides=True),
+    "delayed-layer": Rival(stream=DelayedLayer, hides=True),
 }
 
 
@@ -749,7 +786,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """x (B, T, C), a synced stream, through all layers, or through `layers`, the last of which syncs; (B, T, C)."""
         rope = self.rope(0 if cache is None else cache.length, x.size(1))  # only differences of positions count
-        stream = self.config.rule.parts.stream(x, self.config.n_shard, self.tp_group)
+        stream = self.config.rule.parts.stream(x, self.config, self.tp_group)
         syncs_after = self.config.rule.layers()
         for i in range(self.config.n_layer) if layers is None else layers:
             past = None if cache is None else (*cache.layers[i], cache.length)

@@ -44,6 +44,7 @@ VARIANTS = {  # sync rule, of Llama's kind of block where `modern`: syncs
     "grouped-6+desync": 6,
     "baseline+ladder": 24,
     "baseline+delayed": 24,
+    "baseline+delayed-layer": 23,
     "baseline modern": 24,
     "spd modern": 12,
 }

@@ -41,6 +41,7 @@ arms = {
     "2sync": dict(sync="grouped-2", sizes=["4x256", "6x384", "12x256"]),
     "3sync": dict(sync="grouped-3", sizes=["6x384", "12x256"]),
     "spd-tracks": dict(sync="spd+tracks"),
+    "delayed-layer": dict(sync="baseline+delayed-layer", sizes=["3x192", "4x256", "6x384", "12x256"]),
     "delayed": dict(sync="baseline+delayed"),
     "spd-parallel": dict(sync="spd+parallel"),
 }

@@ -79,6 +79,7 @@ def logits(dense, idx, n_layer, n_head, n_shard, sync, n_kv_head=None):
         bias = w(layer, "mlp.c_proj.bias")
         return out if bias is None else out + bias / n_shard
 
+    delayed = []  # outputs of the last layer's sublayers, which the other shards have not got yet
     late = None  # what a sync that is not waited for will have added to x
     for layer in range(n_layer):
         units = [((attention, mlp), "21")] if rival == "parallel" else [((attention,), "2a"), ((mlp,), "21")]
@@ -88,7 +89,13 @@ def logits(dense, idx, n_layer, n_head, n_shard, sync, n_kv_head=None):
                 x, late = x + late, None
                 streams = [x] * n_shard
             after = [h + y for h, y in zip(streams, outputs, strict=True)]
-            if pattern[layer] not in characters:
+            if rival == "delayed-layer" and layer > 0:
+                streams = after
+                if layer > 1:
+                    before = delayed.pop(0)
+                    streams = [h + sum(before) - own for h, own in zip(after, before, strict=True)]
+                delayed.append(outputs)
+            elif pattern[layer] not in characters:
                 streams = after
             elif rival == "desync":
                 x = sum(streams) / n_shard + sum(outputs)
@@ -102,7 +109,7 @@ def logits(dense, idx, n_layer, n_head, n_shard, sync, n_kv_head=None):
             else:
                 x = x + sum(h - x for h in after)
                 streams = [x] * n_shard
-    x = x if late is None else x + late
+    x = sum(streams) / n_shard if delayed else x if late is None else x + late
     if n_kv_head is not None:
         return rms_norm(x, dense["transformer.ln_f.weight"]) @ dense["lm_head.weight"].T
     final = F.layer_norm(x, (C,), dense["transformer.ln_f.weight"], dense.get("transformer.ln_f.bias"))

@@ -153,8 +153,8 @@ class Arm:
 
     @property
     def all_synced(self) -> bool:
-        """Whether it is standard tensor parallelism: all syncs, and none hidden."""
-        return set(self.rule.pattern) == {"2"} and not self.hidden
+        """Whether it is standard tensor parallelism."""
+        return self.sync == "baseline"
 
 
 @dataclass
