@@ -359,9 +359,9 @@ class CausalSelfAttention(nn.Module):
             keys, values, held = past  # (S*B, K, block_size, D) twice
             keys[:, :, held : held + T], values[:, :, held : held + T] = k, v
             k, v = keys[:, :, : held + T], values[:, :, : held + T]
-        options = dict(attn_mask=mask, is_causal=mask is None and T > 1)  # a single token sees all
-        options |= dict(dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.n_kv_head < self.n_head)
-        y = F.scaled_dot_product_attention(q, k, v, **options)
+        is_causal = True if mask is None and T > 1 else False  # a single token sees all; torch.compile wants a bool
+        options = dict(attn_mask=mask, is_causal=is_causal, dropout_p=self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.n_kv_head < self.n_head, **options)
         y = y.transpose(1, 2).reshape(S, B, T, -1)  # (S, B, T, H*D)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 

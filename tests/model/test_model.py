@@ -421,3 +421,14 @@ def test_compiled_without_graph_breaks():
     torch.testing.assert_close(loss, expected)
     for p, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_for_any_length():
+    """A compiler that has seen two lengths makes the third one symbolic."""
+    torch._dynamo.reset()
+    model = GPT(SMALL)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for T in (7, 1, 9, 12):
+            idx, _ = batch(T=T)
+            torch.testing.assert_close(compiled(idx)[0], model(idx)[0])
