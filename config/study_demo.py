@@ -13,6 +13,6 @@ runs_per_gpu = 8
 
 common = dict(dataset="shakespeare_char", block_size=64, batch_size=32, gradient_accumulation_steps=1)
 common |= dict(norm="rmsnorm", position="rope", mlp="swiglu", compile=False)
-common |= dict(warmup_iters=40, eval_interval=160, eval_iters=25, log_interval=40)
+common |= dict(warmup_iters=40, eval_interval=160, eval_iters=16, log_interval=40)
 sizes = {"4x32": dict(n_layer=4, n_embd=32, n_head=4, n_shard=4, max_iters=320, learning_rate=1e-2)}
 arms = {sync: dict(sync=sync) for sync in ("baseline", "spd", "grouped-2", "grouped-1")}
