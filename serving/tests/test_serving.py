@@ -57,6 +57,7 @@ WITH_CODE = [name for name in MODELS if not name.startswith("baseline")]
 SERVED = [(name, n) for n in (1, 2, 3) for name in MODELS if MODELS[name]["n_shard"] % n == 0]
 NEW_TOKENS = 16
 ENVIRONMENT = {
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'serving'}",  # the plugin beside this file, wherever one is installed
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two ranks do not need two NUMA nodes
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model is in the process that asks
     "TORCHDYNAMO_DISABLE": "1",  # vLLM compiles a part of the embedding even when it is told not to compile
@@ -246,27 +247,60 @@ def test_what_cannot_be_served(folders, environment, tmp_path):
 
 
 CHECK = """
+import json, sys
 from types import SimpleNamespace as Named
 import torch
-from vllm_reduced_sync.model import ReducedSyncForCausalLM
-model = Named(model=Named(config=Named(tie_embeddings=True)))
-for name, dtype in (("a", torch.bfloat16), ("a", torch.float8_e4m3fn), ("model.lm_head.weight", torch.float32)):
+from vllm_reduced_sync import model as ours
+ours.get_tensor_model_parallel_world_size, ours.get_tensor_model_parallel_rank = lambda: 2, lambda: 1
+for name, dtype, shape, parameter_dtype in json.loads(sys.argv[1]):
+    parameter = torch.nn.Parameter(torch.zeros(2, 3, dtype=getattr(torch, parameter_dtype)), requires_grad=False)
+    model = Named(model=Named(config=Named(tie_embeddings=True, n_shard=2, mlp="gelu")))
+    model.named_parameters = lambda: [("model.transformer.h.0.mlp.c_proj.0.weight", parameter)]
+    model.parts = lambda *asked: ours.ReducedSyncForCausalLM.parts(model, *asked)
+    weights = [(name, torch.ones(shape).cumsum(0).to(getattr(torch, dtype)))] if name else []
     try:
-        found = list(ReducedSyncForCausalLM.checked(model, [(name, torch.zeros(2).to(dtype))]))
-        print("taken", len(found))
+        ours.ReducedSyncForCausalLM.load_weights(model, weights)
+        print("taken", parameter.tolist())
     except ValueError as error:
         print("refused", error)
 """
+NAME = "model.transformer.h.0.mlp.c_proj.weight"
+LOADED = [  # a file's tensor: name, type, shape (n_shard, in, out); type of the parameter (out, in); what is said
+    (NAME, "bfloat16", (2, 3, 2), "float32", "taken [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]"),
+    (NAME, "int8", (2, 3, 2), "int8", "taken [[2, 2, 2], [2, 2, 2]]"),
+    (
+        NAME,
+        "float8_e4m3fn",
+        (2, 3, 2),
+        "float32",
+        f"refused {NAME} is torch.float8_e4m3fn; allowed are torch.float32, torch.bfloat16, torch.float16",
+    ),
+    (NAME, "float32", (2, 3, 2), "int8", f"refused {NAME} is torch.float32; allowed are torch.int8"),
+    (NAME, "float32", (2, 3, 4), "float32", f"refused {NAME} has (4, 3) a shard: expected (2, 3)"),
+    (
+        NAME,
+        "float32",
+        (4, 3, 2),
+        "float32",
+        f"refused {NAME} is (4, 3, 2); its first dimension must be n_shard=2",
+    ),
+    (NAME + "_scale", "float32", (2, 2, 1), "float32", f"refused the file has {NAME}_scale, which this model has not"),
+    (
+        "model.lm_head.weight",
+        "float32",
+        (2, 2),
+        "float32",
+        "refused the file has model.lm_head.weight, which config.json ties to the embedding",
+    ),
+    ("", "float32", (), "float32", "refused the file has no model.transformer.h.0.mlp.c_proj.0.weight"),
+]
 
 
 def test_weights_that_would_be_read_as_others(environment):
-    """Fault 1: codes of eight bits, and a head that config.json ties to the embedding."""
-    said = [line for line in succeeded(run_script(["-c", CHECK], env=environment)).splitlines() if " " in line]
-    assert [line for line in said if line.startswith(("taken", "refused"))] == [
-        "taken 1",
-        "refused a is torch.float8_e4m3fn; allowed are float32, bfloat16 and float16",
-        "refused the file has model.lm_head.weight, which config.json ties to the embedding",
-    ]
+    """Fault 1: codes of eight bits, and a head that config.json ties to the embedding; other shapes and names."""
+    process = run_script(["-c", CHECK, json.dumps([case[:4] for case in LOADED])], env=environment)
+    said = [line for line in succeeded(process).splitlines() if line.startswith(("taken", "refused"))]
+    assert said == [case[4] for case in LOADED]
 
 
 # --- the server
