@@ -10,36 +10,28 @@ of queries and K of keys and values of a shard.
 
 import math
 import re
-from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
+from vllm import distributed
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_reduce,
-)
+from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.activation import SiluAndMul, get_act_fn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fusion.fused_act_quant import maybe_fused_act_quant
 from vllm.model_executor.layers.layernorm import LayerNorm, RMSNorm
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    RowParallelLinear,
-)
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
-from vllm.sequence import IntermediateTensors
 
-GATE_FC = "c_gate_fc"  # the name that vLLM's quantization knows both matrices by, which are one layer of its
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def per_shard(config, make):
+    """What `make` makes, for each shard of this rank."""
+    return nn.ModuleList(make() for _ in range(config.n_shard // distributed.get_tensor_model_parallel_world_size()))
 
 
 def norm(config):
@@ -49,29 +41,34 @@ def norm(config):
     return LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
 
 
+def linears(layer, vllm_config, *sizes, prefix):
+    """A linear layer of vLLM's for each shard of this rank."""
+    config = vllm_config.model_config.hf_config
+    # with disable_tp it is all there is of it: nothing is cut, and RowParallelLinear makes no all-reduce
+    options = dict(bias=config.bias, quant_config=vllm_config.quant_config, disable_tp=True, return_bias=False)
+    return per_shard(config, lambda: layer(*sizes, **options, prefix=prefix))
+
+
 class Rope(RotaryEmbedding):
     """vLLM's, where the base can also be the speeds of all pairs."""
 
     def _compute_inv_freq(self, base):
-        return torch.tensor(base) if isinstance(base, list) else super()._compute_inv_freq(base)
+        return torch.tensor(base, dtype=torch.float32) if isinstance(base, list) else super()._compute_inv_freq(base)
 
 
 class CausalSelfAttention(nn.Module):
     """The heads of all shards of this rank are one Attention layer of vLLM's: heads attend by themselves."""
 
-    def __init__(self, config, n_local, vllm_config, rope, prefix):
+    def __init__(self, config, vllm_config, rope, prefix):
         super().__init__()
         n_head, n_kv_head = config.n_head // config.n_shard, max(1, config.n_kv_head // config.n_shard)
-        D, self.rope = config.head_size, rope
+        C, D, self.rope = config.n_embd, config.head_size, rope
         self.sizes = [n_head * D, n_kv_head * D, n_kv_head * D]
-        # with disable_tp a layer is all there is: nothing is cut, and RowParallelLinear makes no all-reduce
-        options = dict(bias=config.bias, quant_config=vllm_config.quant_config, disable_tp=True, return_bias=False)
-        qkv = options | dict(total_num_heads=n_head, total_num_kv_heads=n_kv_head, prefix=f"{prefix}.c_attn")
-        self.c_attn = nn.ModuleList(QKVParallelLinear(config.n_embd, D, **qkv) for _ in range(n_local))
-        proj = options | dict(prefix=f"{prefix}.c_proj")
-        self.c_proj = nn.ModuleList(RowParallelLinear(n_head * D, config.n_embd, **proj) for _ in range(n_local))
-        heads = dict(num_kv_heads=n_local * n_kv_head, cache_config=vllm_config.cache_config)
-        self.attn = Attention(n_local * n_head, D, scale=D**-0.5, **heads, prefix=f"{prefix}.attn")
+        self.c_attn = linears(linear.QKVParallelLinear, vllm_config, C, D, n_head, n_kv_head, prefix=f"{prefix}.c_attn")
+        self.c_proj = linears(linear.RowParallelLinear, vllm_config, n_head * D, C, prefix=f"{prefix}.c_proj")
+        S = len(self.c_attn)
+        options = dict(num_kv_heads=S * n_kv_head, cache_config=vllm_config.cache_config, prefix=f"{prefix}.attn")
+        self.attn = Attention(S * n_head, D, scale=D**-0.5, **options)
 
     def forward(self, hs, positions):
         """(T, C) of each shard -> (T, C) of each shard."""
@@ -80,33 +77,29 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv[0] if len(qkv) == 1 else (torch.cat(parts, dim=-1) for parts in zip(*qkv, strict=True))
         if self.rope is not None:
             q, k = self.rope(positions, q, k)
-        ys = self.attn(q, k, v).chunk(len(qkv), dim=-1)  # (T, H*D) of each shard
-        return [c_proj(y.contiguous()) for c_proj, y in zip(self.c_proj, ys, strict=True)]
+        y = self.attn(q, k, v)  # (T, S*H*D)
+        ys = [y] if len(qkv) == 1 else [part.contiguous() for part in y.chunk(len(qkv), dim=-1)]  # (T, H*D) each
+        return [c_proj(y) for c_proj, y in zip(self.c_proj, ys, strict=True)]
 
 
 class MLP(nn.Module):
     """Of mlp="swiglu" the neurons have a gate each, in one matrix with them."""
 
-    def __init__(self, config, n_local, quant_config, prefix):
+    def __init__(self, config, vllm_config, prefix):
         super().__init__()
         C, n_hidden = config.n_embd, config.n_hidden // config.n_shard
-        options = dict(bias=config.bias, quant_config=quant_config, disable_tp=True, return_bias=False)
         if config.mlp == "swiglu":
-            first, self.act = MergedColumnParallelLinear, SiluAndMul()
-            fc = options | dict(output_sizes=[n_hidden] * 2, prefix=f"{prefix}.{GATE_FC}")
+            sizes, self.act = [n_hidden] * 2, SiluAndMul()
+            self.c_fc = linears(linear.MergedColumnParallelLinear, vllm_config, C, sizes, prefix=f"{prefix}.c_gate_fc")
         else:
-            first, self.act = ColumnParallelLinear, get_act_fn("gelu_pytorch_tanh")
-            fc = options | dict(output_size=n_hidden, prefix=f"{prefix}.c_fc")
-        self.c_fc = nn.ModuleList(first(C, **fc) for _ in range(n_local))
-        proj = options | dict(prefix=f"{prefix}.c_proj")
-        self.c_proj = nn.ModuleList(RowParallelLinear(n_hidden, C, **proj) for _ in range(n_local))
+            self.act = get_act_fn("gelu_pytorch_tanh")
+            self.c_fc = linears(linear.ColumnParallelLinear, vllm_config, C, n_hidden, prefix=f"{prefix}.c_fc")
+        self.c_proj = linears(linear.RowParallelLinear, vllm_config, n_hidden, C, prefix=f"{prefix}.c_proj")
 
     def forward(self, hs):
         """(T, C) of each shard -> (T, C) of each shard."""
-        return [
-            c_proj(maybe_fused_act_quant(self.act, c_fc(h), c_proj))
-            for c_fc, c_proj, h in zip(self.c_fc, self.c_proj, hs, strict=True)
-        ]
+        layers = zip(self.c_fc, self.c_proj, hs, strict=True)
+        return [c_proj(maybe_fused_act_quant(self.act, c_fc(h), c_proj)) for c_fc, c_proj, h in layers]
 
 
 class Stream:
@@ -148,19 +141,19 @@ class Stream:
         delta = sum(ys[1:], start=ys[0])  # (T, C) of this rank, and no one else's: on a CPU it is changed
         if self.rival == "tracks":
             delta = delta / self.n_shard
-        self.late, self.ds = tensor_model_parallel_all_reduce(delta), None
+        self.late, self.ds = distributed.tensor_model_parallel_all_reduce(delta), None
 
 
 class Block(nn.Module):
     """One layer."""
 
-    def __init__(self, config, n_local, vllm_config, rope, prefix):
+    def __init__(self, config, vllm_config, rope, prefix):
         super().__init__()
         self.parallel = config.rule.rival == "parallel"
-        self.ln_1 = nn.ModuleList(norm(config) for _ in range(n_local))
-        self.attn = CausalSelfAttention(config, n_local, vllm_config, rope, f"{prefix}.attn")
-        self.ln_2 = nn.ModuleList(norm(config) for _ in range(n_local))
-        self.mlp = MLP(config, n_local, vllm_config.quant_config, f"{prefix}.mlp")
+        self.ln_1 = per_shard(config, lambda: norm(config))
+        self.attn = CausalSelfAttention(config, vllm_config, rope, f"{prefix}.attn")
+        self.ln_2 = per_shard(config, lambda: norm(config))
+        self.mlp = MLP(config, vllm_config, f"{prefix}.mlp")
 
     def forward(self, stream, syncs, positions):
         """Add this layer to the Stream. syncs: whether to sync after attention, and after the MLP."""
@@ -180,38 +173,30 @@ class Block(nn.Module):
             stream.keep(ys)
 
 
-@support_torch_compile
+@support_torch_compile(dynamic_arg_dims=dict(input_ids=0, positions=0, inputs_embeds=0))
 class GPT(nn.Module):
     """This rank's shards of a GPT of reduced_sync_model.py."""
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+    def __init__(self, *, vllm_config, prefix=""):
         super().__init__()
         self.config = config = vllm_config.model_config.hf_config
         self.rule = config.rule
-        tp_size = get_tensor_model_parallel_world_size()
-        n_local, rope = config.n_shard // tp_size, None
         vocabulary = dict(num_embeddings=config.vocab_size, embedding_dim=config.n_embd)
-        vocabulary |= dict(padding_size=math.lcm(64, tp_size))  # 64 is vLLM's own, and nothing that 3 ranks divide
-        layers = dict(wte=VocabParallelEmbedding(**vocabulary, prefix=f"{prefix}.transformer.wte"))
+        # 64 is vLLM's own, and nothing that 3 ranks divide
+        vocabulary |= dict(padding_size=math.lcm(64, distributed.get_tensor_model_parallel_world_size()))
+        layers, rope = dict(wte=VocabParallelEmbedding(**vocabulary, prefix=f"{prefix}.transformer.wte")), None
         if config.position == "learned":
             layers |= dict(wpe=nn.Embedding(config.block_size, config.n_embd))
         else:
             D, base = config.head_size, list(config.rope_inv_freq) or config.rope_theta
             rope = Rope(D, D, config.block_size, base, is_neox_style=True, dtype=torch.get_default_dtype())
-        names = [f"{prefix}.transformer.h.{i}" for i in range(config.n_layer)]
-        layers |= dict(h=nn.ModuleList(Block(config, n_local, vllm_config, rope, name) for name in names))
-        self.transformer = nn.ModuleDict(layers | dict(ln_f=norm(config)))
+        blocks = (Block(config, vllm_config, rope, f"{prefix}.transformer.h.{i}") for i in range(config.n_layer))
+        self.transformer = nn.ModuleDict(layers | dict(h=nn.ModuleList(blocks), ln_f=norm(config)))
         self.lm_head = ParallelLMHead(**vocabulary, prefix=f"{prefix}.lm_head")
         if config.tie_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.transformer.wte)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        intermediate_tensors: IntermediateTensors | None,
-        inputs_embeds: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def forward(self, input_ids, positions, intermediate_tensors, inputs_embeds):
         """Token ids and their positions, (T) each -> what lm_head makes logits of, (T, C)."""
         x = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.position == "learned":
@@ -238,40 +223,34 @@ def check(name, part, parameter, place):
 class ReducedSyncForCausalLM(nn.Module):
     """What vLLM calls. Ids that generation_config.json says are no tokens get no probability, as in transformers."""
 
-    packed_modules_mapping = {GATE_FC: ["c_gate", "c_fc"]}  # noqa: RUF012
+    packed_modules_mapping = {"c_gate_fc": ["c_gate", "c_fc"]}  # noqa: RUF012
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+    def __init__(self, *, vllm_config, prefix=""):
         super().__init__()
         self.model = GPT(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.logits_processor = LogitsProcessor(self.model.config.vocab_size)
         suppressed = vllm_config.model_config.try_get_generation_config().get("suppress_tokens") or []
         self.register_buffer("suppressed", torch.tensor(suppressed, dtype=torch.long), persistent=False)
 
-    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def embed_input_ids(self, input_ids):
         """(T) -> (T, C), without positions."""
         return self.model.transformer.wte(input_ids)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
         """Token ids and their positions, (T) each -> (T, C)."""
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    def compute_logits(self, hidden_states):
         """Some rows of what forward returns -> logits (rows, vocab_size), or None on a rank that gets none."""
         logits = self.logits_processor(self.model.lm_head, hidden_states)
         return None if logits is None else logits.index_fill(1, self.suppressed, float("-inf"))
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    def load_weights(self, weights):
         """Names and tensors of the exported file -> the names of the parameters, all of which are loaded.
 
         Raises ValueError for a tensor that is not there, that no parameter takes as it is, or that config.json ties.
         """
-        parameters, loaded = dict(self.named_parameters()), set()
+        parameters, found, loaded = dict(self.named_parameters()), set(), set()
         for name, tensor in weights:
             if name == "model.lm_head.weight" and self.model.config.tie_embeddings:
                 raise ValueError(f"the file has {name}, which config.json ties to the embedding")
@@ -282,16 +261,20 @@ class ReducedSyncForCausalLM(nn.Module):
                 check(name, part, parameter, place)
                 getattr(parameter, "weight_loader", default_weight_loader)(parameter, part, *place)
                 loaded.add(target)
-        if missing := sorted(parameters.keys() - loaded):
-            raise ValueError(f"the file has no {missing[0]}")
+            found.add(name)
+        missing = parameters.keys() - loaded
+        if self.model.config.mlp == "swiglu":  # one parameter for two tensors
+            missing |= {re.sub("c_fc|c_gate", other, name) for other in ("c_fc", "c_gate") for name in found} - found
+        if missing:
+            raise ValueError(f"the file has no {min(missing)}")
         return loaded
 
-    def parts(self, name: str, tensor: torch.Tensor) -> Iterator[tuple]:
+    def parts(self, name, tensor):
         """(parameter's name, its tensor) of each of this rank's shards, of a tensor (n_shard, ...) of the blocks.
 
         Where the parameter is one of several matrices, the number of this one follows.
         """
-        config, tp_size = self.model.config, get_tensor_model_parallel_world_size()
+        config = self.model.config
         match = re.fullmatch(r"(model\.transformer\.h\.\d+\.\S+)\.(\w+)", name)
         if not match:
             yield name, tensor
@@ -305,7 +288,6 @@ class ReducedSyncForCausalLM(nn.Module):
         if config.mlp == "swiglu" and layer.endswith((".c_gate", ".c_fc")):
             place = [int(layer.endswith(".c_fc"))]
             layer = layer.replace(".c_gate", ".c_fc")
-        n_local = config.n_shard // tp_size
-        first = n_local * get_tensor_model_parallel_rank()
-        for j in range(n_local):
-            yield f"{layer}.{j}.{leaf}", tensor[first + j], *place
+        ranks = tensor.chunk(distributed.get_tensor_model_parallel_world_size())
+        for j, part in enumerate(ranks[distributed.get_tensor_model_parallel_rank()]):
+            yield f"{layer}.{j}.{leaf}", part, *place
