@@ -50,5 +50,16 @@ LINKS = {
     "no-p2p": Link(38.5e-6, 0.3e-6, 1.9e9, "through host memory, NCCL: sglang#39605 (2 ranks), nccl#1530 (8)"),
     "pcie": Link(0.2e-6, 3.2e-6, 12.8e9, "PCIe Gen4 peer to peer, NCCL: sglang-V100#2 (4 ranks), vllm#50576 (8)"),
     "infiniband": Link(18e-6, 1.0e-6, 343e9, "2 nodes, HDR or NDR, NCCL: nccl-tests#150 (2 ranks), nccl#1244 (16)"),
+    "pcie-8": Link(
+        0.0, 1.8e-6, 0.36e9, "8 cards, no NVLink, NCCL, up to 64 KB: sglang#32479 (45 us for 4 KB, 344 for 64)"
+    ),
     "10gbe": Link(0.0, 40e-6, 1.25e9, "TCP: half of an 80 us round trip (grpc#7988) a ring step, line rate; inferred"),
+    "usb4": Link(0.0, 59e-6, 3e9, "2 ranks, TCP: 120 us for one token's (fak#11910), 3 GB/s (mlx-lm#1905)"),
+    "thunderbolt": Link(0.0, 150e-6, 4e9, "2 Macs, TCP: 250-350 us (fak#12596), 25-40 Gbit/s (OdinLink-Five#15)"),
+    "gigabit": Link(
+        0.0,
+        180e-6,
+        125e6,
+        "TCP, 64 of 4.3 KB a token: distributed-llama#136 (24 ms, 2 ranks), #64 (75 ms, 4); line rate",
+    ),
 }

@@ -154,6 +154,24 @@ def delays_table(folder):
     return markdown(lines)
 
 
+def serving_table(folder):
+    """What measure.py of results/serving measured, of measured.txt in a folder: medians, and ratios to the first."""
+    found, columns = {}, ["family, ranks", "added delay, ms", "load", "vllm", "baseline", "spd", "grouped-4"]
+    for line in (folder / "measured.txt").read_text().splitlines():
+        name, *cells = (cell.strip() for cell in line.rstrip("| ").split("|"))
+        family, variant, tp_size, delay, _, kind = (word.partition("=")[2] or word for word in name.split())
+        load = f"TTFT, prompt {cells[1]}, ms" if kind == "prefill" else f"tokens/s, clients {cells[0]}"
+        row = found.setdefault((f"{family}, {tp_size}", f"{int(delay) / 1000:g}", load), {})
+        row.setdefault(variant, []).append(float(cells[3 if kind == "prefill" else 2]))
+    lines = [columns]
+    for key, row in found.items():
+        medians = {variant: statistics.median(row[variant]) for variant in columns[3:] if variant in row}
+        first = next(iter(medians.values()))
+        cells = [f"{medians[v]:.1f} ({medians[v] / first:.2f}x)" if v in medians else "" for v in columns[3:]]
+        lines.append([*key, *cells])
+    return markdown(lines)
+
+
 def dropping_table(folder):
     """The perplexities of every run of drop_syncs.py below a folder."""
     return table_of({log.parent.name: read_drop_log(log) for log in sorted(folder.glob("*/log.txt"))})
@@ -167,6 +185,7 @@ TABLES = {
     "delays": delays_table,
     "training": training_table,
     "dropping": dropping_table,
+    "serving": serving_table,
 }
 
 

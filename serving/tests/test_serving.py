@@ -22,15 +22,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
-from launch import run_script, succeeded  # noqa: E402
+from launch import load_script, run_script, succeeded  # noqa: E402
 
 import export  # noqa: E402
 import sample  # noqa: E402
 import train_reduced_sync  # noqa: E402
+from reduced_sync.hf.export import our_config, write_weights  # noqa: E402
+from reduced_sync.hf.weights import from_pretrained  # noqa: E402
 from reduced_sync_model import SyncRule  # noqa: E402
+
+quantize = load_script(ROOT / "serving" / "quantize.py")
 
 torch.set_num_threads(1)
 GENERATE = Path(__file__).with_name("generate.py")
@@ -38,7 +43,7 @@ TINY = dict(n_layer=4, n_embd=128, n_head=4, block_size=64, batch_size=8, gradie
 TINY |= dict(dataset="shakespeare_char", device="cpu", dtype="float32", eval_iters=2, eval_interval=60)
 TINY |= dict(max_iters=60, lr_decay_iters=60, warmup_iters=5, learning_rate=3e-3)
 GPT2 = dict(bias=True)
-LLAMA = dict(norm="rmsnorm", position="rope", mlp="swiglu", n_hidden=352, n_kv_head=2)
+LLAMA = dict(norm="rmsnorm", position="rope", mlp="swiglu", n_hidden=384, n_kv_head=2)
 MODELS = {
     "baseline": dict(GPT2, n_shard=2),
     "baseline-llama": dict(LLAMA, n_shard=2),
@@ -55,8 +60,11 @@ SYNCS = {"baseline": 8, "baseline-llama": 8, "spd": 4, "grouped": 2, "grouped-ll
 SYNCS |= {"parallel": 3, "desync-llama": 2, "spd-llama": 4}
 WITH_CODE = [name for name in MODELS if not name.startswith("baseline")]
 SERVED = [(name, n) for n in (1, 2, 3) for name in MODELS if MODELS[name]["n_shard"] % n == 0]
+QUANTIZED = {1: [("sharded", "int8"), ("sharded", "fp8"), ("spd", "int8")]}
+QUANTIZED[2] = [*QUANTIZED[1], ("baseline-llama", "int8"), ("baseline-llama", "fp8")]
 NEW_TOKENS = 16
 ENVIRONMENT = {
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'serving'}",  # the plugin beside this file, wherever one is installed
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two ranks do not need two NUMA nodes
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model is in the process that asks
     "TORCHDYNAMO_DISABLE": "1",  # vLLM compiles a part of the embedding even when it is told not to compile
@@ -76,12 +84,27 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """Every one of MODELS, trained and exported: name -> folder, beside which is its out_dir, out-NAME."""
+    """Every one of MODELS, trained and exported: name -> folder, beside which is its out_dir, out-NAME.
+
+    And what of them is quantized, as NAME-KIND.
+    """
     home, found = tmp_path_factory.mktemp("models"), {}
     for name, keys in MODELS.items():
         found[name], out = home / name, home / f"out-{name}"
         train_reduced_sync.main([f"--{key}={value}" for key, value in (TINY | keys | {"out_dir": out}).items()])
         export.main([str(out), f"--to={found[name]}"])
+    # the plain Llama in the form of a folder with its code, of the same weights and with all syncs
+    found["sharded"] = home / "sharded"
+    shutil.copytree(found["baseline-llama"], found["sharded"])
+    (found["sharded"] / "generation_config.json").unlink()  # vLLM's own does not know of ids that are no tokens
+    model = from_pretrained(str(found["baseline-llama"]), n_shard=2, sync="baseline")
+    (found["sharded"] / "config.json").write_text(json.dumps(our_config(model.config)))
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    write_weights(state, found["sharded"] / "model.safetensors")
+    for name in ("baseline-llama", "sharded", "spd"):
+        for kind in quantize.KINDS:
+            found[f"{name}-{kind}"] = home / f"{name}-{kind}"
+            quantize.quantize(found[name], found[f"{name}-{kind}"], kind)
     return found
 
 
@@ -108,7 +131,7 @@ def expected(folders):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     found = {}
-    for name, folder in folders.items():
+    for name, folder in ((name, folders[name]) for name in MODELS):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
         # vLLM's own models do not know what generation_config.json suppresses
@@ -140,11 +163,12 @@ def served(models, ids, tp_size, folder, env, **options):
 
 @pytest.fixture(scope="session")
 def eager(folders, environment, tmp_path_factory):
-    """A function of the tensor-parallel size: name -> what generate.py finds, of those of SERVED, in one go."""
+    """A function of the tensor-parallel size: name -> what generate.py finds, of SERVED and QUANTIZED, in one go."""
 
     @functools.cache
     def found(tp_size):
         names = [name for name, n in SERVED if n == tp_size]
+        names += [f"{name}-{kind}" for name, kind in QUANTIZED.get(tp_size, [])]
         folder, models = tmp_path_factory.mktemp("eager"), [folders[name] for name in names]
         return dict(zip(names, served(models, prompts(), tp_size, folder, environment), strict=True))
 
@@ -176,6 +200,49 @@ def test_greedy_ids_are_ours_and_transformers_and_all_reduces_are_the_patterns(e
 def test_the_baseline_is_vllms_own_model(eager, tp_size):
     models = [eager(tp_size)[name]["model"] for name in ("baseline", "baseline-llama")]
     assert models == ["GPT2LMHeadModel", "LlamaForCausalLM"]
+
+
+def agree(one, other):
+    """Two finds of generate.py are of the same model."""
+    assert one["ids"] == other["ids"]
+    torch.testing.assert_close(*(torch.tensor(found["logprobs"]) for found in (one, other)), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_quantized_weights_are_those_of_vllms_own_llama(eager, kind):
+    """On two ranks each multiplies its shard. On one, too: a shard's activations have scales of their own."""
+    theirs, ours, on_one_rank = (eager(2)[f"baseline-llama-{kind}"], *(eager(n)[f"sharded-{kind}"] for n in (2, 1)))
+    assert [found["model"] for found in (theirs, ours)] == ["LlamaForCausalLM", "ReducedSyncForCausalLM"]
+    assert theirs["logprobs"] != eager(2)["baseline-llama"]["logprobs"]  # quantized it is
+    agree(theirs, ours)
+    agree(theirs, on_one_rank)
+    check_syncs(ours, SYNCS["baseline-llama"], 2)
+
+
+def test_quantized_with_fewer_syncs(eager):
+    agree(eager(1)["spd-int8"], eager(2)["spd-int8"])
+    check_syncs(eager(2)["spd-int8"], SYNCS["spd"], 2)
+
+
+def test_four_bits_but_for_layers_that_the_config_names(folders, environment, tmp_path):
+    """By the names of the file, of which vLLM has two in one layer."""
+    models = []
+    for source, mlp, names in (
+        ("baseline-llama", "model.layers.0.mlp", ("gate_proj", "up_proj")),
+        ("sharded", "model.transformer.h.0.mlp", ("c_gate", "c_fc")),
+    ):
+        models.append(tmp_path / source)
+        shutil.copytree(folders[f"{source}-int4"], models[-1])
+        names = [f"{mlp}.{name}" for name in names]
+        keys = json.loads((models[-1] / "config.json").read_text())
+        keys["quantization_config"]["ignore"] += names
+        (models[-1] / "config.json").write_text(json.dumps(keys))
+        state, floats = (load_file(folder / "model.safetensors") for folder in (models[-1], folders[source]))
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(tuple(names))}
+        write_weights(
+            state | {f"{name}.weight": floats[f"{name}.weight"] for name in names}, models[-1] / "model.safetensors"
+        )
+    agree(*served(models, prompts(), 2, tmp_path, environment, dtype="bfloat16"))
 
 
 def test_compiled(folders, expected, environment, tmp_path):
@@ -214,7 +281,18 @@ REFUSED = [  # whether vLLM has the plugin, changes of config.json, options of v
         dict(trust_remote_code=True),
         "sync='baseline+ladder' cannot be served: vLLM's all-reduce",
     ),
-    (True, dict(), dict(quantization="fp8"), "quantization='fp8'"),
+    (
+        True,
+        dict(),
+        dict(quantization="fp8"),
+        "quantization='fp8' cannot be served; allowed: a folder of serving/quantize",
+    ),
+    (
+        True,
+        dict(quantization_config=quantize.quantization_config("int4")),
+        dict(dtype="float32"),
+        "weights of 4 bits cannot be served on a CPU in float32: use --dtype bfloat16",
+    ),
     (True, dict(head_size=16), dict(), "head_size=16 cannot be served on a CPU; vLLM has [32, 64, "),
 ]
 REFUSE = """
@@ -246,27 +324,70 @@ def test_what_cannot_be_served(folders, environment, tmp_path):
 
 
 CHECK = """
+import json, sys
 from types import SimpleNamespace as Named
 import torch
-from vllm_reduced_sync.model import ReducedSyncForCausalLM
-model = Named(model=Named(config=Named(tie_embeddings=True)))
-for name, dtype in (("a", torch.bfloat16), ("a", torch.float8_e4m3fn), ("model.lm_head.weight", torch.float32)):
+from vllm_reduced_sync import model as ours
+ours.distributed.get_tensor_model_parallel_world_size = lambda: 2
+ours.distributed.get_tensor_model_parallel_rank = lambda: 1
+for name, dtype, shape, parameter_dtype in json.loads(sys.argv[1]):
+    parameter = torch.nn.Parameter(torch.zeros(2, 3, dtype=getattr(torch, parameter_dtype)), requires_grad=False)
+    parameter.weight_loader, parameter.output_dim = lambda to, part, *place: to.data.copy_(part), 0
+    layer = "c_fc" if "c_fc" in name else "c_proj"
+    model = Named(model=Named(config=Named(tie_embeddings=True, n_shard=2, mlp="swiglu")))
+    model.named_parameters = lambda: [(f"model.transformer.h.0.mlp.{layer}.0.weight", parameter)]
+    model.parts = lambda *asked: ours.ReducedSyncForCausalLM.parts(model, *asked)
+    weights = [(name, torch.ones(shape).cumsum(0).to(getattr(torch, dtype)))] if name else []
     try:
-        found = list(ReducedSyncForCausalLM.checked(model, [(name, torch.zeros(2).to(dtype))]))
-        print("taken", len(found))
+        ours.ReducedSyncForCausalLM.load_weights(model, weights)
+        print("taken", parameter.tolist())
     except ValueError as error:
         print("refused", error)
 """
+NAME = "model.transformer.h.0.mlp.c_proj.weight"
+LOADED = [  # a file's tensor: name, type, shape (n_shard, in, out); type of the parameter (out, in); what is said
+    (NAME, "bfloat16", (2, 3, 2), "float32", "taken [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]"),
+    (NAME, "int8", (2, 3, 2), "int8", "taken [[2, 2, 2], [2, 2, 2]]"),
+    (
+        NAME,
+        "float8_e4m3fn",
+        (2, 3, 2),
+        "float32",
+        f"refused {NAME} is torch.float8_e4m3fn; allowed are torch.float32, torch.bfloat16, torch.float16",
+    ),
+    (NAME, "float32", (2, 3, 2), "int8", f"refused {NAME} is torch.float32; allowed are torch.int8"),
+    (NAME, "float32", (2, 3, 4), "float32", f"refused {NAME} has (4, 3) a shard: expected (2, 3)"),
+    (
+        NAME,
+        "float32",
+        (4, 3, 2),
+        "float32",
+        f"refused {NAME} is (4, 3, 2); its first dimension must be n_shard=2",
+    ),
+    (NAME + "_scale", "float32", (2, 2, 1), "float32", f"refused the file has {NAME}_scale, which this model has not"),
+    (
+        "model.lm_head.weight",
+        "float32",
+        (2, 2),
+        "float32",
+        "refused the file has model.lm_head.weight, which config.json ties to the embedding",
+    ),
+    ("", "float32", (), "float32", "refused the file has no model.transformer.h.0.mlp.c_proj.0.weight"),
+    (
+        "model.transformer.h.0.mlp.c_fc.weight",
+        "float32",
+        (2, 1, 3),
+        "float32",
+        "refused the file has no model.transformer.h.0.mlp.c_gate.weight",
+    ),
+]
 
 
 def test_weights_that_would_be_read_as_others(environment):
-    """Fault 1: codes of eight bits, and a head that config.json ties to the embedding."""
-    said = [line for line in succeeded(run_script(["-c", CHECK], env=environment)).splitlines() if " " in line]
-    assert [line for line in said if line.startswith(("taken", "refused"))] == [
-        "taken 1",
-        "refused a is torch.float8_e4m3fn; allowed are float32, bfloat16 and float16",
-        "refused the file has model.lm_head.weight, which config.json ties to the embedding",
-    ]
+    """Fault 1: codes of eight bits, and a head that config.json ties to the embedding; other shapes and names."""
+    process = run_script(["-c", CHECK, json.dumps([case[:4] for case in LOADED])], env=environment)
+    said = [line for line in succeeded(process).splitlines() if line.startswith(("taken", "refused"))]
+    assert said == [case[4] for case in LOADED]
 
 
 # --- the server

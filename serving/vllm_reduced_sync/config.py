@@ -1,5 +1,6 @@
 """config.json of an exported folder, with the names that vLLM has for its keys, and what of it cannot be served."""
 
+import torch
 from transformers import PretrainedConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -43,15 +44,24 @@ class Checks(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config):
         """Raises ValueError for what cannot be served."""
         config, tp_size = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
-        if config.rule.hidden:
+        if config.rule.parts.hides:
             raise ValueError(f"sync={config.sync!r} cannot be served: vLLM's all-reduce waits for its result")
         if config.n_shard % tp_size:
             allowed = [n for n in range(1, config.n_shard + 1) if config.n_shard % n == 0]
             raise ValueError(
                 f"tensor_parallel_size={tp_size} does not divide n_shard={config.n_shard}; allowed: {allowed}"
             )
-        if vllm_config.model_config.quantization:
-            raise ValueError(f"quantization={vllm_config.model_config.quantization!r}: this model has none")
+        quantization, dtype = vllm_config.model_config.quantization, vllm_config.model_config.dtype
+        if quantization not in (None, "compressed-tensors"):  # vLLM's own scales are those of whole matrices
+            raise ValueError(
+                f"quantization={quantization!r} cannot be served; allowed: a folder of serving/quantize.py"
+            )
+        groups = (getattr(config, "quantization_config", None) or {}).get("config_groups", {}).values()
+        few_bits = [group["weights"]["num_bits"] for group in groups if group["weights"]["num_bits"] < 8]
+        if few_bits and current_platform.is_cpu() and dtype == torch.float32:  # vLLM would end at the first step
+            raise ValueError(
+                f"weights of {few_bits[0]} bits cannot be served on a CPU in float32: use --dtype bfloat16"
+            )
         sizes = CPUAttentionBackend.get_supported_head_sizes()
         if current_platform.is_cpu() and config.head_size not in sizes:  # vLLM would start, and end at a request
             raise ValueError(f"head_size={config.head_size} cannot be served on a CPU; vLLM has {sizes}")

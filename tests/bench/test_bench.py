@@ -400,6 +400,21 @@ def test_links():
         assert one.source and 0 < one.all_reduce(3072, 2) < one.all_reduce(3072, 8) < one.all_reduce(2**20, 8)
 
 
+@pytest.mark.parametrize(
+    ("name", "payload", "n", "published"),
+    [
+        ("pcie-8", 4096, 8, 45e-6),
+        ("pcie-8", 65536, 8, 344e-6),
+        ("usb4", 8192, 2, 120e-6),
+        ("thunderbolt", 8192, 2, 300e-6),
+        ("gigabit", 4352, 2, 24e-3 / 64),
+        ("gigabit", 4352, 4, 75e-3 / 64),
+    ],
+)
+def test_published_all_reduces(name, payload, n, published):
+    assert LINKS[name].all_reduce(payload, n) == pytest.approx(published, rel=0.06)
+
+
 @pytest.mark.parametrize(("tp_size", "published"), [(2, 1.08), (4, 1.16), (8, 1.43)])
 def test_published_no_communication_bounds(tp_size, published):
     """Ladder residual (arXiv 2501.06589): a 70B model on H100 with NVLink, batch 1, against no communication at all."""
