@@ -11,10 +11,10 @@ same size (parameters within 4 %), and of the same float type and n_shard if the
 one. A dense model of fewer layers is a control, not a baseline. +- is half of the gap's 95 % confidence interval, from
 Student's t and the standard deviation of a gap over seeds, pooled over all arms of the size with several seeds.
 
-The verdict on an arm is `within` the tolerance or `outside` if its whole interval is, else `open`, with the number of
-seeds that would settle it. There is none where a learning rate is `not bracketed`: the arm and its baseline need a
-worse rate on either side of the best, at most twofold away (study.py finds them). Nor is there with `one seed`, or
-below 10 tokens per parameter. The last line then says what has been seen so far.
+The verdict on an arm is `within` or `outside` if the whole interval lies on one side of the tolerance, otherwise
+`open`, with the number of seeds that would settle it. There is none where a learning rate is `not bracketed`: the arm
+and its baseline need a worse rate on either side of the best, at most twofold away (study.py finds them). Nor is there
+with `one seed`. Then, and below 10 tokens per parameter, the last line says what has been seen so far.
 
 A warning names everything else in which runs of one size differ. Runs on other data, or evaluated on other windows,
 have no gap.

@@ -94,7 +94,7 @@ class SyncRule:
         rule = cls(pattern, rival)
         if rival == "parallel" and set(pattern) - set("10"):
             raise ValueError(f"sync={text!r}: a parallel block has one sync or none, so its characters are 1 and 0")
-        if rival == "delayed-layer" and (set(pattern) != {"2"} or n_layer < 2):
+        if rule.parts.layer_late and (set(pattern) != {"2"} or n_layer < 2):
             raise ValueError(f"sync={text!r}: it delays every sync of two or more layers: baseline+delayed-layer")
         if rule.parts.hides and rule.syncs < 2:
             raise ValueError(f"sync={text!r}: a single sync, the last, has nothing to hide behind")
@@ -110,12 +110,12 @@ class SyncRule:
     @property
     def syncs(self) -> int:
         """All-reduces of one forward pass."""
-        return sum(map(sum, self.layers())) - (self.rival == "delayed-layer")  # two dropped, one mean
+        return sum(map(sum, self.layers())) - self.parts.layer_late  # then two are dropped, for one mean
 
     @property
     def hidden(self) -> int:
         """Those of them behind which a sublayer runs: all but the last one, or those of the inner layers."""
-        if self.rival == "delayed-layer":
+        if self.parts.layer_late:
             return 2 * len(self.pattern) - 4
         return self.syncs - 1 if self.parts.hides else 0
 
@@ -499,6 +499,7 @@ class Rival(NamedTuple):
     block: type[Block] = Block
     stream: type[Stream] = Stream
     hides: bool = False
+    layer_late: bool = False  # they arrive a layer later: the first layer's are in step, the last one's are dropped
 
 
 RIVALS = {
@@ -507,7 +508,7 @@ RIVALS = {
     "tracks": Rival(stream=Tracks),
     "ladder": Rival(stream=Ladder, hides=True),
     "delayed": Rival(stream=Delayed, hides=True),
-    "delayed-layer": Rival(stream=DelayedLayer, hides=True),
+    "delayed-layer": Rival(stream=DelayedLayer, hides=True, layer_late=True),
 }
 
 

@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends 
     set_up(goes_on=True)
 
 import contextlib
+import dataclasses
 import math
 import os
 import re
@@ -39,9 +40,9 @@ from reduced_sync.compare.runs import best_rate, load_runs
 from reduced_sync.configurator import configure, describe, option
 from reduced_sync.data import Corpus
 from reduced_sync.distributed import ERROR_FILE, choose_device
-from reduced_sync.train.experiment import Config
-from reduced_sync.train.log import read_log
-from reduced_sync_model import SyncRule
+from reduced_sync.train.experiment import Config, check_config, model_keys
+from reduced_sync.train.log import ARCHITECTURE, changes, read_log
+from reduced_sync_model import GPTConfig
 
 HERE = Path(__file__).parent
 COUNTED = ("eval_interval", "gradient_accumulation_steps", "batch_size", "block_size")
@@ -55,7 +56,7 @@ class Study:
     common: dict | None = option(None, "training keys of all runs")
     sizes: dict | None = option(None, "name -> training keys of a size: n_layer, n_embd, max_iters ...")
     arms: dict | None = option(None, "name -> training keys of an arm; with `sizes`, the names of those it has")
-    seeds: int = option(1, "the first finds the learning rates, the others follow at the best one", least=1)
+    seeds: int = option(1, "number of seeds: seed 1 chooses the learning rate, the others use it", least=1)
     tune: bool = option(True, "find each arm's learning rate; else train at the one given")
     processes: int = option(1, "processes per run; above 1, torchrun starts each run", least=1)
     runs_per_gpu: int = option(1, "small runs can share a GPU", least=1)
@@ -94,6 +95,8 @@ class Trials:
             if not all(run.finished or run.diverged for run in runs):
                 return runs, len(seeds)
             best, bracketed = best_rate({rate: {1: run.loss} for rate, run in zip(rates, runs, strict=True)})
+            if len(rates) >= 8 and not any(run.finished for run in runs):
+                return runs, 0  # all diverge
             if bracketed or not self.study.tune:
                 return runs + [self.run(best, seed) for seed in seeds], 0
             rates.append(2 * best if best == max(rates) else best / 2)
@@ -112,8 +115,9 @@ def trials_of(study: Study) -> list[Trials]:
                 raise ValueError(f"{kind} {name!r}: a name is of letters, digits and . + - _, and names a dict")
     found = []
     for name, keys in study.arms.items():
-        if unknown := set(keys.get("sizes", ())) - study.sizes.keys():
-            raise ValueError(f"arm {name!r}: no size is called {', '.join(map(repr, sorted(unknown, key=str)))}")
+        own = keys.get("sizes", [])
+        if not isinstance(own, list | tuple) or not all(size in list(study.sizes) for size in own):
+            raise ValueError(f"arm {name!r}: sizes={own!r} must be a list of names among {', '.join(study.sizes)}")
     for size, size_keys in study.sizes.items():
         for name, keys in study.arms.items():
             if size in keys.get("sizes", study.sizes):
@@ -136,7 +140,9 @@ class Run:
         self.arguments = [f"--{key}={value}" for key, value in settled.items()]
         try:
             self.config = configure(Config, self.arguments)
-            SyncRule.parse(self.config.sync, self.config.n_layer)
+            GPTConfig(**model_keys(vars(self.config)))
+            if study.processes == 1:  # else torchrun's processes check it
+                check_config(self.config)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
         self.process = self.slot = self.failure = None
@@ -150,12 +156,12 @@ class Run:
             log = read_log(self.out_dir / "log.txt")
         except FileNotFoundError:
             return
-        config = log.header.get("config", {})
-        for key in self.keys:
-            value = getattr(self.config, key)  # as the training script reads it: a number from a text, too
-            if config and config.get(key) != value:
-                found = f"{self.out_dir} holds a run with {key}={config.get(key)!r}, not {value!r}"
-                raise ValueError(f"{found}: rename the run, or remove the folder")
+        found = log.header.get("config", {})
+        wanted = dataclasses.asdict(self.config)
+        own = [key for key in (*ARCHITECTURE, "dataset") if found.get(key, wanted[key]) != wanted[key]]
+        other = ", ".join(f"{key} {found[key]} -> {wanted[key]}" for key in own)
+        if found and (other := ", ".join(filter(None, [other, changes(found, wanted)]))):
+            raise ValueError(f"{self.out_dir} holds another run ({other}): rename the arm, or remove the folder")
         self.step = max((step for step, *_ in log.iterations + log.evaluations), default=0)
         self.evaluated = len(log.evaluations)
         last = [loss for step, _, loss in log.evaluations if step == self.keys["max_iters"]]
@@ -210,15 +216,16 @@ class Run:
 
     def pass_on(self, signals: list[int]) -> None:
         """Send its process those of the signals that it has not had; the second one ends a run without saving."""
-        for number in signals[self.told :]:
-            self.process.send_signal(number)
+        for number in signals[self.told :]:  # torchrun knows no other
+            self.process.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
         self.told = len(signals)
 
     def ended(self) -> bool:
         """Whether its process has ended; `failure` then says why, where it did not finish or stop as asked."""
         if self.process.poll() is None:
             return False
-        if self.process.returncode:
+        self.look()
+        if not (self.finished or self.diverged or self.told or self.is_held()):
             self.failure = f"{reason(self.out_dir, self.process.returncode)} (more in {self.out_dir / 'output.txt'})"
         self.process = None
         return True
@@ -234,10 +241,10 @@ def reason(out_dir: Path, status: int) -> str:
     return ", after the line: ".join([end, *last])
 
 
-def slots(processes: int, runs_per_gpu: int) -> tuple[list[list[str]], bool]:
+def slots(processes: int, runs_per_gpu: int, on_cpu: bool) -> tuple[list[list[str]], bool]:
     """(the GPUs or cores for each of the runs that go on at once, as lists of strings; whether they are GPUs)."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = torch.cuda.device_count()
+    gpus = 0 if on_cpu else torch.cuda.device_count()
     units = (visible.split(",") if visible else list(map(str, range(gpus)))) if gpus else []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     units = units or list(map(str, range(cores)))
@@ -247,7 +254,7 @@ def slots(processes: int, runs_per_gpu: int) -> tuple[list[list[str]], bool]:
     return whole * (runs_per_gpu if gpus else 1), bool(gpus)
 
 
-class Progress:
+class StudyProgress:
     """What is left to train of a study, in work and in time, and the bar that shows it."""
 
     def __init__(self, trials):
@@ -258,8 +265,8 @@ class Progress:
     def work(self) -> tuple[float, float]:
         """(work done, work in all, as far as it is known)."""
         done = total = 0
-        for arm in self.trials:
-            runs, more = arm.wanted()
+        for one in self.trials:
+            runs, more = one.wanted()
             done += sum(run.step_work * (run.keys["max_iters"] if run.diverged else run.step) for run in runs)
             total += sum(run.step_work * run.keys["max_iters"] for run in runs)
             total += more * runs[0].step_work * runs[0].keys["max_iters"]
@@ -295,14 +302,13 @@ def run_missing(trials: list[Trials], free: list[list[str]], gpus: bool) -> bool
     interrupts, running = [], []
     before = {n: signal.signal(n, lambda number, frame: interrupts.append(number)) for n in stop_signals()}
     announce(trials, len(free))
-    progress = Progress(trials)
+    progress = StudyProgress(trials)
     try:
         while True:
             for run in list(running):
                 if run.ended():
                     running.remove(run)
                     free.append(run.slot)
-                    run.look()
                     progress.line(f"{_outcome(run, trials)}{progress.left()}")
             for run in missing(trials) if free and not interrupts else ():
                 if free and run not in running and not run.is_held():
@@ -331,25 +337,25 @@ def run_missing(trials: list[Trials], free: list[list[str]], gpus: bool) -> bool
 
 def missing(trials: list[Trials]) -> list[Run]:
     """The runs that are to be trained, as far as they are known by now."""
-    runs = [run for arm in trials for run in arm.wanted()[0]]
+    runs = [run for one in trials for run in one.wanted()[0]]
     return [run for run in runs if not (run.finished or run.diverged or run.failure)]
 
 
 def announce(trials: list[Trials], at_once: int) -> None:
     """Say what will be trained. Raises ValueError for other runs' logs, and data and devices that are not there."""
     known = -1
-    while known < (known := sum(len(arm.runs) for arm in trials)):  # what has ended says which runs follow
-        for arm in trials:
-            for run in arm.wanted()[0]:
+    while known < (known := sum(len(one.runs) for one in trials)):  # what has ended says which runs follow
+        for one in trials:
+            for run in one.wanted()[0]:
                 run.look()
-    waiting, more = missing(trials), sum(arm.wanted()[1] for arm in trials)
+    waiting, more = missing(trials), sum(one.wanted()[1] for one in trials)
     for choice in {(run.config.device, run.config.dtype, run.config.backend) for run in waiting}:
         choose_device(*choice)
     plan = [run.tokens_left() for run in waiting]
-    for arm in trials:
-        runs, seeds = arm.wanted()
+    for one in trials:
+        runs, seeds = one.wanted()
         plan += [runs[0].tokens_left(whole=True)] * seeds
-    finished = sum(run.finished or run.diverged for arm in trials for run in arm.wanted()[0])
+    finished = sum(run.finished or run.diverged for one in trials for run in one.wanted()[0])
     print(f"at least {finished + len(waiting) + more} runs, {finished} finished already, {at_once} at once", flush=True)
     trained, evaluated = (sum(tokens) for tokens in zip(*plan, strict=True)) if plan else (0, 0)
     print(f"to train on {trained:,} tokens, to evaluate on {evaluated:,}", flush=True)
@@ -358,11 +364,10 @@ def announce(trials: list[Trials], at_once: int) -> None:
 def _outcome(run, trials):
     """How a run has ended, one of those of all `trials`, as a line."""
     if run.finished:
-        wanted = [arm.wanted() for arm in trials]
-        finished = sum(one.finished for runs, _ in wanted for one in runs)
+        wanted = [one.wanted() for one in trials]
+        finished = sum(run.finished for runs, _ in wanted for run in runs)
         return f"{run.name}: {run.loss:.4f} ({finished} of at least {sum(len(runs) + more for runs, more in wanted)})"
     if run.diverged:
-        run.failure = None
         return f"{run.name}: diverged"
     return f"{run.name}: failed: {run.failure}" if run.failure else f"{run.name}: stopped, goes on next time"
 
@@ -375,11 +380,14 @@ def main(argv: list[str]) -> int:
     with one_line_errors():
         study = configure(Study, argv)
         trials = trials_of(study)
-        interrupted = run_missing(trials, *slots(study.processes, study.runs_per_gpu))
-        runs = [run for arm in trials for run in arm.wanted()[0]]
+        on_cpu = all(run.config.device == "cpu" for one in trials for run in one.runs.values())
+        interrupted = run_missing(trials, *slots(study.processes, study.runs_per_gpu, on_cpu))
+        runs = [run for one in trials for run in one.wanted()[0]]
         ended = [run.out_dir for run in runs if run.finished or run.diverged]
         if interrupted:
-            print(f"stopped, {len(ended)} of {len(runs)} runs finished; the same command goes on", file=sys.stderr)
+            print(
+                f"stopped, {len(ended)} of {len(runs)} runs finished; run the same command to continue", file=sys.stderr
+            )
             return 130
         if ended:
             arms, skipped = load_runs(ended)

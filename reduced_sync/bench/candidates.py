@@ -21,7 +21,7 @@ import reduced_sync_model as rsm
 from reduced_sync import distributed
 from reduced_sync.cli import ctrl_c_held
 
-CANDIDATE = re.compile(r"(?:([1-9][0-9]*)x([1-9][0-9]*)|[^+@]+)(\+[a-z]+)?(?:@([1-9][0-9]*))?")
+CANDIDATE = re.compile(r"(?:([1-9][0-9]*)x([1-9][0-9]*)|[^+@]+)(\+[a-z-]+)?(?:@([1-9][0-9]*))?")
 
 
 @dataclass

@@ -38,7 +38,7 @@ def draw_comparison(arms: list[Arm], path: str | Path, tolerance: float) -> None
 
 @dataclass
 class Look:
-    """How the arms of one size are told apart in both panels."""
+    """How the arms of one size are told apart in all panels."""
 
     group: list
     reference: Arm | None  # the baseline
@@ -55,7 +55,7 @@ class Look:
         """The shape of a point."""
         return "os^D"[self.shards.index(n_shard) % 4]
 
-    def colour(self, arm: Arm) -> str | tuple:
+    def color(self, arm: Arm) -> str | tuple:
         """Black for the baseline, red for a control, the others by their syncs."""
         import matplotlib
 
@@ -73,12 +73,12 @@ class Look:
         return f"{arm.sync}{size}, {arm.syncs} syncs{shard}{rate}{dtype}{other}"
 
     def name(self, arm: Arm) -> str:
-        """A short label at a point whose colour and shape tell the rest."""
+        """A short label at a point whose color and shape tell the rest."""
         dtype = "" if self.reference is None or arm.dtype == self.reference.dtype else f" {arm.dtype}"
         return (arm.size if is_control(arm, self.reference) else arm.sync) + dtype
 
     def kind(self, arm: Arm) -> str:
-        """What its colour says."""
+        """What its color says."""
         return "control" if is_control(arm, self.reference) else "baseline" if arm.all_synced else f"{arm.syncs} syncs"
 
     def is_comparable(self, arm: Arm) -> bool:
@@ -87,14 +87,14 @@ class Look:
 
 
 def _draw_curves(axes, look):
-    """Validation loss over steps, a line an arm. Of many the legend names the colours and dashes alone."""
+    """Validation loss over steps, a line an arm. Of many the legend names the colors and dashes alone."""
     group = look.group
     for arm in group:
-        keys = {"color": look.colour(arm), "label": look.label(arm) if len(group) <= 12 else None, "linewidth": 1.6}
+        keys = {"color": look.color(arm), "label": look.label(arm) if len(group) <= 12 else None, "linewidth": 1.6}
         axes.plot(list(arm.losses), list(arm.losses.values()), look.style(arm.n_shard), **keys)
     if len(group) > 12:
-        for kind, colour in {look.kind(arm): look.colour(arm) for arm in group}.items():
-            axes.plot([], [], color=colour, label=kind)
+        for kind, color in {look.kind(arm): look.color(arm) for arm in group}.items():
+            axes.plot([], [], color=color, label=kind)
         for n in look.shards:
             axes.plot([], [], look.style(n), color="0.4", label=f"n_shard {n}")
     final = [arm.losses[arm.step] for arm in group if arm.losses and math.isfinite(arm.losses[arm.step])]
@@ -126,7 +126,7 @@ def _draw_points(axes, look, tolerance):
         losses = [arm.losses[arm.step] for arm in line]
         axes.plot([arm.syncs for arm in line], losses, look.style(n), color="0.6", linewidth=1, zorder=1)
     for arm in shown:
-        _draw_point(axes, look, arm, arm.syncs, look.colour(arm))
+        _draw_point(axes, look, arm, arm.syncs, look.color(arm))
     _draw_key(axes, look, shown, tolerance)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -143,7 +143,7 @@ def _draw_rates(axes, look):
     """The last validation loss over learning rates, a line an arm, a star at its best; hollow if not bracketed."""
     for arm in look.group:
         ends = {rate.learning_rate: rate.losses[rate.step] for rate in arm.rates if rate.finished}
-        keys = {"color": look.colour(arm), "label": look.label(arm) if len(look.group) <= 12 else None}
+        keys = {"color": look.color(arm), "label": look.label(arm) if len(look.group) <= 12 else None}
         axes.plot(list(ends), list(ends.values()), look.style(arm.n_shard), marker=".", linewidth=1.2, **keys)
         if arm.learning_rate in ends:
             face = keys["color"] if arm.bracketed else "white"
@@ -166,7 +166,7 @@ def _draw_times(axes, look, condition, tolerance):
     labels = []
     for arm in sorted(shown, key=lambda arm: arm in best):  # the frontier's above the others
         time, is_best = 1000 * arm.tpots[condition], arm in best
-        _draw_point(axes, look, arm, time, look.colour(arm) if is_best else "0.7")
+        _draw_point(axes, look, arm, time, look.color(arm) if is_best else "0.7")
         labels.append((time, arm.losses[arm.step], look.name(arm), "black" if is_best else "0.5"))
     _draw_key(axes, look, shown, tolerance)
     axes.set(xlabel="time per token (ms)", ylabel="validation loss (nats per token)")
@@ -174,11 +174,11 @@ def _draw_times(axes, look, condition, tolerance):
     return labels
 
 
-def _draw_point(axes, look, arm, x, colour):
+def _draw_point(axes, look, arm, x, color):
     """The arm's last loss at x, with its standard deviation over seeds; hollow where it has not finished."""
-    loss, face = arm.losses[arm.step], colour if arm.finished else "none"
-    axes.errorbar(x, loss, arm.deviation or 0, color=colour, capsize=3, zorder=2)
-    axes.scatter(x, loss, marker=look.marker(arm.n_shard), s=55, facecolor=face, edgecolor=colour, zorder=3)
+    loss, face = arm.losses[arm.step], color if arm.finished else "none"
+    axes.errorbar(x, loss, arm.deviation or 0, color=color, capsize=3, zorder=2)
+    axes.scatter(x, loss, marker=look.marker(arm.n_shard), s=55, facecolor=face, edgecolor=color, zorder=3)
 
 
 def _draw_key(axes, look, shown, tolerance):
@@ -195,10 +195,10 @@ def _draw_key(axes, look, shown, tolerance):
 
 
 def _label_points(axes, points):
-    """Write the text of each of `points`, (x, y, text, colour), beside it, where it covers no point or other text."""
+    """Write the text of each of `points`, (x, y, text, color), beside it, where it covers no point or other text."""
     from adjustText import adjust_text
 
-    texts = [axes.text(x, y, text, fontsize=7, color=colour) for x, y, text, colour in points if text]
+    texts = [axes.text(x, y, text, fontsize=7, color=color) for x, y, text, color in points if text]
     if texts:
         x, y, *_ = zip(*points, strict=True)
         room = dict(expand=(1.4, 2.2), force_static=(0.3, 0.5))  # beside the middle of a point: it has a size

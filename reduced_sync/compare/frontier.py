@@ -12,7 +12,7 @@ import torch
 
 from reduced_sync.bench.cost_model import Forward, forward_seconds
 from reduced_sync.bench.results import read_results
-from reduced_sync.compare.runs import Arm, comparable, distance
+from reduced_sync.compare.runs import Arm, comparable, gap_between
 from reduced_sync.hardware import LINKS, NAMED
 from reduced_sync.train.experiment import model_keys
 from reduced_sync_model import GPT, GPTConfig, SyncRule
@@ -142,7 +142,7 @@ def on_frontier(arm: Arm, arms: list[Arm], condition: str) -> bool | None:
     for other in arms:
         if other is arm or other.scale != arm.scale or not comparable(other, arm) or not _has_place(other, condition):
             continue
-        difference, seconds = distance(arm, other, arms), arm.tpots[condition] - other.tpots[condition]
+        difference, seconds = gap_between(arm, other, arms), arm.tpots[condition] - other.tpots[condition]
         if difference is not None and seconds >= 0:
             above = difference.percent - (difference.margin or 0)
             if above > 0 or (above == 0 and seconds > 0):

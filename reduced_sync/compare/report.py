@@ -24,8 +24,8 @@ from reduced_sync.compare.runs import (
 FRONTIER = {True: "yes", False: "dominated", None: "-"}
 # why an arm has no verdict: the word in its line of the table, and what that means for all
 NO_VERDICT = {
-    "unfinished": "not all of them have finished",
-    "not bracketed": "their learning rates are not bracketed",
+    "unfinished": "some runs have not finished",
+    "not bracketed": "the learning rates are not bracketed",
     "one seed": "with one seed each, the noise is not known",
 }
 
@@ -38,6 +38,8 @@ def judge(arm: Arm, difference: Gap | None, arms: list[Arm], tolerance: float) -
     reference = baseline_of(arm, arms)
     if difference is None or reference is arm:
         return ""
+    if arm.diverged:
+        return "diverged"
     if not difference.final:
         return "unfinished"
     if not (arm.bracketed and reference.bracketed):
@@ -177,9 +179,8 @@ def _group_verdict(group, reference, arms, tolerance):
     undecided = [(arm, d) for (arm, d), v in zip(gaps, verdicts, strict=True) if v == "open" and arm.blocking < least]
     for arm, difference in undecided:
         cell = _verdict_cell("open", difference, tolerance).removeprefix("open: ")
-        note += (
-            f"; {arm.sync} ({difference.percent:+.2f}%) cannot be distinguished from {tolerance:g}%: {cell} would do"
-        )
+        gap_text = f"{arm.sync} ({difference.percent:+.2f}%)"
+        note += f"; {gap_text} is too close to {tolerance:g}% to call: {cell} would settle it"
     if not good:
         return f"{start}no variant is within {tolerance:g}% of the baseline{note}"
     best, difference = min(good, key=lambda pair: (pair[0].blocking, pair[1].percent))
@@ -207,7 +208,7 @@ def _accepted(gaps, arms, tolerance):
         if verdict == "within" or (baseline_of(arm, arms) is arm and tolerance >= 0)
     ]
     reasons = "; ".join(filter(None, reasons))
-    return good, f"{reasons}. Seen so far, no answer: " if reasons else ""
+    return good, f"no verdict, because {reasons}. So far: " if reasons else ""
 
 
 def fastest(arms: list[Arm], tolerance: float) -> str:
@@ -246,7 +247,7 @@ def _no_gap_reason(variants, arms):
     synced = [arm for arm in arms if arm.all_synced]
     if synced and not any(itertools.starmap(comparable, itertools.product(variants, synced))):
         return "evaluated on other windows or data than the baseline"
-    return f"{len(synced) or 'no'} baseline{'s' if synced else ''} among the runs, one is needed"
+    return f"found {len(synced) or 'no'} baseline{'s' if synced else ''}; exactly one is needed"
 
 
 def write_csv(arms: list[Arm], path: str | Path, tolerance: float) -> None:

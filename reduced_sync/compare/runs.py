@@ -38,12 +38,12 @@ class Arm:
     data: tuple  # name, sha256 of train, sha256 of val; None for one that is not known
     changed: str  # settings that changed where the run was resumed
     seeds: dict
-    diverged: bool = False  # it ended for losses that are no numbers
+    diverged: bool = False  # a seed ended for losses that are no numbers
     rates: list = field(
         default_factory=list, repr=False, compare=False
     )  # the arm at each of its learning rates, the lowest first
     scale: int = 0  # from number_scales
-    tpots: dict = field(default_factory=dict)  # {setting: seconds per token}, from compare/frontier.py
+    tpots: dict = field(default_factory=dict)  # {condition: seconds per token}, from compare/frontier.py
 
     def __post_init__(self):
         self.n_shard, self.n_layer, self.n_head, self.n_embd, self.max_iters = (
@@ -213,6 +213,7 @@ def load_runs(paths: Iterable[str | Path]) -> tuple[list[Arm], list[str]]:
             if same_experiment(other, arm) and not set(other.seeds) & set(arm.seeds):
                 other.names += arm.names
                 other.seeds |= arm.seeds
+                other.diverged |= arm.diverged
                 other.settings = arm.settings | other.settings  # what one of them knows
                 if None in other.data:
                     other.data = arm.data
@@ -379,10 +380,10 @@ def noise(arms: list[Arm]) -> tuple[float | None, int]:
 def gap(arm: Arm, arms: list[Arm]) -> Gap | None:
     """The arm's Gap to its baseline, or None where there is nothing to compare."""
     reference = baseline_of(arm, arms)
-    return None if reference is None else distance(arm, reference, arms)
+    return None if reference is None else gap_between(arm, reference, arms)
 
 
-def distance(arm: Arm, other: Arm, arms: list[Arm]) -> Gap | None:
+def gap_between(arm: Arm, other: Arm, arms: list[Arm]) -> Gap | None:
     """How far `arm` is above another one of `arms`: the mean over the seeds that both have, else of their means."""
     common = set(arm.losses) & set(other.losses)
     if not common:

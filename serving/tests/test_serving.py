@@ -53,11 +53,12 @@ MODELS = {
     "selective-llama": dict(LLAMA, n_shard=2, n_kv_head=1, sync="a021", tie_embeddings=False),
     "parallel": dict(GPT2, n_shard=2, sync="1011+parallel"),
     "desync-llama": dict(LLAMA, n_shard=2, sync="0a01+desync"),
+    "tracks": dict(GPT2, n_shard=2, sync="0101+tracks"),
     # as a dropped SmolLM2
     "spd-llama": dict(LLAMA, n_shard=3, n_embd=96, n_head=3, n_kv_head=3, n_hidden=264, sync="spd"),
 }
 SYNCS = {"baseline": 8, "baseline-llama": 8, "spd": 4, "grouped": 2, "grouped-llama": 2, "selective-llama": 4}
-SYNCS |= {"parallel": 3, "desync-llama": 2, "spd-llama": 4}
+SYNCS |= {"parallel": 3, "tracks": 2, "desync-llama": 2, "spd-llama": 4}
 WITH_CODE = [name for name in MODELS if not name.startswith("baseline")]
 SERVED = [(name, n) for n in (1, 2, 3) for name in MODELS if MODELS[name]["n_shard"] % n == 0]
 QUANTIZED = {1: [("sharded", "int8"), ("sharded", "fp8"), ("spd", "int8")]}
@@ -364,7 +365,13 @@ LOADED = [  # a file's tensor: name, type, shape (n_shard, in, out); type of the
         "float32",
         f"refused {NAME} is (4, 3, 2); its first dimension must be n_shard=2",
     ),
-    (NAME + "_scale", "float32", (2, 2, 1), "float32", f"refused the file has {NAME}_scale, which this model has not"),
+    (
+        NAME + "_scale",
+        "float32",
+        (2, 2, 1),
+        "float32",
+        f"refused the file has {NAME}_scale, which is not a tensor of this model",
+    ),
     (
         "model.lm_head.weight",
         "float32",

@@ -28,7 +28,7 @@ class ReducedSyncConfig(PretrainedConfig):
 
     @property
     def rule(self):
-        """Where the shards synchronise: a SyncRule."""
+        """Where the shards synchronize: a SyncRule."""
         return SyncRule.parse(self.sync, self.n_layer)
 
     @property

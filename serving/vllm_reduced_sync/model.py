@@ -134,7 +134,7 @@ class Stream:
         self.ds = ys if self.ds is None else [d + y for d, y in zip(self.ds, ys, strict=True)]
 
     def sync(self, ys):
-        """A sync point: x plus the sum of all shards' deltas; with desync those before ys count by their mean."""
+        """A sync point: x plus the sum of all deltas; by their mean count those before ys (desync), or all (tracks)."""
         if self.ds is not None:
             share = 1 / self.n_shard if self.rival == "desync" else 1
             ys = [torch.add(y, d, alpha=share) for d, y in zip(self.ds, ys, strict=True)]
@@ -155,9 +155,8 @@ class Block(nn.Module):
         self.ln_2 = per_shard(config, lambda: norm(config))
         self.mlp = MLP(config, vllm_config, f"{prefix}.mlp")
 
-    def forward(self, stream, syncs, positions):
-        """Add this layer to the Stream. syncs: whether to sync after attention, and after the MLP."""
-        after_attention, after_mlp = syncs
+    def forward(self, stream, after_attention, after_mlp, positions):
+        """Add this layer to the Stream, which is synced or not after attention and after the MLP."""
         hs = stream.read(self.ln_1)
         same = stream.read(self.ln_2) if self.parallel else None  # the MLP reads what the attention reads
         ys = self.attn(hs, positions)
@@ -202,8 +201,8 @@ class GPT(nn.Module):
         if self.config.position == "learned":
             x = x + self.transformer.wpe(positions)
         stream = Stream(x, self.rule, self.config.n_shard)
-        for block, syncs in zip(self.transformer.h, self.rule.layers(), strict=True):
-            block(stream, syncs, positions)
+        for block, syncs_after in zip(self.transformer.h, self.rule.layers(), strict=True):
+            block(stream, *syncs_after, positions)
         return stream.read([self.transformer.ln_f])[0]
 
 
@@ -256,7 +255,7 @@ class ReducedSyncForCausalLM(nn.Module):
                 raise ValueError(f"the file has {name}, which config.json ties to the embedding")
             for target, part, *place in self.parts(name, tensor):
                 if target not in parameters:
-                    raise ValueError(f"the file has {name}, which this model has not")
+                    raise ValueError(f"the file has {name}, which is not a tensor of this model")
                 parameter = parameters[target]
                 check(name, part, parameter, place)
                 getattr(parameter, "weight_loader", default_weight_loader)(parameter, part, *place)

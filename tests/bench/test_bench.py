@@ -131,11 +131,13 @@ def test_a_candidate_is_spelled_as_it_is_trained():
     assert keys == dict(n_shard=4, sync="grouped-4+desync")
     keys = candidates.keys_of("spd+parallel", n_layer=12, n_shard=2)
     assert keys == dict(n_shard=2, sync="spd+parallel")
+    assert candidates.keys_of("baseline+delayed-layer", n_layer=12, n_shard=2)["sync"] == "baseline+delayed-layer"
     study = {}
     exec((ROOT / "config" / "study_124m.py").read_text(), study)
-    for name, sizes in study["_controls"].items():
-        control = candidates.keys_of(name, 12, n_shard=2)
-        assert control == dict(n_shard=2, sync="baseline", **sizes)
+    for name, keys in study["arms"].items():
+        if name.startswith("control-"):
+            control = candidates.keys_of(name.removeprefix("control-"), 12, n_shard=2)
+            assert control == dict(sync="baseline") | keys | dict(n_shard=2)
     assert candidates.keys_of("6x1008", 12, n_shard=8)["n_head"] == 24  # no multiple of 8 fits: 42
 
 

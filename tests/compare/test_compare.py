@@ -32,7 +32,7 @@ from reduced_sync_model import GPT, GPTConfig, SyncRule
 # of training; drop_syncs.py's have another form
 RECORDED = sorted(log for log in (ROOT / "results").glob("*/*/log.txt") if "\nstep 0: " in log.read_text())
 SIZES = {"vocab_size": 128}
-UNTUNED = "their learning rates are not bracketed. Seen so far, no answer: "
+UNTUNED = "no verdict, because the learning rates are not bracketed. So far: "
 
 
 def make(
@@ -108,7 +108,7 @@ def test_table_and_verdict(runs):
     assert lines[2] == "out-spd spd 2 12 50.0% 0.61M 17 2.0100 +0.50% not bracketed 20".split()
     assert lines[3] == "out-g6 grouped-6 2 6 75.0% 0.61M 17 2.0400 +1.98% not bracketed 20".split()
     assert lines[4] == "out-g3 grouped-3 2 3 87.5% 0.61M 17 2.1000 +4.88% not bracketed 20".split()
-    start = "n_shard 2: their learning rates are not bracketed. Seen so far, no answer: the fewest syncs within 2.1% of"
+    start = f"n_shard 2: {UNTUNED}the fewest syncs within 2.1% of"
     assert verdict(loaded, 2.1).startswith(f"{start} the baseline: 6 (grouped-6, +1.98%")
     assert "within 0.6% of the baseline: 12 (spd" in verdict(loaded, 0.6)
     assert "no variant is within 0.1%" in verdict(loaded, 0.1)
@@ -205,8 +205,8 @@ def test_an_arm_is_at_its_best_learning_rate(tmp_path):
     [
         ([2.01, 2.011], "within", "n_shard 2: the fewest syncs within 2% of the baseline: 2 (spd, +0.52%, 50.0% fewer"),
         ([2.2, 2.203], "outside", "n_shard 2: no variant is within 2% of the baseline"),
-        ([2.00, 2.09], "open", "; spd (+2.20%) cannot be distinguished from 2%: over 100 seeds would do"),
-        ([2.02, 2.08], "open", "; spd (+2.46%) cannot be distinguished from 2%: 81 seeds would do"),
+        ([2.00, 2.09], "open", "; spd (+2.20%) is too close to 2% to call: over 100 seeds would settle it"),
+        ([2.02, 2.08], "open", "; spd (+2.46%) is too close to 2% to call: 81 seeds would settle it"),
     ],
 )
 def test_a_verdict_is_by_the_interval(tmp_path, losses, expected, line):
@@ -229,7 +229,7 @@ def test_without_a_verdict(tmp_path):
     tune(tmp_path, "out-spd", "11", [4.0, 3.0, 2.01])
     arms = load(tmp_path)
     assert judge(arms[1], gap(arms[1], arms), arms, 2) == "one seed"
-    start = "n_shard 2: with one seed each, the noise is not known. Seen so far, no answer: "
+    start = "n_shard 2: no verdict, because with one seed each, the noise is not known. So far: "
     assert verdict(arms, 2) == f"{start}the fewest syncs within 2% of the baseline: 2 (spd, +0.50%, 50.0% fewer syncs)"
     for name in ("out-base-half", "out-base-twice"):
         (tmp_path / name / "log.txt").unlink()
@@ -310,11 +310,11 @@ def test_sizes_controls_and_learning_rates(runs):
 
 def test_when_nothing_can_be_said(tmp_path):
     make(tmp_path, "out-spd", "1" * 12, [4.0, 3.1, 2.01])
-    assert "no baseline among the runs" in verdict(load(tmp_path), 2)
+    assert "found no baseline; exactly one is needed" in verdict(load(tmp_path), 2)
     make(tmp_path, "out-base", "2" * 12, [4.0, 3.0])
     assert "the baseline out-base has not finished" in verdict(load(tmp_path), 2)
     make(tmp_path, "out-base2", "2" * 12, [4.0, 3.0, 2.0], dropout=0.1)
-    assert "2 baselines among the runs" in verdict(load(tmp_path), 2)
+    assert "found 2 baselines; exactly one" in verdict(load(tmp_path), 2)
 
 
 def test_each_n_shard_has_its_own_baseline(runs):
@@ -362,6 +362,20 @@ def test_a_learning_rate_that_diverged_is_not_the_best(runs, name):
     make(runs, name, "2" * 12, [4.0, 3.0, float("nan")], learning_rate=1.0)
     loaded = load(runs)
     assert {baseline_of(arm, loaded).names[0] for arm in loaded} == {"out-base"}
+
+
+def test_an_arm_of_which_a_seed_diverged_has_no_verdict_but_that(tmp_path):
+    """It must not be judged by the seeds that are left."""
+    tune(tmp_path, "out-base", "22", [4.0, 3.0, 2.0])
+    tune(tmp_path, "out-spd", "11", [4.0, 3.0, 2.01])
+    for name, pattern in (("base", "22"), ("spd", "11")):
+        make(tmp_path, f"out-{name}-2", pattern, [4.0, 3.0, 2.0], seed=2)
+    make(tmp_path, "out-spd-3", "11", [4.0], seed=3, max_bad_steps=2)
+    with open(tmp_path / "out-spd-3" / "log.txt", "a") as file:
+        file.writelines(iter_line(step, math.nan, 0.1, 1024, math.nan, None, step) + "\n" for step in (3, 4))
+    arms = load(tmp_path)
+    assert judge(arms[1], gap(arms[1], arms), arms, 2) == "diverged"
+    assert verdict(arms, 2).startswith("n_shard 2: no variant is within 2%")
 
 
 def test_nan_is_never_within_the_tolerance(runs):
@@ -476,8 +490,8 @@ def test_runs_that_are_too_short_give_no_answer(runs, tmp_path, monkeypatch):
     assert "too short" not in verdict(load(runs), 2) and not any("too short" in title for title in titles)
     make(runs, "out-short", "1" * 12, [4.0, 3.0, 1.0], gradient_accumulation_steps=200)
     loaded = load(runs)
-    start = "n_shard 2: too short to tell: 0.84 tokens per parameter, at least 10 are needed; "
-    start += UNTUNED
+    start = "n_shard 2: no verdict, because too short to tell: 0.84 tokens per parameter, at least 10 are needed; "
+    start += UNTUNED.removeprefix("no verdict, because ")
     assert verdict(loaded, 2.1).startswith(f"{start}the fewest syncs within 2.1% of the baseline: 6 (grouped-6")
     assert verdict(loaded, -70).startswith(f"{start}no variant is within")
     draw_comparison(loaded, runs / "figure.png", 2)
@@ -819,7 +833,7 @@ def test_a_model_whose_shape_is_not_known_has_no_prediction(tmp_path, keys, line
 
 
 def test_labels_of_thirty_arms_cover_neither_one_another_nor_a_point(tmp_path, monkeypatch):
-    """And the legend of the curves names colours and dashes in the place of thirty lines."""
+    """And the legend of the curves names colors and dashes in the place of thirty lines."""
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 

@@ -175,7 +175,7 @@ def test_an_interrupted_study_goes_on(small_dataset, tmp_path, number):
     if number == signal.SIGKILL:
         assert study.Run(study.Study(out_dir=str(tmp_path / "out")), FIRST, TINY).is_held()
     else:
-        assert process.returncode == 130 and "the same command goes on" in err and err.count("\n") == 1, err
+        assert process.returncode == 130 and "run the same command to continue" in err and err.count("\n") == 1, err
     out = succeeded(run_script([STUDY, path], cwd=tmp_path))
     assert "baseline" in out
     assert [row[0] for row in read_log(log).evaluations] == [0, 500, 1000]
@@ -185,16 +185,12 @@ def test_an_interrupted_study_goes_on(small_dataset, tmp_path, number):
 
 def test_a_run_that_fails_is_said_and_the_others_go_on(small_dataset, tmp_path):
     """With tuning on its arm is given up, not its rate."""
-    arms = dict(bad=dict(n_shard=3), good=dict(learning_rate=0.16))
+    arms = dict(bad=dict(init_from="nowhere/at-all"), good=dict(learning_rate=0.16))
     path = write(tmp_path, small_dataset, arms, tune=True)
     process = run_script([STUDY, path], cwd=tmp_path, timeout=190)
     name = "a-bad-lr0.001-seed1"
     assert process.returncode == 1 and process.stderr.count("\n") == 3 and "Traceback" not in process.stderr
-    for part in (
-        f"{name}: ",
-        "n_head=2 is not divisible by n_shard=3",
-        f"more in {tmp_path / 'out' / name}/output.txt",
-    ):
+    for part in (f"{name}: ", "nowhere/at-all", f"more in {tmp_path / 'out' / name}/output.txt"):
         assert part in process.stderr
     assert "a-good-lr0.16-seed1: " in process.stdout
 
@@ -229,7 +225,10 @@ def test_under_torchrun(small_dataset, tmp_path):
         (dict(arms=[]), ["arms must be dict or None, not list"]),
         (dict(arms={"../b": {}}), ["arm '../b'", "letters, digits"]),
         (dict(arms={"b": 3}), ["arm 'b'", "names a dict"]),
-        (dict(arms={"b": dict(sizes=["c"])}), ["arm 'b'", "no size is called 'c'"]),
+        (dict(arms={"b": dict(sizes=["c"])}), ["arm 'b'", "sizes=['c'] must be a list of names among a"]),
+        (dict(arms={"b": dict(sizes=3)}), ["arm 'b'", "sizes=3 must be a list"]),
+        (dict(arms={"b": dict(n_shard=3)}), ["a-b-lr0.001-seed1", "n_head=2 is not divisible by n_shard=3"]),
+        (dict(arms={"b": dict(warmup_iters=20)}), ["a-b-lr0.001-seed1", "warmup_iters=20 is past step 10"]),
         (dict(arms={"b": dict(max_iters=0)}), ["a-b: max_iters=0"]),
         (dict(arms={"b": dict(out_dir="c")}), ["a-b: out_dir is the study's own"]),
         (dict(arms={"b": dict(seed=1)}), ["a-b: seed is the study's own"]),
@@ -308,7 +307,7 @@ def test_a_folder_that_holds_another_run(small_dataset, tmp_path, capsys):
     path = write(tmp_path, small_dataset, dict(b={}))
     succeeded(run_script([STUDY, path], cwd=tmp_path))
     assert status(study.main, [str(write(tmp_path, small_dataset, dict(b=dict(weight_decay=0.5))))]) == 1
-    assert "weight_decay=0.1, not 0.5" in capsys.readouterr().err
+    assert "holds another run (weight_decay 0.1 -> 0.5)" in capsys.readouterr().err
     for mistake in ("processes=0", "tolerance=-1", "tolerance=1e999", "out_dir=", "seeds=0", "runs_per_gpu=0"):
         assert status(study.main, [str(path), f"--{mistake}"]) == 1
         assert capsys.readouterr().err.startswith(f"error: {mistake.split('=')[0]}")
@@ -317,8 +316,9 @@ def test_a_folder_that_holds_another_run(small_dataset, tmp_path, capsys):
 def test_runs_share_a_gpu(monkeypatch):
     monkeypatch.setattr(study.torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert study.slots(1, 2) == ([["0"], ["1"], ["0"], ["1"]], True)
-    assert study.slots(2, 1) == ([["0", "1"]], True)
+    assert study.slots(1, 2, False) == ([["0"], ["1"], ["0"], ["1"]], True)
+    assert study.slots(2, 1, False) == ([["0", "1"]], True)
+    assert study.slots(1, 2, True)[1] is False
 
 
 def test_a_study_has_its_runs_device_changed(tmp_path):
