@@ -6,8 +6,8 @@ $ python serving/load.py --clients 1 --prompt_tokens 16 256 1024 --tokens 8
 
 Each client sends another prompt as soon as it has an answer, and stops after so many seconds. Prompts are random ids
 below 50, so that no cache knows one. All answers count, by the tokens that the server says they have. TTFT is the time
-from asking to the first token, the time per token is that between an answer's others. Any server of OpenAI's API will
-do that streams completions and takes ids as prompts, and any model with 50 of them; no package is needed.
+from asking to the first token, the time per token is that between an answer's others. Works with any
+OpenAI-compatible server that streams and accepts token ids, and any model with at least 50 tokens; needs no package.
 """
 
 import argparse

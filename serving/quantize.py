@@ -7,8 +7,8 @@ int8 and fp8: weights with a scale for each output, activations with one for eac
 groups of 32 inputs with a scale each, activations in 16 bits. An output that is a sum over shards has one scale for all
 of them, so that the codes are those of the same model without shards. Embeddings, norms and biases stay as they are.
 
-The folder is one of ours that carries its code, or a plain Llama's. The code stays behind: transformers would read the
-codes as weights.
+The folder is one of ours that carries its code, or a plain Llama's. The Python code is not copied: transformers would
+take the quantized integers for weights.
 """
 
 import argparse
@@ -20,7 +20,11 @@ from pathlib import Path
 
 import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from reduced_sync.files import temporary_folder
 
 GROUP = 32
 NAMES = r"(c_attn|c_fc|c_gate|c_proj|[qkvo]_proj|gate_proj|up_proj|down_proj)\.weight"
@@ -65,10 +69,9 @@ def quantization_config(kind: str) -> dict:
 def quantize(source: Path, target: Path, kind: str) -> None:
     """Write the folder `target`, which must not exist. Raises ValueError and OSError."""
     keys = json.loads((source / "config.json").read_text())
-    if keys["architectures"] not in (["ReducedSyncForCausalLM"], ["LlamaForCausalLM"]) or "quantization_config" in keys:
-        raise ValueError(
-            f"{source} is {keys['architectures']}; allowed are folders with their code and Llamas, in floats"
-        )
+    kinds = keys.get("architectures") if isinstance(keys, dict) else None
+    if kinds not in (["ReducedSyncForCausalLM"], ["LlamaForCausalLM"]) or "quantization_config" in keys:
+        raise ValueError(f"{source} is {kinds}; allowed are folders with their code and Llamas, in floats")
     if target.exists():
         raise ValueError(f"to={str(target)!r} exists already: choose another folder, or remove it")
     state = {}
@@ -76,11 +79,13 @@ def quantize(source: Path, target: Path, kind: str) -> None:
         state |= codes(name, tensor, kind) if re.search(rf"\.{NAMES}$", name) else {name: tensor}
     keys["quantization_config"] = quantization_config(kind)
     keys.pop("auto_map", None)
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.py", "README.md", "*.safetensors", "config.json"))
-    save_file(
-        {name: tensor.contiguous() for name, tensor in state.items()}, target / "model.safetensors", {"format": "pt"}
-    )
-    (target / "config.json").write_text(json.dumps(keys, indent=1) + "\n")
+    others = shutil.ignore_patterns("*.py", "README.md", "*.safetensors", "config.json")
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    with temporary_folder(target) as folder:  # all of it, or none
+        shutil.copytree(source, folder, ignore=others, dirs_exist_ok=True)
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(keys, indent=1) + "\n")
+        folder.rename(target)
 
 
 def main():
@@ -91,7 +96,7 @@ def main():
     args = parser.parse_args()
     try:
         quantize(args.folder, args.to, args.kind)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -173,7 +173,7 @@ def _group_verdict(group, reference, arms, tolerance):
     notes = {"unfinished": sum(not arm.finished for arm in group)}
     notes["evaluated on other windows or data"] = len(variants) - len(gaps)
     verdicts = [judge(arm, difference, arms, tolerance) for arm, difference in gaps]
-    notes |= {word: verdicts.count(word) for word in ("not bracketed", "one seed") if not start}
+    notes |= {word: verdicts.count(word) for word in ("not bracketed", "one seed", "diverged") if not start}
     note = "".join(f" ({count} {why} not counted)" for why, count in notes.items() if count)
     least = min((arm.blocking for arm, _ in good), default=math.inf)
     undecided = [(arm, d) for (arm, d), v in zip(gaps, verdicts, strict=True) if v == "open" and arm.blocking < least]
@@ -228,7 +228,7 @@ def _fastest_of(group, condition, arms, tolerance):
     gaps = [(arm, difference) for arm in group if condition in arm.tpots and (difference := gap(arm, arms)) is not None]
     gaps = [(arm, difference) for arm, difference in gaps if difference.final]
     if not gaps:
-        return "can't say: no run with a time per token has finished and has a baseline that has"
+        return "can't say: no finished run has both a time per token and a finished baseline"
     good, start = _accepted(gaps, arms, tolerance)
     if not good:
         return f"{start}no run with a time per token is within {tolerance:g}% of the baseline"
