@@ -37,7 +37,7 @@ from reduced_sync.cli import one_line, one_line_errors, stop_signals
 from reduced_sync.compare.figures import draw_comparison
 from reduced_sync.compare.report import report, write_csv
 from reduced_sync.compare.runs import best_rate, load_runs
-from reduced_sync.configurator import configure, describe, option
+from reduced_sync.configurator import configure, option
 from reduced_sync.data import Corpus
 from reduced_sync.distributed import ERROR_FILE, choose_device
 from reduced_sync.train.experiment import Config, check_config, model_keys
@@ -259,7 +259,7 @@ class StudyProgress:
 
     def __init__(self, trials):
         self.trials, self.begin = trials, time.monotonic()
-        self.past = None
+        self.past, _ = self.work()
         self.bar = tqdm(total=1, disable=None, bar_format="{percentage:5.1f}% |{bar}| {postfix}")
 
     def work(self) -> tuple[float, float]:
@@ -275,7 +275,6 @@ class StudyProgress:
     def left(self) -> str:
         """The time left, by the work done since the beginning."""
         done, total = self.work()
-        self.past = done if self.past is None else self.past
         if done <= self.past:
             return ""
         minutes = (total - done) * (time.monotonic() - self.begin) / (done - self.past) / 60
@@ -374,11 +373,8 @@ def _outcome(run, trials):
 
 def main(argv: list[str]) -> int:
     """The exit status: 130 where the study was stopped, 1 where a run failed."""
-    if "--help" in argv or "-h" in argv or not argv:
-        print(__doc__, "Keys:\n", describe(Study), sep="\n")
-        return 0
     with one_line_errors():
-        study = configure(Study, argv)
+        study = configure(Study, argv or ["--help"], __doc__)
         trials = trials_of(study)
         on_cpu = all(run.config.device == "cpu" for one in trials for run in one.runs.values())
         interrupted = run_missing(trials, *slots(study.processes, study.runs_per_gpu, on_cpu))

@@ -169,10 +169,10 @@ def _group_verdict(group, reference, arms, tolerance):
         return f"can't say yet: the baseline {reference.names[0]} has not finished"
     if not variants:
         return "can't say: no variant has finished"
-    good, start = _accepted(gaps, arms, tolerance)
+    verdicts = [judge(arm, difference, arms, tolerance) for arm, difference in gaps]
+    good, start = _accepted(gaps, verdicts, arms, tolerance)
     notes = {"unfinished": sum(not arm.finished for arm in group)}
     notes["evaluated on other windows or data"] = len(variants) - len(gaps)
-    verdicts = [judge(arm, difference, arms, tolerance) for arm, difference in gaps]
     notes |= {word: verdicts.count(word) for word in ("not bracketed", "one seed", "diverged") if not start}
     note = "".join(f" ({count} {why} not counted)" for why, count in notes.items() if count)
     least = min((arm.blocking for arm, _ in good), default=math.inf)
@@ -191,12 +191,11 @@ def _group_verdict(group, reference, arms, tolerance):
     return f"{start}the fewest syncs within {tolerance:g}% of the baseline: {best.count} ({detail}){note}"
 
 
-def _accepted(gaps, arms, tolerance):
+def _accepted(gaps, verdicts, arms, tolerance):
     """(those of the pairs of arm and Gap that are within the tolerance, what a sentence on them begins with).
 
     Where no variant has a verdict, they are those whose gap itself is, and it begins with why that is no answer.
     """
-    verdicts = [judge(arm, difference, arms, tolerance) for arm, difference in gaps]
     reasons = [too_short([arm for pair in gaps for arm in (pair[0], baseline_of(pair[0], arms))])]
     reasons[0] += f", at least {LEAST_TOKENS} are needed" if reasons[0] else ""
     if verdicts and all(verdict in NO_VERDICT or not verdict for verdict in verdicts):
@@ -229,7 +228,8 @@ def _fastest_of(group, condition, arms, tolerance):
     gaps = [(arm, difference) for arm, difference in gaps if difference.final]
     if not gaps:
         return "can't say: no finished run has both a time per token and a finished baseline"
-    good, start = _accepted(gaps, arms, tolerance)
+    verdicts = [judge(arm, difference, arms, tolerance) for arm, difference in gaps]
+    good, start = _accepted(gaps, verdicts, arms, tolerance)
     if not good:
         return f"{start}no run with a time per token is within {tolerance:g}% of the baseline"
     best, difference = min(good, key=lambda pair: (pair[0].tpots[condition], pair[1].percent))
