@@ -129,9 +129,9 @@ class SyncRule:
         return [(character in "2a", character in "21") for character in self.pattern]
 
     @property
-    def parts(self) -> "Rival":
+    def parts(self) -> "Parts":
         """The classes that compute it."""
-        return RIVALS.get(self.rival, Rival())
+        return RIVALS[self.rival] if self.rival else Parts()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -493,7 +493,7 @@ class DelayedLayer(Stream):
         return sum_over_ranks(self.h.sum(0) / self.n_shard, self.tp_group)
 
 
-class Rival(NamedTuple):
+class Parts(NamedTuple):
     """The classes of a rule's layers and of its stream, and whether a sublayer runs behind each sync but the last."""
 
     block: type[Block] = Block
@@ -503,12 +503,12 @@ class Rival(NamedTuple):
 
 
 RIVALS = {
-    "parallel": Rival(block=ParallelBlock),
-    "desync": Rival(stream=Desync),
-    "tracks": Rival(stream=Tracks),
-    "ladder": Rival(stream=Ladder, hides=True),
-    "delayed": Rival(stream=Delayed, hides=True),
-    "delayed-layer": Rival(stream=DelayedLayer, hides=True, layer_late=True),
+    "parallel": Parts(block=ParallelBlock),
+    "desync": Parts(stream=Desync),
+    "tracks": Parts(stream=Tracks),
+    "ladder": Parts(stream=Ladder, hides=True),
+    "delayed": Parts(stream=Delayed, hides=True),
+    "delayed-layer": Parts(stream=DelayedLayer, hides=True, layer_late=True),
 }
 
 
@@ -786,7 +786,7 @@ class GPT(nn.Module):
         self, x: Tensor, layers: range | None = None, cache: KVCache | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """x (B, T, C), a synced stream, through all layers, or through `layers`, the last of which syncs; (B, T, C)."""
-        rope = self.rope(0 if cache is None else cache.length, x.size(1))  # only differences of positions count
+        rope = self.rope_cos_sin(0 if cache is None else cache.length, x.size(1))  # only differences of positions count
         stream = self.config.rule.parts.stream(x, self.config, self.tp_group)
         syncs_after = self.config.rule.layers()
         for i in range(self.config.n_layer) if layers is None else layers:
@@ -794,7 +794,7 @@ class GPT(nn.Module):
             self.transformer.h[i](stream, *syncs_after[i], rope, past, mask)
         return stream.end()
 
-    def rope(self, first: int, T: int) -> tuple[Tensor, Tensor] | None:
+    def rope_cos_sin(self, first: int, T: int) -> tuple[Tensor, Tensor] | None:
         """cos and sin, each (T, D/2), of inv_freq times position, of the T positions from `first` on; None: learned."""
         c, weight = self.config, self.transformer.wte.weight
         if c.position == "learned":

@@ -29,6 +29,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -64,7 +65,14 @@ class Study:
     tolerance: float = option(2.0, "largest gap to the baseline, in percent, that counts as equal", least=0)
 
 
-class Trials:
+class Plan(NamedTuple):
+    """The runs of a sweep as far as they are known by now, in their order, and how many more there will be at least."""
+
+    runs: list["Run"]
+    more: int
+
+
+class Sweep:
     """An arm at a size: the runs that find its learning rate, and its seeds at the best one."""
 
     def __init__(self, study, name, keys):
@@ -86,23 +94,23 @@ class Trials:
             self.runs[rate, seed] = Run(self.study, f"{self.name}-lr{rate:g}-seed{seed}", keys)
         return self.runs[rate, seed]
 
-    def wanted(self) -> tuple[list["Run"], int]:
-        """Its runs as far as they are known by now, in their order, and how many more there will be at least."""
+    def plan(self) -> Plan:
+        """What it trains, by the losses that are known by now."""
         first = float(self.keys["learning_rate"])
         rates, seeds = [first, first / 2, 2 * first] if self.study.tune else [first], range(2, self.study.seeds + 1)
         while True:
             runs = [self.run(rate, 1) for rate in rates]
             if not all(run.finished or run.diverged for run in runs):
-                return runs, len(seeds)
+                return Plan(runs, len(seeds))
             best, bracketed = best_rate({rate: {1: run.loss} for rate, run in zip(rates, runs, strict=True)})
             if len(rates) >= 8 and not any(run.finished for run in runs):
-                return runs, 0  # all diverge
+                return Plan(runs, 0)  # all diverge
             if bracketed or not self.study.tune:
-                return runs + [self.run(best, seed) for seed in seeds], 0
+                return Plan(runs + [self.run(best, seed) for seed in seeds], 0)
             rates.append(2 * best if best == max(rates) else best / 2)
 
 
-def trials_of(study: Study) -> list[Trials]:
+def sweeps_of(study: Study) -> list[Sweep]:
     """Every arm at every size. Raises ValueError for a study that cannot be run."""
     if not study.out_dir:
         raise ValueError("out_dir is empty: it must name a folder")
@@ -122,7 +130,7 @@ def trials_of(study: Study) -> list[Trials]:
         for name, keys in study.arms.items():
             if size in keys.get("sizes", study.sizes):
                 keys = {key: value for key, value in keys.items() if key != "sizes"}
-                found.append(Trials(study, f"{size}-{name}", (study.common or {}) | size_keys | keys))
+                found.append(Sweep(study, f"{size}-{name}", (study.common or {}) | size_keys | keys))
     return found
 
 
@@ -146,21 +154,21 @@ class Run:
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
         self.process = self.slot = self.failure = None
-        self.told = 0  # signals passed on to its process
+        self.signals_sent = 0
         self.step, self.evaluated, self.finished, self.diverged, self.loss = 0, 0, False, False, math.inf
         self.step_work = keys["n_layer"] * keys["n_embd"] ** 2  # about a step's share of the time
 
-    def look(self) -> None:
+    def read_progress(self) -> None:
         """Read from its log where it stands. Raises ValueError for the log of another run."""
         try:
             log = read_log(self.out_dir / "log.txt")
         except FileNotFoundError:
             return
         found = log.header.get("config", {})
-        wanted = dataclasses.asdict(self.config)
-        own = [key for key in (*ARCHITECTURE, "dataset") if found.get(key, wanted[key]) != wanted[key]]
-        other = ", ".join(f"{key} {found[key]} -> {wanted[key]}" for key in own)
-        if found and (other := ", ".join(filter(None, [other, changes(found, wanted)]))):
+        own = dataclasses.asdict(self.config)
+        differs = [key for key in (*ARCHITECTURE, "dataset") if found.get(key, own[key]) != own[key]]
+        other = ", ".join(f"{key} {found[key]} -> {own[key]}" for key in differs)
+        if found and (other := ", ".join(filter(None, [other, changes(found, own)]))):
             raise ValueError(f"{self.out_dir} holds another run ({other}): rename the arm, or remove the folder")
         self.step = max((step for step, *_ in log.iterations + log.evaluations), default=0)
         self.evaluated = len(log.evaluations)
@@ -216,16 +224,16 @@ class Run:
 
     def pass_on(self, signals: list[int]) -> None:
         """Send its process those of the signals that it has not had; the second one ends a run without saving."""
-        for number in signals[self.told :]:  # torchrun knows no other
+        for number in signals[self.signals_sent :]:  # torchrun knows no other
             self.process.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
-        self.told = len(signals)
+        self.signals_sent = len(signals)
 
     def ended(self) -> bool:
         """Whether its process has ended; `failure` then says why, where it did not finish or stop as asked."""
         if self.process.poll() is None:
             return False
-        self.look()
-        if not (self.finished or self.diverged or self.told or self.is_held()):
+        self.read_progress()
+        if not (self.finished or self.diverged or self.signals_sent or self.is_held()):
             self.failure = f"{reason(self.out_dir, self.process.returncode)} (more in {self.out_dir / 'output.txt'})"
         self.process = None
         return True
@@ -257,16 +265,16 @@ def slots(processes: int, runs_per_gpu: int, on_cpu: bool) -> tuple[list[list[st
 class StudyProgress:
     """What is left to train of a study, in work and in time, and the bar that shows it."""
 
-    def __init__(self, trials):
-        self.trials, self.begin = trials, time.monotonic()
+    def __init__(self, sweeps):
+        self.sweeps, self.begin = sweeps, time.monotonic()
         self.past, _ = self.work()
         self.bar = tqdm(total=1, disable=None, bar_format="{percentage:5.1f}% |{bar}| {postfix}")
 
     def work(self) -> tuple[float, float]:
         """(work done, work in all, as far as it is known)."""
         done = total = 0
-        for one in self.trials:
-            runs, more = one.wanted()
+        for sweep in self.sweeps:
+            runs, more = sweep.plan()
             done += sum(run.step_work * (run.keys["max_iters"] if run.diverged else run.step) for run in runs)
             total += sum(run.step_work * run.keys["max_iters"] for run in runs)
             total += more * runs[0].step_work * runs[0].keys["max_iters"]
@@ -293,33 +301,33 @@ class StudyProgress:
         self.bar.set_postfix_str(f"{names or 'waiting for another study.py'}{self.left()}")
 
 
-def run_missing(trials: list[Trials], free: list[list[str]], gpus: bool) -> bool:
+def run_missing(sweeps: list[Sweep], free: list[list[str]], gpus: bool) -> bool:
     """Train what has not finished. Returns whether it was interrupted; failures are the runs' own.
 
     Raises ValueError for data and devices that are not there. Whatever it raises, no run goes on.
     """
     interrupts, running = [], []
     before = {n: signal.signal(n, lambda number, frame: interrupts.append(number)) for n in stop_signals()}
-    announce(trials, len(free))
-    progress = StudyProgress(trials)
+    announce(sweeps, len(free))
+    progress = StudyProgress(sweeps)
     try:
         while True:
             for run in list(running):
                 if run.ended():
                     running.remove(run)
                     free.append(run.slot)
-                    progress.line(f"{_outcome(run, trials)}{progress.left()}")
-            for run in missing(trials) if free and not interrupts else ():
+                    progress.line(f"{_outcome(run, sweeps)}{progress.left()}")
+            for run in missing(sweeps) if free and not interrupts else ():
                 if free and run not in running and not run.is_held():
-                    run.look()  # another study.py may have finished it
+                    run.read_progress()  # another study.py may have finished it
                     if not (run.finished or run.diverged):
                         run.start(free.pop(0), gpus)
                         running.append(run)
-            if not running and (interrupts or not missing(trials)):
+            if not running and (interrupts or not missing(sweeps)):
                 break
             for run in running:
                 run.pass_on(interrupts)
-                run.look()
+                run.read_progress()
             progress.show(running)
             time.sleep(1)
     finally:
@@ -334,38 +342,38 @@ def run_missing(trials: list[Trials], free: list[list[str]], gpus: bool) -> bool
     return bool(interrupts)
 
 
-def missing(trials: list[Trials]) -> list[Run]:
+def missing(sweeps: list[Sweep]) -> list[Run]:
     """The runs that are to be trained, as far as they are known by now."""
-    runs = [run for one in trials for run in one.wanted()[0]]
+    runs = [run for sweep in sweeps for run in sweep.plan().runs]
     return [run for run in runs if not (run.finished or run.diverged or run.failure)]
 
 
-def announce(trials: list[Trials], at_once: int) -> None:
+def announce(sweeps: list[Sweep], at_once: int) -> None:
     """Say what will be trained. Raises ValueError for other runs' logs, and data and devices that are not there."""
     known = -1
-    while known < (known := sum(len(one.runs) for one in trials)):  # what has ended says which runs follow
-        for one in trials:
-            for run in one.wanted()[0]:
-                run.look()
-    waiting, more = missing(trials), sum(one.wanted()[1] for one in trials)
+    while known < (known := sum(len(sweep.runs) for sweep in sweeps)):  # what has ended says which runs follow
+        for sweep in sweeps:
+            for run in sweep.plan().runs:
+                run.read_progress()
+    waiting, more = missing(sweeps), sum(sweep.plan().more for sweep in sweeps)
     for choice in {(run.config.device, run.config.dtype, run.config.backend) for run in waiting}:
         choose_device(*choice)
     plan = [run.tokens_left() for run in waiting]
-    for one in trials:
-        runs, seeds = one.wanted()
+    for sweep in sweeps:
+        runs, seeds = sweep.plan()
         plan += [runs[0].tokens_left(whole=True)] * seeds
-    finished = sum(run.finished or run.diverged for one in trials for run in one.wanted()[0])
+    finished = sum(run.finished or run.diverged for sweep in sweeps for run in sweep.plan().runs)
     print(f"at least {finished + len(waiting) + more} runs, {finished} finished already, {at_once} at once", flush=True)
     trained, evaluated = (sum(tokens) for tokens in zip(*plan, strict=True)) if plan else (0, 0)
     print(f"to train on {trained:,} tokens, to evaluate on {evaluated:,}", flush=True)
 
 
-def _outcome(run, trials):
-    """How a run has ended, one of those of all `trials`, as a line."""
+def _outcome(run, sweeps):
+    """How a run has ended, one of those of all `sweeps`, as a line."""
     if run.finished:
-        wanted = [one.wanted() for one in trials]
-        finished = sum(run.finished for runs, _ in wanted for run in runs)
-        return f"{run.name}: {run.loss:.4f} ({finished} of at least {sum(len(runs) + more for runs, more in wanted)})"
+        plans = [sweep.plan() for sweep in sweeps]
+        finished = sum(run.finished for runs, _ in plans for run in runs)
+        return f"{run.name}: {run.loss:.4f} ({finished} of at least {sum(len(runs) + more for runs, more in plans)})"
     if run.diverged:
         return f"{run.name}: diverged"
     return f"{run.name}: failed: {run.failure}" if run.failure else f"{run.name}: stopped, goes on next time"
@@ -375,10 +383,10 @@ def main(argv: list[str]) -> int:
     """The exit status: 130 where the study was stopped, 1 where a run failed."""
     with one_line_errors():
         study = configure(Study, argv or ["--help"], __doc__)
-        trials = trials_of(study)
-        on_cpu = all(run.config.device == "cpu" for one in trials for run in one.runs.values())
-        interrupted = run_missing(trials, *slots(study.processes, study.runs_per_gpu, on_cpu))
-        runs = [run for one in trials for run in one.wanted()[0]]
+        sweeps = sweeps_of(study)
+        on_cpu = all(run.config.device == "cpu" for sweep in sweeps for run in sweep.runs.values())
+        interrupted = run_missing(sweeps, *slots(study.processes, study.runs_per_gpu, on_cpu))
+        runs = [run for sweep in sweeps for run in sweep.plan().runs]
         ended = [run.out_dir for run in runs if run.finished or run.diverged]
         if interrupted:
             print(

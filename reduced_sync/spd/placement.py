@@ -73,7 +73,7 @@ def arrange(
 
     batches: x (B, T, C), what the layer reads. Returns both orders.
     """
-    config, dense, rope = model.config, dense_block(model, i), model.rope(0, batches[0].size(1))
+    config, dense, rope = model.config, dense_block(model, i), model.rope_cos_sin(0, batches[0].size(1))
     groups, order = list(range(config.n_kv_head)), list(range(config.n_hidden))
     as_they_are = list(groups)
     if heads != "as_is":

@@ -44,16 +44,16 @@ def make_run(folder, **keys):
 def test_the_study_files(path, small_dataset):
     """Every run can be built, and the dense controls have the parameters of a deep model within 3 %."""
     listed = configure(study.Study, [str(path)])
-    for trials in study.trials_of(listed):
-        (run,) = trials.runs.values()
+    for sweep in study.sweeps_of(listed):
+        (run,) = sweep.runs.values()
         arguments = [one for one in run.arguments if not one.startswith("--dataset=")]
         arguments += [f"--dataset={small_dataset}", "--device=cpu", "--block_size=64"]
         *_, c, _ = script.prepare(configure(script.Config, arguments))
-        if "control" in trials.name:
-            size = listed.sizes[trials.name.split("-")[0]]
+        if "control" in sweep.name:
+            size = listed.sizes[sweep.name.split("-")[0]]
             vocabulary = 50304 if path.stem == "study_124m" else 128
             wide, deep = (12 * n * C**2 + vocabulary * C for n, C in ((c.n_layer, c.n_embd), size_of(size)))
-            assert c.sync == "baseline" and abs(wide / deep - 1) < 0.03, trials.name
+            assert c.sync == "baseline" and abs(wide / deep - 1) < 0.03, sweep.name
 
 
 def size_of(keys):
@@ -116,14 +116,14 @@ def test_the_best_learning_rate_is_found(small_dataset, tmp_path, monkeypatch, o
         return math.inf if rate > 0.1 else 2 + round(0.1 * math.log(rate / optimum) ** 2, 4) + 0.001 * seed
 
     monkeypatch.setattr(study.Run, "start", train_by(loss_at))
-    monkeypatch.setattr(study.Run, "look", lambda run: None)
+    monkeypatch.setattr(study.Run, "read_progress", lambda run: None)
     monkeypatch.setattr(study.Run, "ended", lambda run: True)
     monkeypatch.setattr(study.time, "sleep", lambda seconds: None)
     listed = configure(study.Study, [str(write(tmp_path, small_dataset, dict(base={}), tune=True, seeds=3))])
-    trials = study.trials_of(listed)
-    assert trials[0].wanted()[1] == 2  # seeds to follow
-    assert not study.run_missing(trials, [["0"], ["1"]], False)
-    runs, more = trials[0].wanted()
+    sweeps = study.sweeps_of(listed)
+    assert sweeps[0].plan().more == 2  # seeds to follow
+    assert not study.run_missing(sweeps, [["0"], ["1"]], False)
+    runs, more = sweeps[0].plan()
     rates = sorted({run.keys["learning_rate"] for run in runs})
     best = min(rates, key=lambda rate: loss_at(rate, 1))
     assert more == 0 and rates[0] < best < rates[-1] and abs(math.log2(best / optimum)) < 0.501
@@ -134,14 +134,14 @@ def test_the_best_learning_rate_is_found(small_dataset, tmp_path, monkeypatch, o
 
 
 def test_rates_that_all_diverge_are_halved(small_dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(study.Run, "look", lambda run: None)
+    monkeypatch.setattr(study.Run, "read_progress", lambda run: None)
     listed = configure(study.Study, [str(write(tmp_path, small_dataset, dict(base={}), tune=True))])
-    (trials,) = study.trials_of(listed)
+    (sweep,) = study.sweeps_of(listed)
     start = train_by(lambda rate, seed: math.inf if rate > 2e-4 else 2 + rate)
     for _ in range(3):
-        for run in trials.wanted()[0]:
+        for run in sweep.plan().runs:
             start(run, [], False)
-    assert sorted(run.keys["learning_rate"] for run in trials.wanted()[0])[:2] == [6.25e-5, 1.25e-4]
+    assert sorted(run.keys["learning_rate"] for run in sweep.plan().runs)[:2] == [6.25e-5, 1.25e-4]
 
 
 def test_a_tuned_study_of_real_runs(small_dataset, tmp_path):
