@@ -155,19 +155,24 @@ def delays_table(folder):
 
 
 def serving_table(folder):
-    """What measure.py of results/serving measured, of measured.txt in a folder: medians, and ratios to the first."""
+    """What measure.py of results/serving measured, of measured.txt in a folder: medians over rounds.
+
+    The ratios to the first, too: of figures of the same round.
+    """
     found, columns = {}, ["family, ranks", "added delay, ms", "load", "vllm", "baseline", "spd", "grouped-4"]
     for line in (folder / "measured.txt").read_text().splitlines():
         name, *cells = (cell.strip() for cell in line.rstrip("| ").split("|"))
-        family, variant, tp_size, delay, _, kind = (word.partition("=")[2] or word for word in name.split())
+        family, variant, tp_size, delay, number, kind = (word.partition("=")[2] or word for word in name.split())
         load = f"TTFT, prompt {cells[1]}, ms" if kind == "prefill" else f"tokens/s, clients {cells[0]}"
         row = found.setdefault((f"{family}, {tp_size}", f"{int(delay) / 1000:g}", load), {})
-        row.setdefault(variant, []).append(float(cells[3 if kind == "prefill" else 2]))
+        row.setdefault(variant, {})[number] = float(cells[3 if kind == "prefill" else 2])
     lines = [columns]
     for key, row in found.items():
-        medians = {variant: statistics.median(row[variant]) for variant in columns[3:] if variant in row}
-        first = next(iter(medians.values()))
-        cells = [f"{medians[v]:.1f} ({medians[v] / first:.2f}x)" if v in medians else "" for v in columns[3:]]
+        first, cells = next(row[variant] for variant in columns[3:] if variant in row), []
+        for rounds in (row.get(variant) for variant in columns[3:]):
+            if rounds:
+                ratio = statistics.median(figure / first[number] for number, figure in rounds.items())
+            cells.append(f"{statistics.median(rounds.values()):.1f} ({ratio:.2f}x)" if rounds else "")
         lines.append([*key, *cells])
     return markdown(lines)
 

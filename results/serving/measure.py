@@ -1,13 +1,13 @@
 """Measure vLLM with and without the plugin: rows of serving/load.py in measured.txt, the tables of `make results`.
 
-$ python -m results.serving.measure                           # hours, on an idle machine; goes on where it stopped
+$ python -m results.serving.measure                           # an hour, on an idle machine; goes on where it stopped
 $ python -m results.serving.measure --rounds 1 --seconds 1 --out=/tmp/rehearsal.txt
 
 GPT-2's and Llama's block, 12 layers x 768, each by vLLM's own class (`vllm`) and by the plugin with all syncs
 (`baseline`, as many shards as ranks), `spd` and `grouped-4` (two shards), of the same weights, which are those of one
-training step. On one rank and on two, a thread each, in float32. Servers take turns, in each round all of them, and
-each is measured with 1, 8 and 32 clients and then with longer prompts. With an added delay (added_delay.py) it is the
-plugin alone, on two ranks.
+training step. On one rank and on two, a thread each, in float32. The servers of a table's rows run at once, all but one
+of them stopped by a signal, and take turns of a few seconds, so that a machine that gets slower slows all: with 1, 8
+and 32 clients, then with longer prompts. With an added delay (added_delay.py) it is the plugin alone, on two ranks.
 """
 
 import argparse
@@ -60,8 +60,9 @@ def make_models(family):
         write_weights(state, folder / "model.safetensors")
 
 
-def measure(folder, tp_size, delay, seconds, loads):
-    """Rows of load.py, of a server of `folder`, behind the name of each of `loads`, which are its arguments."""
+@contextlib.contextmanager
+def serving(folder, tp_size, delay, port):
+    """A server of `folder`, which takes no time of the processors until it is resumed: its process group."""
     plugins = MODELS / "plugins"  # vLLM finds added_delay by this, without an installation
     info = plugins / "added_delay-1.dist-info"
     info.mkdir(parents=True, exist_ok=True)
@@ -71,8 +72,8 @@ def measure(folder, tp_size, delay, seconds, loads):
     env = os.environ | dict(OMP_NUM_THREADS="1", ADDED_DELAY_US=str(delay), PYTHONPATH=os.pathsep.join(paths))
     env |= dict(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind")  # as `make serve`
     command = [ROOT / ".venv-serving/bin/python", "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
-    command += ["--tensor-parallel-size", tp_size, "--dtype", "float32", "--port", PORT]
-    with open(MODELS / "server.log", "w") as log:
+    command += ["--tensor-parallel-size", tp_size, "--dtype", "float32", "--port", port]
+    with open(MODELS / f"server-{port}.log", "w") as log:
         options = dict(env=env, stdout=log, stderr=log, start_new_session=True)
         server = subprocess.Popen(list(map(str, command)), **options)
         try:
@@ -80,48 +81,50 @@ def measure(folder, tp_size, delay, seconds, loads):
                 if server.poll() is not None:
                     sys.exit(f"error: no server: see {log.name}")
                 try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5).close()
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                     break
                 except OSError:
                     time.sleep(1)
-            for name, load in loads.items():
-                url = f"--url=http://127.0.0.1:{PORT}"
-                rows = run("serving/load.py", url, f"--seconds={seconds}", *load.split()).splitlines()[2:]
-                yield from (f"{name} {row}" for row in rows)
+            os.killpg(server.pid, signal.SIGSTOP)
+            yield server.pid
         finally:
-            server.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                server.wait(60)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(server.pid, signal.SIGKILL)
-            time.sleep(5)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=20, help="for each row, default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=4, help="for each row, default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("measured.txt"), help="raw rows")
     args = parser.parse_args()
     for family in FAMILIES:
         if not (MODELS / f"{family}-grouped-4-2").exists():  # the last
             make_models(family)
     done = args.out.read_text() if args.out.exists() else ""
-    loads = dict(decode="--clients 1 8 32 --tokens 32")
-    prefill = dict(prefill="--clients 1 --prompt_tokens 16 256 1024 --tokens 8")
-    servers = [*itertools.product(FAMILIES, (1, 2), (0,), ("vllm", *PLUGIN))]
-    servers += itertools.product(("gpt2",), (2,), (100, 400, 1000), PLUGIN)
-    for number, (family, tp_size, delay, variant) in itertools.product(range(args.rounds), servers):
-        name = f"{family} {variant} tp_size={tp_size} added_delay_us={delay} round={number}"
-        if f"{name} " in done:
+    loads = dict(decode="--clients 1 8 32 --tokens 32", prefill="--clients 1 --prompt_tokens 16 256 1024 --tokens 8")
+    setups = [("gpt2", 2, 0), ("llama", 2, 0), *(("gpt2", 2, delay) for delay in (400, 1000, 100))]
+    for family, tp_size, delay in [*setups, ("gpt2", 1, 0), ("llama", 1, 0)]:
+        setup = f"tp_size={tp_size} added_delay_us={delay} round="
+        if any(line.startswith(f"{family} ") and setup in line for line in done.splitlines()):
             continue
-        n_shard = dict(vllm="", baseline=f"-{tp_size}").get(variant, "-2")
-        folder = MODELS / f"{family}-{variant}{n_shard}"
-        rows = measure(folder, tp_size, delay, args.seconds, loads | ({} if delay else prefill))
-        lines = [f"{name} {row}\n" for row in rows]
-        with args.out.open("a") as file:  # all of a server's rows, or none
+        with contextlib.ExitStack() as stack:
+            servers = {}
+            for port, variant in enumerate(PLUGIN if delay else ("vllm", *PLUGIN), PORT):
+                n_shard = dict(vllm="", baseline=f"-{tp_size}").get(variant, "-2")
+                folder = MODELS / f"{family}-{variant}{n_shard}"
+                servers[variant] = port, stack.enter_context(serving(folder, tp_size, delay, port))
+            lines = []
+            for number, load, variant in itertools.product(range(args.rounds), loads, servers):
+                port, group = servers[variant]
+                os.killpg(group, signal.SIGCONT)
+                url = f"--url=http://127.0.0.1:{port}"
+                rows = run("serving/load.py", url, f"--seconds={args.seconds}", *loads[load].split()).splitlines()[2:]
+                os.killpg(group, signal.SIGSTOP)
+                lines += [f"{family} {variant} {setup}{number} {load} {row}\n" for row in rows]
+                print("".join(lines[-len(rows) :]), end="", flush=True)
+        with args.out.open("a") as file:  # all rows of a setup, or none
             file.writelines(lines)
-        print("".join(lines), end="", flush=True)
 
 
 if __name__ == "__main__":
