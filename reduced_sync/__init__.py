@@ -1,1 +1,1 @@
-"""What the commands share. What stands here serves them all; the rooms are named after what they are for."""
+"""What the commands share: modules that serve them all, and subpackages named after what they are for."""

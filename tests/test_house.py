@@ -12,8 +12,8 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 CODE = [*ROOT.glob("*.py"), *LIBRARIES, *(ROOT / "results").glob("*.py"), *ROOT.glob("*/*/prepare.py")]
 
 
-# the rooms that a room may import besides its own and train/; the top imports none
-ROOMS = {"": set(), "train": set(), "compare": {"bench"}, "bench": set(), "spd": {"hf"}, "hf": {"spd"}}
+# what a subpackage may import besides itself and train/; top-level modules import none
+SUBPACKAGES = {"": set(), "train": set(), "compare": {"bench"}, "bench": set(), "spd": {"hf"}, "hf": {"spd"}}
 # libraries that print: what a command says at its end, its help, its log on the terminal, and what happens meanwhile
 PRINT = {"cli", "configurator", "distributed", "preparing", "train.recorder"}
 
@@ -53,10 +53,10 @@ def test_libraries_go_in_no_circle():
 
 
 @pytest.mark.parametrize("path", LIBRARIES, ids=lambda path: path.stem)
-def test_rooms(path):
-    room = path.parent.name if path.parent.name in ROOMS else ""
+def test_subpackages(path):
+    subpackage = path.parent.name if path.parent.name in SUBPACKAGES else ""
     seen = {name.split(".")[1] for name in imported(path) if name.startswith("reduced_sync.")}
-    assert seen & ROOMS.keys() <= ROOMS[room] | ({room, "train"} if room else set())
+    assert seen & SUBPACKAGES.keys() <= SUBPACKAGES[subpackage] | ({subpackage, "train"} if subpackage else set())
 
 
 @pytest.mark.parametrize("path", LIBRARIES, ids=lambda path: path.stem)

@@ -140,7 +140,7 @@ class Arm:
 
     @property
     def bracketed(self) -> bool:
-        """Whether its learning rate is the best of several, with a worse one on either side, at most twofold away."""
+        """Whether a lower and a higher learning rate than its own, each at most twofold away, do no better."""
         ended = {arm.learning_rate: arm.last_losses for arm in self.rates if arm.finished or arm.diverged}
         best, inside = best_rate(ended) if ended else (None, False)
         return inside and best == self.learning_rate
