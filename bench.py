@@ -53,7 +53,7 @@ from reduced_sync import distributed
 from reduced_sync.bench import cost_model
 from reduced_sync.bench.candidates import Candidate, build, keys_of, measure, synchronize
 from reduced_sync.bench.figures import draw_decoding
-from reduced_sync.bench.results import Case, Model, Prediction, Row, Times, Training, describe, to_json
+from reduced_sync.bench.results import Case, Prediction, Row, Times, Training, describe, to_json
 from reduced_sync.bench.timing import Condition, Constants, Decoding, Round, Workload
 from reduced_sync.cli import check_figure, check_target, one_line_errors
 from reduced_sync.configurator import option, parse
@@ -116,28 +116,25 @@ def training(
 
 
 def train(args: "Train") -> list[Training]:
-    """Tokens/s and peak memory per rank of every candidate, eager and compiled, with the ratios to the first."""
-    modes = {"eager": [False], "compiled": [True], "both": [False, True]}[args.mode]
+    """Tokens/s and peak memory per rank of every candidate, with the ratios to the first."""
+    device, _, _ = distributed.choose_device(args.device, args.dtype)
+    compiled = device.startswith("cuda") if args.compile is None else args.compile
+    candidates = [
+        Candidate(text, args.config("baseline@1"), is_gpt2=True, compile=compiled)
+        if text == "gpt2"
+        else Candidate(text, args.config(text), tp_size=args.tp_size, compile=compiled)
+        for text in args.candidates
+    ]
+    job = partial(training, batch_size=args.batch_size, steps=args.steps)
+    results = measure(candidates, job, args.device, args.dtype, args.rounds, args.launches)
+    rounds = [[max(s for s, _ in ranks) for ranks in one] for one in results]
+    peaks = [max(peak for ranks in one for _, peak in ranks) for one in results]
+    medians = [statistics.median(one) for one in rounds]
     table = []
-    for compiled in modes:
-        candidates = [
-            Candidate(text, args.config("baseline@1"), is_gpt2=True, compile=compiled)
-            if text == "gpt2"
-            else Candidate(text, args.config(text), tp_size=args.tp_size, compile=compiled)
-            for text in args.candidates
-        ]
-        job = partial(training, batch_size=args.batch_size, steps=args.steps)
-        results = measure(candidates, job, args.device, args.dtype, args.rounds, args.launches)
-        rounds = [[max(s for s, _ in ranks) for ranks in one] for one in results]
-        peaks = [max(peak for ranks in one for _, peak in ranks) for one in results]
-        medians = [statistics.median(one) for one in rounds]
-        for candidate, seconds, median, peak in zip(candidates, rounds, medians, peaks, strict=True):
-            speed, ratio, memory = args.batch_size * args.block_size / median, medians[0] / median, peak / peaks[0]
-            print(
-                f"{candidate.label:28} {speed:10.0f} tok/s {ratio:6.3f}x {peak / 2**20:8.0f} MiB {memory:6.3f}x",
-                flush=True,
-            )
-            table.append(Training(candidate.label, speed, ratio, seconds, peak, memory))
+    for candidate, seconds, median, peak in zip(candidates, rounds, medians, peaks, strict=True):
+        speed, ratio, memory = args.batch_size * args.block_size / median, medians[0] / median, peak / peaks[0]
+        print(f"{candidate.label:28} {speed:10.0f} tok/s {ratio:6.3f}x {peak / 2**20:8.0f} MiB {memory:6.3f}x")
+        table.append(Training(candidate.label, speed, ratio, seconds, peak, memory))
     return table
 
 
@@ -321,11 +318,6 @@ def add_exposed(cases: list[Case]) -> None:
             b.model_exposed_syncs = (b.model_tpot_s - a.model_tpot_s) / added
 
 
-def count_text(row: Model) -> str:
-    """A row's all-reduces, with those that are hidden apart."""
-    return f"{row.syncs - row.hidden}+{row.hidden}" if row.hidden else str(row.syncs)
-
-
 def print_case(case: Case) -> None:
     """One case as a table, in milliseconds."""
     delay = 1e6 * case.added_delay_s
@@ -356,7 +348,7 @@ def print_case(case: Case) -> None:
         return "" if seconds is None else f"{100 * (seconds / measured - 1):+.1f}%"
 
     for row in case.rows:
-        cells = [count_text(row), row.all_reduces, row.bytes]
+        cells = [row.count, row.all_reduces, row.bytes]
         cells += [ms(row.ttft_s), off(row.model_ttft_s, row.ttft_s), ms(row.tpot_s), off(row.model_tpot_s, row.tpot_s)]
         cells.append(f"{(case.bound_s if row.bound_s is None else row.bound_s) / row.tpot_s:.2f}")
         if many:
@@ -375,7 +367,7 @@ def print_exposed(cases: list[Case]) -> None:
     print(f"{'candidate':{width}}{'syncs':>11}" + "".join(f"{span:>13}{'model':>8}" for span in spans))
     for rows in zip(*(case.rows for case in cases), strict=True):
         cells = [f"{row.exposed_syncs:13.2f}{row.model_exposed_syncs:8.2f}" for row in rows[1:]]
-        print(f"{rows[0].candidate:{width}}{count_text(rows[0]):>11}" + "".join(cells), flush=True)
+        print(f"{rows[0].candidate:{width}}{rows[0].count:>11}" + "".join(cells), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,7 +375,7 @@ def print_exposed(cases: list[Case]) -> None:
 
 
 def predict(args: "Predict") -> list[Prediction]:
-    """PREDICTED time per token and to the first token on named links, by the cost model of cost_model.py."""
+    """PREDICTED time per token and to the first one on named links, in bfloat16, by the model of cost_model.py."""
     configs = {name: args.config(name, args.n_shard) for name in args.candidates}
     accelerator = NAMED[args.accelerator]
     for name, config in configs.items():
@@ -393,7 +385,7 @@ def predict(args: "Predict") -> list[Prediction]:
     print(f"PREDICTED, not measured: {args.accelerator}, {place}")
     width = max(14, *(len(name) + 1 for name in configs))
     print(f"{'link':16}{'candidate':{width}}{'syncs':>6}{'TTFT ms':>10}{'TPOT ms':>10}{'faster':>8}{'bound':>8}")
-    prefill = cost_model.Forward(args.n_shard, args.batch_size, args.prompt, args.prompt, args.itemsize)
+    prefill = cost_model.Forward(args.n_shard, args.batch_size, args.prompt, args.prompt, itemsize=2)
     token = dataclasses.replace(prefill, tokens=1)
     table = []
     for name in args.links or LINKS:
@@ -404,7 +396,7 @@ def predict(args: "Predict") -> list[Prediction]:
             times = dict(ttft_s=ttft, tpot_s=tpot, no_communication_tpot_s=bound)
             row = Prediction(candidate=candidate, **describe(config), link=name, **times)
             first = first or tpot
-            line = f"{name:16}{candidate:{width}}{count_text(row):>6}{1000 * ttft:10.3f}{1000 * tpot:10.3f}"
+            line = f"{name:16}{candidate:{width}}{row.count:>6}{1000 * ttft:10.3f}{1000 * tpot:10.3f}"
             print(f"{line}{first / tpot:7.2f}x{first / bound:7.2f}x")
             table.append(row)
     print("faster: than the first candidate on this link; bound: the same without any communication. Sources:")
@@ -452,7 +444,7 @@ class Timed(Options):
 @dataclass
 class Train(Timed):
     candidates: tuple[str, ...] = option(("gpt2", "baseline@1", "grouped-4@2", "grouped-4@4"), "gpt2, RULE@N_SHARD")
-    mode: str = option("both", "with torch.compile or without", allowed=("eager", "compiled", "both"))
+    compile: bool | None = option(None, "torch.compile; None: on CUDA")
     tp_size: int = option(1, "ranks of our candidates", least=1)
     batch_size: int = option(4, "sequences per step", least=1)
     steps: int = option(1, "training steps in a round", least=1)
@@ -483,7 +475,6 @@ class Predict(Options):
     accelerator: str = option("h100", "what a rank computes on", allowed=tuple(NAMED))
     batch_size: int = option(1, "sequences decoded at once", least=1)
     prompt: int = option(512, "tokens of the prompt", least=1)
-    itemsize: int = option(2, "bytes of a weight", least=1)
 
 
 COMMANDS = {"train": (train, Train), "decode": (decode, Decode), "predict": (predict, Predict)}

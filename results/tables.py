@@ -16,7 +16,7 @@ from pathlib import Path
 from reduced_sync.bench.results import read_results
 from reduced_sync.cli import one_line_errors
 from reduced_sync.compare.report import report
-from reduced_sync.compare.runs import baseline_of, count_text, gap, load_runs
+from reduced_sync.compare.runs import baseline_of, gap, load_runs
 from reduced_sync.spd.log import read_drop_log, table_of
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +129,7 @@ def decoding_case(case):
     columns += ["in all-reduces, ms", "without them, ms"] if case.tp_size > 1 else []
     lines = [columns]
     for row in case.rows:
-        cells = [row.candidate, count_text(row.syncs, row.hidden)]
+        cells = [row.candidate, row.count]
         cells += [f"{1000 * row.ttft_s:.0f}", f"{1000 * row.tpot_s:.1f}"]
         cells.append(f"{case.rows[0].tpot_s / row.tpot_s:.2f}x")
         if case.tp_size > 1:
@@ -147,7 +147,7 @@ def delays_table(folder):
     columns += [f"exposed, {a} to {b} ms" for a, b in itertools.pairwise(delays)]
     lines = [columns]
     for rows in zip(*(case.rows for case in cases), strict=True):
-        cells = [rows[0].candidate, count_text(rows[0].syncs, rows[0].hidden)]
+        cells = [rows[0].candidate, rows[0].count]
         cells += [f"{1000 * row.tpot_s:.1f}" for row in rows]
         cells += [f"{row.exposed_syncs:.1f} ({row.model_exposed_syncs:.1f})" for row in rows[1:]]
         lines.append(cells)

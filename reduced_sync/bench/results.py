@@ -48,6 +48,11 @@ class Model:
     hidden: int = 0  # those of them in flight while the next sublayer runs
     model: dict | None = None  # the keys of its GPTConfig; old files have none
 
+    @property
+    def count(self) -> str:
+        """Its syncs as text; with hidden ones those that block and those, as in 1+23."""
+        return f"{self.syncs - self.hidden}+{self.hidden}" if self.hidden else str(self.syncs)
+
 
 @dataclass(kw_only=True)
 class Row(Model, Times):

@@ -184,11 +184,12 @@ def _group_verdict(group, reference, arms, tolerance):
     if not good:
         return f"{start}no variant is within {tolerance:g}% of the baseline{note}"
     best, difference = min(good, key=lambda pair: (pair[0].blocking, pair[1].percent))
-    fewer = f"{best.reduction:.1f}% fewer syncs"
+    count, fewer = best.syncs, f"{best.reduction:.1f}% fewer syncs"
     if best.hidden:
+        count = f"{best.blocking} and {best.hidden} hidden"
         fewer = f"{100 * (1 - best.blocking / (2 * best.n_layer)):.1f}% fewer that block"
     detail = f"{best.sync}, {difference.percent:+.2f}%, {fewer}"
-    return f"{start}the fewest syncs within {tolerance:g}% of the baseline: {best.count} ({detail}){note}"
+    return f"{start}the fewest syncs within {tolerance:g}% of the baseline: {count} ({detail}){note}"
 
 
 def _accepted(gaps, verdicts, arms, tolerance):

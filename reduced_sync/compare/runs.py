@@ -100,11 +100,6 @@ class Arm:
         return self.syncs - self.hidden
 
     @property
-    def count(self) -> str:
-        """The syncs in words, hidden ones apart."""
-        return count_text(self.syncs, self.hidden)
-
-    @property
     def counted(self) -> dict[int, dict[int, float]]:
         """The losses of the finished seeds, or of all where none has finished."""
         return {seed: losses for seed, losses in self.seeds.items() if self.max_iters in losses} or self.seeds
@@ -188,11 +183,6 @@ def best_rate(losses: dict[float, dict[int, float]]) -> tuple[float, bool]:
     best = min(sorted(means), key=means.get)
     ratios = [rate / best for rate in means]
     return best, any(0.49 < ratio < 1 for ratio in ratios) and any(1 < ratio < 2.05 for ratio in ratios)
-
-
-def count_text(syncs: int, hidden: int) -> str:
-    """So many syncs in words, those of them that are hidden apart."""
-    return f"{syncs - hidden} and {hidden} hidden" if hidden else str(syncs)
 
 
 def load_runs(paths: Iterable[str | Path]) -> tuple[list[Arm], list[str]]:

@@ -142,7 +142,7 @@ def test_a_candidate_is_spelled_as_it_is_trained():
 
 
 def test_train(tmp_path):
-    argv = ["train", "gpt2", "spd+parallel@2", *TINY, "--mode=eager", f"--json={tmp_path}/train.json"]
+    argv = ["train", "gpt2", "spd+parallel@2", *TINY, f"--json={tmp_path}/train.json"]
     out = succeeded(run_script([BENCH, *argv], timeout=120))
     results = json.loads((tmp_path / "train.json").read_text())["results"]
     assert [row["candidate"] for row in results] == ["gpt2", "spd+parallel@2"] and finite(results)
