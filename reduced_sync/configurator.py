@@ -74,7 +74,7 @@ def parse(cls: type, argv: list[str], listed: str, description: str, program: st
     for keys that there are not.
     """
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog=program, description=description, formatter_class=form)
+    parser = argparse.ArgumentParser(prog=program, description=description, formatter_class=form, allow_abbrev=False)
     fields = dataclasses.fields(cls)
     for field in fields:
         default, allowed = field.default, field.metadata["allowed"]

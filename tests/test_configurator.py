@@ -290,13 +290,13 @@ def test_mistakes_in_arguments_of_a_command(arguments, line):
 
 
 def test_help_and_unknown_keys_of_a_command(capsys):
-    for arguments, status in ((["--help"], 0), (["--rates=1"], 2)):
+    for arguments, status in ((["--help"], 0), (["--rates=1"], 2), (["--rat=1"], 2)):
         with pytest.raises(SystemExit) as end:
             parse(Listed, arguments, "names", "What it does.")
         assert end.value.code == status
     out, err = capsys.readouterr()
     assert "What it does." in out and "at most 100 % of them (default: x y)" in out and "{a,b}" in out
-    assert "unrecognized arguments: --rates=1" in err
+    assert all(f"unrecognized arguments: {key}=1" in err for key in ("--rates", "--rat"))
 
 
 def test_files_that_are_not_there(tmp_path):
