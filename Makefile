@@ -7,8 +7,8 @@ BIN := .venv/bin
 VLLM := 0.32.0
 
 # without the tests whose processes train, fail and decode
-QUICK := tests/model/test_model.py tests/compare/test_compare.py tests/compare/test_results.py tests/test_cli.py tests/test_configurator.py \
-	tests/test_house.py $(addprefix tests/train/test_,$(addsuffix .py,batches checkpoint golden log))
+QUICK := tests/model/test_model.py $(filter-out %/test_study.py,$(wildcard tests/compare/test_*.py)) tests/test_cli.py \
+	tests/test_configurator.py tests/test_house.py $(addprefix tests/train/test_,$(addsuffix .py,batches checkpoint golden log))
 
 .PHONY: demo spd-demo test test-quick test-lm-eval test-serving serve lint data results
 

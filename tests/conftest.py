@@ -85,6 +85,18 @@ def plays(archive):
 
 
 @pytest.fixture
+def runs(tmp_path):
+    """A folder with a baseline of 12 layers, and variants with 12, 6 and 3 syncs whose loss is higher, the fewer."""
+    from make_runs import make  # here, for torch
+
+    make(tmp_path, "out-base", "2" * 12, [4.0, 3.0, 2.0])
+    make(tmp_path, "out-spd", "1" * 12, [4.0, 3.1, 2.01])
+    make(tmp_path, "out-g6", "01" * 6, [4.0, 3.2, 2.04])
+    make(tmp_path, "out-g3", "000100010001", [4.0, 3.3, 2.10])
+    return tmp_path
+
+
+@pytest.fixture
 def fake_group():
     """A group of two ranks, of which this process is the first."""
     import torch.distributed as dist  # here: some test files need no torch

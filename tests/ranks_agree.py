@@ -4,7 +4,7 @@ torchrun --standalone --nproc_per_node=4 tests/ranks_agree.py ARGUMENTS [next AR
 
 Starting Python and torch costs more than a tiny run. After each run, before the process group ends, it checks on every
 rank that replicated parameters are bit-equal everywhere and sharded ones on the replicas of a shard, and says so.
-At the end no thread of gloo may be left (Fault 20e): in the interpreter's tear-down it can abort the process.
+At the end no thread of gloo may be left: in the interpreter's tear-down it can abort the process.
 """
 
 import sys

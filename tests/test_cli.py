@@ -117,7 +117,7 @@ def test_a_hangup_asks_for_a_stop_unless_it_is_ignored():
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_ctrl_c_during_the_imports(tmp_path, path):
-    """Fault 20a: it ends every command at once and in silence, whatever an import makes of a KeyboardInterrupt."""
+    """It ends every command at once and in silence, whatever an import makes of a KeyboardInterrupt."""
     for name in ("argparse", "dataclasses"):  # each command imports one of them at first
         (tmp_path / f"{name}.py").write_text(IMPORTED)
     with ending(start([path], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})) as process:

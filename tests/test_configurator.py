@@ -74,7 +74,7 @@ def test_files_see_earlier_values(write):
 
 
 def test_what_was_written_is_known(write):
-    """Fault 9: a key that is written with its default's value counted as not given."""
+    """A key that is written with its default's value counted as not given."""
     files = [write("import math as _m\nn = 1"), write("rate = n / 2\nif n > 1:\n    flag = True")]
     assert configure(Small, [*files, "--name=x", "--limit=None"]).given == {"n", "rate", "name", "limit"}
     assert configure(Small, []).given == set()

@@ -453,14 +453,14 @@ if __name__ == "__main__":
 
 
 def test_processes_that_measured_end_by_themselves(tmp_path):
-    """Fault 20d: killed in the middle of their tear-down they left semaphores, of which Python warned."""
+    """Killed in the middle of their tear-down they left semaphores, of which Python warned."""
     (tmp_path / "script.py").write_text(MEASURED)
     process = run_script([tmp_path / "script.py"], cwd=tmp_path)
     assert (process.returncode, process.stdout, process.stderr) == (0, "[[[7, 7]]]\n", "")
 
 
 def test_ctrl_c_while_processes_start(tmp_path):
-    """Fault 20a: a terminal sends it to all of them, and one line comes out."""
+    """A terminal sends it to all of them, and one line comes out."""
     (tmp_path / "script.py").write_text(MEASURED)
     (tmp_path / "wait").touch()
     with ending(start([tmp_path / "script.py"], cwd=tmp_path)) as process:

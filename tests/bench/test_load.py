@@ -108,7 +108,7 @@ ANSWERS = {
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_an_answer_that_cannot_be_counted_is_one_line(monkeypatch, name):
-    """Fault 17: it was a traceback."""
+    """It was a traceback."""
     *answer, line = ANSWERS[name]
     with server(lambda _: answer) as url:
         error = run(monkeypatch, f"--url={url}", "--clients", 2, "--seconds", 0)
@@ -128,5 +128,5 @@ def test_an_answer_that_cannot_be_counted_is_one_line(monkeypatch, name):
     ],
 )
 def test_impossible_arguments_are_one_line(monkeypatch, arguments, line):
-    """Fault 17: --tokens 0 was a traceback, and --seconds nan had no end."""
+    """--tokens 0 was a traceback, and --seconds nan had no end."""
     assert run(monkeypatch, *arguments) == f"error: {line}"

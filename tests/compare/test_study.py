@@ -196,7 +196,7 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(small_dataset, tmp_path):
 
 
 def test_an_error_of_its_own_stops_the_runs(small_dataset, tmp_path):
-    """Fault 20b: they went on unseen. Now they save as at a Ctrl-C, and the error is one line."""
+    """They went on unseen. Now they save as at a Ctrl-C, and the error is one line."""
     path = write(tmp_path, small_dataset, dict(long=dict(max_iters=20_000, eval_interval=20_000)))
     log = tmp_path / "out" / FIRST / "log.txt"
     with ending(start([STUDY, path], cwd=tmp_path)) as process:

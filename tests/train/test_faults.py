@@ -211,7 +211,7 @@ def test_a_run_that_a_scheduler_stops_goes_on(small_dataset, tmp_path):
 
 @pytest.mark.parametrize("tp_size, moment, step", [(1, "0:evaluation:11", 5), (2, "1:evaluation:4", 0)])
 def test_a_stop_during_an_evaluation(whole, small_dataset, tmp_path, tp_size, moment, step):
-    """Fault 20c: it was heard after the evaluation. Told to one rank, all leave it at once, to be made anew."""
+    """It was heard after the evaluation. Told to one rank, all leave it at once, to be made anew."""
     argv = arguments(small_dataset, tp_size)
     out = succeeded(run_script([INJECT, f"{moment}:stop", *argv], nproc=2, cwd=tmp_path))
     assert f"stopped at step {step} and saved; go on with --init_from=resume\n" in out

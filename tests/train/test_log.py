@@ -68,7 +68,7 @@ def test_what_is_not_a_log_is_refused(tmp_path, line):
 
 
 def test_a_cut_line_of_a_drop_log(tmp_path):
-    """Fault 18: a perplexity whose last digits are missing was taken for another number."""
+    """A perplexity whose last digits are missing was taken for another number."""
     path = tmp_path / "log.txt"
     good = "perplexity dense: 4 of 4 syncs, manual 25.100\n"
     path.write_text(good + "perplexity dropped: 2 of 4 syncs, manual 2")
