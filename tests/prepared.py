@@ -4,12 +4,9 @@ import contextlib
 import hashlib
 import io
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
-from launch import ROOT
+from launch import ROOT, run_script
 
 from reduced_sync import preparing
 
@@ -19,12 +16,11 @@ CHAR, PYPI, OWT, NANOGPT = (
 KEYS = ["vocab_size", "tokenizer", "source", "train_tokens", "val_tokens", "train_sha256", "val_sha256"]
 
 
-def prepare(script, *args, code="", **options):
-    """Run a prepare script in a process of its own, after the Python statements of `code`."""
+def prepare(script, *args, code="", env=None, **options):
+    """Run a prepare script in a process of its own, after the Python statements of `code`. It finds our code itself."""
     start = f"import runpy, sys\n{code}\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", start] if code else [sys.executable]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", **options.pop("env", {})}
-    return subprocess.run([*command, script, *args], capture_output=True, text=True, env=env, timeout=110, **options)
+    command = ["-c", start, script] if code else [script]
+    return run_script([*command, *args], timeout=110, env={"PYTHONPATH": "", **(env or {})}, **options)
 
 
 def read_folder(folder, keys):

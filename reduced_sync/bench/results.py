@@ -147,9 +147,8 @@ def read_results(path: str | Path) -> tuple[dict, list]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not what bench.py writes: {error}") from None
-    options, results = (
-        (content.get("settings", {}), content.get("results")) if isinstance(content, dict) else ({}, None)
-    )
+    content = content if isinstance(content, dict) else {}
+    options, results = content.get("settings", {}), content.get("results")
     if not isinstance(options, dict) or not isinstance(results, list):
         raise ValueError(f"{path}: not what bench.py writes: an object with a list of results")
     command = options.get("command", "decode")

@@ -39,9 +39,7 @@ class Arm:
     changed: str  # settings that changed where the run was resumed
     seeds: dict
     diverged: bool = False  # a seed ended for losses that are no numbers
-    rates: list = field(
-        default_factory=list, repr=False, compare=False
-    )  # the arm at each of its learning rates, the lowest first
+    rates: list = field(default_factory=list, repr=False, compare=False)  # the arm at each of its rates, lowest first
     scale: int = 0  # from number_scales
     tpots: dict = field(default_factory=dict)  # {condition: seconds per token}, from compare/frontier.py
 
@@ -52,6 +50,9 @@ class Arm:
         self.learning_rate = float(self.config["learning_rate"])
         self.block = {key: self.config.get(key, default) for key, default in BLOCK.items()}
         self.rule = SyncRule.parse(self.config["sync"], self.n_layer)
+        # all-reduces of a forward pass, those of them that are in flight while the next sublayer runs, and the others
+        self.syncs, self.hidden = self.rule.syncs, self.rule.hidden
+        self.blocking = self.syncs - self.hidden
 
     @property
     def tokens(self) -> int:
@@ -69,16 +70,6 @@ class Arm:
         return str(self.rule)
 
     @property
-    def syncs(self) -> int:
-        """All-reduces of a forward pass."""
-        return self.rule.syncs
-
-    @property
-    def hidden(self) -> int:
-        """Those of them in flight while the next sublayer runs."""
-        return self.rule.hidden
-
-    @property
     def size(self) -> str:
         """Layers x width, and the family of blocks unless it is GPT-2's."""
         return f"{self.n_layer}x{self.n_embd} {self.family}".rstrip()
@@ -93,11 +84,6 @@ class Arm:
     def reduction(self) -> float:
         """Percent fewer syncs than standard TP with as many layers."""
         return 100 * (1 - self.syncs / (2 * self.n_layer))
-
-    @property
-    def blocking(self) -> int:
-        """The syncs that nothing runs behind."""
-        return self.syncs - self.hidden
 
     @property
     def counted(self) -> dict[int, dict[int, float]]:

@@ -4,12 +4,10 @@ import csv
 import json
 import math
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launch import ROOT, status
+from launch import run_script, status
 from make_runs import make
 
 import compare
@@ -18,7 +16,7 @@ import compare
 def test_the_command_starts_without_what_it_may_not_need():
     """matplotlib takes seconds to import, and scipy one."""
     code = "import sys, compare; print({'scipy', 'matplotlib'} & set(sys.modules))"
-    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    process = run_script(["-c", code], timeout=30)
     assert (process.stdout, process.stderr) == ("set()\n", "")
 
 

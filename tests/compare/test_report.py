@@ -95,13 +95,6 @@ def test_an_arm_of_which_a_seed_diverged_has_no_verdict_but_that(tmp_path):
     assert verdict(arms, 2).startswith("n_shard 2: no variant is within 2%")
 
 
-def test_nan_is_never_within_the_tolerance(runs):
-    make(runs, "out-nan", "000000000001", [4.0, float("nan"), float("nan")])
-    loaded = load(runs)
-    assert "3 (grouped-3" in verdict(loaded, 50) and "nan" in table(loaded, 2)
-    draw_comparison(loaded, runs / "figure.png", 2)
-
-
 def test_runs_that_are_too_short_give_no_answer(runs, tmp_path, monkeypatch):
     """Below 10 tokens a parameter the verdict and the figure say so."""
     from matplotlib.axes import Axes

