@@ -17,7 +17,7 @@ To continue after a stop, add --init_from=resume to the same command.
 from reduced_sync.cli import set_up
 
 if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
-    set_up(goes_on=True)
+    set_up(keeps_running=True)
 
 import dataclasses
 import datetime
@@ -434,7 +434,7 @@ class Dropping:
 
 
 def main(argv):
-    with distributed.clear_errors():
+    with distributed.report_errors():
         config = configure(Config, argv, __doc__)
         prepared = prepare(config)
         lock = lock_folder(config.out_dir) if RANK == 0 else None

@@ -120,7 +120,7 @@ class SyncRule:
         return self.syncs - 1 if self.parts.hides else 0
 
     @property
-    def drawing(self) -> str:
+    def diagram(self) -> str:
         """A attention, M MLP, | an all-reduce: of the pattern 21 it is `A|M| AM|`."""
         return " ".join(f"A{'|' * after_attention}M{'|' * after_mlp}" for after_attention, after_mlp in self.layers())
 

@@ -30,7 +30,7 @@ import reduced_sync_model as rsm
 from reduced_sync import checkpoint as ckpt
 from reduced_sync import distributed, preparing
 from reduced_sync.configurator import configure, option
-from reduced_sync.decoding import cast, choose, for_decoding, generate
+from reduced_sync.decoding import cast_matrices, for_decoding, generate, sample_tokens
 from reduced_sync.distributed import RANK, WORLD_SIZE
 from reduced_sync.hf.tokenizer import Tokens, pretrained_meta
 from reduced_sync.hf.weights import from_pretrained, pretrained_fields
@@ -87,7 +87,7 @@ def build(config: Config, saved: dict | None, model_config: rsm.GPTConfig, layou
             model = from_pretrained(config.init_from, layout.tp_group, n_shard=model_config.n_shard)
         except (OSError, ValueError) as error:
             raise distributed.SameOnAllRanks(str(error)) from None
-    cast(model.eval().to(layout.device), layout.dtype)
+    cast_matrices(model.eval().to(layout.device), layout.dtype)
     return for_decoding(model, config.compile)
 
 
@@ -132,7 +132,8 @@ def sample(config: Config, model: rsm.GPT, tokens: Tokens, vocab_size: int, layo
     generator = torch.Generator(layout.device).manual_seed(config.seed)  # on every rank: all choose the same tokens
     suppressed = [token for token in tokens.suppressed if token < vocab_size]
     suppressed = torch.tensor(suppressed, dtype=torch.long, device=layout.device)
-    pick = partial(choose, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, generator=generator)
+    keys = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    pick = partial(sample_tokens, **keys, generator=generator)
 
     def pick_finite(logits):
         if not logits.isfinite().all():
@@ -168,7 +169,7 @@ def sample(config: Config, model: rsm.GPT, tokens: Tokens, vocab_size: int, layo
 
 
 def main(argv):
-    with distributed.clear_errors():
+    with distributed.report_errors():
         config = configure(Config, argv, __doc__)
         check_config(config)
         saved, model_config, meta = load(config)

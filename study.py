@@ -16,7 +16,7 @@ stop: Ctrl-C (twice ends at once), a closed terminal, a kill, or another study.p
 from reduced_sync.cli import set_up
 
 if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
-    set_up(goes_on=True)
+    set_up(keeps_running=True)
 
 import contextlib
 import dataclasses

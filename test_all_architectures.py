@@ -28,7 +28,7 @@ import torch.multiprocessing as mp
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from reduced_sync.cli import ctrl_c_held, one_line_errors
+from reduced_sync.cli import one_line_errors, sigint_blocked
 from reduced_sync.train.experiment import MODERN, model_keys
 from reduced_sync_model import GPT, GPTConfig
 
@@ -135,7 +135,7 @@ def main():
     warnings.filterwarnings("ignore", message=".*[Bb]ackward hook")  # CommDebugMode's own
     failures = 0
     with one_line_errors(), tempfile.TemporaryDirectory() as folder:
-        with ctrl_c_held():
+        with sigint_blocked():
             ranks = mp.start_processes(check_tp, (folder,), nprocs=2, join=False, daemon=True, start_method="spawn")
         while not ranks.join():
             pass
@@ -151,7 +151,7 @@ def main():
                 reason = f"{type(error).__name__}: {error}"
             seconds = time.perf_counter() - start
             failures += bool(reason)
-            print(f"{name:16} {rule.drawing}")
+            print(f"{name:16} {rule.diagram}")
             end = f", {rule.hidden} of them hidden" if rule.hidden else " forward and backward"
             count = f"{rule.syncs} all-reduces{end}"
             detail = reason or f"{n_params:.2f}M parameters, {count}, tp 2 = tp 1"

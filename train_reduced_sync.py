@@ -16,7 +16,7 @@ $ python compare.py out-*
 from reduced_sync.cli import set_up
 
 if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
-    set_up(goes_on=True)
+    set_up(keeps_running=True)
 
 import dataclasses
 import math
@@ -53,7 +53,7 @@ def check_shape(config: Config, theirs: rsm.GPTConfig, keys: set[str]) -> None:
         raise ValueError(f"init_from={config.init_from!r} has {'; '.join(differing)}: leave such keys out")
 
 
-def check_tokens(config: Config, meta: dict) -> str:
+def vocabulary_warning(config: Config, meta: dict) -> str:
     """Raise ValueError where the dataset's ids stand for other tokens than those of the pretrained model.
 
     Returns a line where that cannot be seen, else an empty one.
@@ -123,7 +123,7 @@ def prepare(config: Config) -> Prepared:
             notes["converted"] = (
                 f"init_from={origin!r} was trained with sync={theirs.sync!r}, now {model_config.sync!r}"
             )
-        if unknown := check_tokens(config, corpus.meta):
+        if unknown := vocabulary_warning(config, corpus.meta):
             notes["tokens"] = unknown
     if RANK == 0:
         for key, note in notes.items():
@@ -165,7 +165,7 @@ class Trainer:
         self.scaler = distributed.gradient_scaler(layout)
         self.progress, self.changed, self.last_save = Progress(), "", time.monotonic()
         # what a checkpoint and the log remember of the config; `changed` is in what a resumed run differs
-        self.settled = dataclasses.asdict(config) | {"dtype": str(layout.dtype).removeprefix("torch.")}
+        self.saved_config = dataclasses.asdict(config) | {"dtype": str(layout.dtype).removeprefix("torch.")}
         if prepared.saved is not None:
             self.resume(prepared.saved)
 
@@ -181,8 +181,8 @@ class Trainer:
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         self.progress = Progress(**{field.name: saved[field.name] for field in dataclasses.fields(Progress)})
-        self.settled["init_from"] = saved["config"]["init_from"]  # where the weights came from at first
-        self.changed = changes(self.settled | saved["config"], self.settled)
+        self.saved_config["init_from"] = saved["config"]["init_from"]  # where the weights came from at first
+        self.changed = changes(self.saved_config | saved["config"], self.saved_config)
 
     @torch.no_grad()
     def evaluate(self, stop: StopSignal) -> list[float] | None:
@@ -259,7 +259,7 @@ class Trainer:
         state = ckpt.gather(self.model, self.optimizer) if self.layout.dp_rank == 0 else {}
         error, out_dir = "", self.config.out_dir
         if RANK == 0:
-            state |= {"model_args": dataclasses.asdict(self.model.config), "config": self.settled}
+            state |= {"model_args": dataclasses.asdict(self.model.config), "config": self.saved_config}
             state |= {"data": self.corpus.meta, "scaler": self.scaler.state_dict()} | dataclasses.asdict(self.progress)
             try:
                 ckpt.save(state, out_dir, is_best)
@@ -326,7 +326,7 @@ def train(config: Config, prepared: Prepared) -> None:
 
 
 def main(argv):
-    with distributed.clear_errors():
+    with distributed.report_errors():
         config = configure(Config, argv, __doc__)
         prepared = prepare(config)
         lock = lock_folder(config.out_dir) if RANK == 0 and not config.eval_only else None

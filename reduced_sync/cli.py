@@ -23,7 +23,7 @@ def one_line(error: BaseException) -> str:
 def one_line_errors(interrupted: str = "interrupted") -> Iterator[None]:
     """End a command of one process with one line on stderr for what users and their machines do wrong, with status 1.
 
-    For Ctrl-C the line is `interrupted`, and the status 130. Commands that may have ranks use distributed.clear_errors.
+    For Ctrl-C the line is `interrupted`, and the status 130. For commands with ranks: distributed.report_errors.
     """
     silent = signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # as set_up leaves it
     try:
@@ -65,7 +65,7 @@ def stop_signals() -> list[signal.Signals]:
 
 
 @contextlib.contextmanager
-def ctrl_c_held() -> Iterator[None]:
+def sigint_blocked() -> Iterator[None]:
     """Processes that start inside never hear Ctrl-C, whose traceback they would print: who started them ends them."""
     from multiprocessing import resource_tracker  # here: what a command imports first should take no time
 
@@ -100,11 +100,11 @@ class StopSignal:
 
 
 class Output(io.FileIO):
-    """stdout or stderr of a command, which ends once nobody reads it, as in `| head`, unless it `goes_on` unheard."""
+    """stdout or stderr of a command, which ends once nobody reads it, as in `| head`, unless it `keeps_running`."""
 
-    def __init__(self, number, goes_on):
+    def __init__(self, number, keeps_running):
         super().__init__(number, "w", closefd=False)
-        self.unheard = goes_on
+        self.unheard = keeps_running
 
     def write(self, data: bytes) -> int:
         """Bytes written; all of them where nobody reads. Raises OSError, as of a full disk."""
@@ -119,12 +119,12 @@ class Output(io.FileIO):
             return len(data)
 
 
-def set_up(goes_on: bool = False) -> None:
+def set_up(keeps_running: bool = False) -> None:
     """Let output work on every terminal, where a character that it does not have is a `?`, and in a broken pipe.
 
-    A command that `goes_on` does its work without a reader, too. Ctrl-C ends the process at once, as it ends other
-    programs: while Python imports or waits in C++ it would be a traceback, or unheard. one_line_errors and StopSignal
-    make more of it. Ends with one line on systems that are not supported.
+    A command that `keeps_running` does its work without a reader, too. Ctrl-C ends the process at once, as it ends
+    other programs: while Python imports or waits in C++ it would be a traceback, or unheard. one_line_errors and
+    StopSignal make more of it. Ends with one line on systems that are not supported.
     """
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -132,5 +132,5 @@ def set_up(goes_on: bool = False) -> None:
         sys.exit("error: Linux and macOS are supported; on Windows use WSL")
     for name, errors in (("stdout", "replace"), ("stderr", "backslashreplace")):
         if (old := getattr(sys, name)) is not None:  # not closed
-            raw = io.BufferedWriter(Output(old.fileno(), goes_on))
+            raw = io.BufferedWriter(Output(old.fileno(), keeps_running))
             setattr(sys, name, io.TextIOWrapper(raw, old.encoding, errors, line_buffering=old.line_buffering))

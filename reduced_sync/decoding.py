@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from reduced_sync_model import ColumnParallel, KVCache, RowParallel, role_of
 
 
-def choose(
+def sample_tokens(
     logits: torch.Tensor,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -38,11 +38,11 @@ def choose(
 
 @torch.inference_mode()
 def generate(
-    model: nn.Module, idx: torch.Tensor, max_new_tokens: int, choose: Callable, autocast: Callable
+    model: nn.Module, idx: torch.Tensor, max_new_tokens: int, pick: Callable, autocast: Callable
 ) -> Iterator[torch.Tensor]:
     """Yield the next token ids (B,) of the prompts idx (B, T), up to max_new_tokens times.
 
-    choose: logits (B, vocab_size) -> ids (B,), the same on all TP ranks. autocast(): the context of a forward pass.
+    pick: logits (B, vocab_size) -> ids (B,), the same on all TP ranks. autocast(): the context of a forward pass.
     Where the block is full, its window slides by one token and is computed anew, as in nanoGPT. Raises ValueError for a
     prompt without tokens.
     """
@@ -54,7 +54,7 @@ def generate(
     for _ in range(max_new_tokens):
         with autocast():
             logits, _ = model(unseen, cache=cache)
-        new = choose(logits[:, -1])
+        new = pick(logits[:, -1])
         yield new
         unseen = new[:, None]
         window = torch.cat((window, unseen), 1)[:, -block_size:]
@@ -62,7 +62,7 @@ def generate(
             unseen, cache.length = window, 0
 
 
-def cast(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_matrices(model: nn.Module, dtype: torch.dtype) -> None:
     """Keep the matrices in `dtype`, to be read faster; norms and biases stay float32. For use under autocast."""
     for name, parameter in model.named_parameters():
         if role_of(name).is_matrix:

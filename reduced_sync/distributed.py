@@ -289,7 +289,7 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-def write_down(line: str) -> None:
+def write_error_file(line: str) -> None:
     """Write an error to the file that ERROR_FILE names, if any: the first one, since others may follow from it."""
     if path := os.environ.get(ERROR_FILE):
         with contextlib.suppress(OSError), open(path, "x", encoding="utf-8", errors="backslashreplace") as file:
@@ -309,7 +309,7 @@ def raise_together(error: str) -> None:
 
 
 @contextlib.contextmanager
-def clear_errors() -> Iterator[None]:
+def report_errors() -> Iterator[None]:
     """End the process with one line on stderr and status 1 for what users and their machines do wrong.
 
     Errors before the process group exists are the same on every rank, so rank 0 says them; later ones name their rank.
@@ -334,16 +334,16 @@ def clear_errors() -> Iterator[None]:
                 reason = re.search(r"Last error:\s*(.+)", str(error))
                 line = f"lost contact with another rank: {line}{f' ({reason[1]})' if reason else ''}"
             elif not isinstance(error, torch.OutOfMemoryError | dist.DistError):
-                write_down(f"{type(error).__name__}: {line}")
+                write_error_file(f"{type(error).__name__}: {line}")
                 raise  # a mistake of ours: its traceback is wanted
     except Exception as error:  # as well
-        write_down(f"{type(error).__name__}: {one_line(error)}")
+        write_error_file(f"{type(error).__name__}: {one_line(error)}")
         raise
     if RANK > 0 if shared else lost:
         # The rank at fault says the line, and then torchrun ends this process; on another node local rank 0 says it.
         for number in stop_signals():
             signal.signal(number, signal.SIG_DFL)
         time.sleep(20 if LOCAL_RANK == 0 else 30)
-    write_down(line if shared else f"rank {RANK}: {line}")
+    write_error_file(line if shared else f"rank {RANK}: {line}")
     print(f"rank {RANK}: {line}" if not shared else f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(1)

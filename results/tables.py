@@ -55,7 +55,7 @@ def gaps_table(folder):
     rows, columns = {}, {}
     for arm in sorted(arms, key=lambda a: (-a.syncs / a.n_layer, a.hidden, -a.n_layer, a.sync)):
         baseline, difference = baseline_of(arm, arms), gap(arm, arms)
-        column = (baseline.scale, baseline.size, max(2, arm.n_shard))
+        column = (baseline.size_class, baseline.size, max(2, arm.n_shard))
         columns[column] = f"{baseline.size}, {column[-1]} shards"
         cell = loss_of(arm) if arm is baseline else f"{difference.percent:+.1f}"
         cell += "" if arm is baseline or difference.margin is None else f" ±{difference.margin:.1f}"
@@ -70,10 +70,10 @@ def gaps_table(folder):
 def rates_table(folder):
     """The losses of those arms below a folder that were run at several learning rates."""
     arms, rows = load(folder), {}
-    for arm in (arm for arm in arms if len(arm.rates) > 1):
+    for arm in (arm for arm in arms if len(arm.arms_by_rate) > 1):
         shards = f", {arm.n_shard} shards" if arm.n_shard > 1 else ""
         name = f"{arm.size}, {rule_of(arm, baseline_of(arm, arms))}{shards}"
-        rows[name] = {rate.learning_rate: loss_of(rate) + seeds_of(rate) for rate in arm.rates}
+        rows[name] = {rate.learning_rate: loss_of(rate) + seeds_of(rate) for rate in arm.arms_by_rate}
     rates = sorted({rate for cells in rows.values() for rate in cells})
     lines = [["loss", *(f"{rate:g}" for rate in rates)]]
     return markdown(lines + [[name, *(cells.get(rate, "") for rate in rates)] for name, cells in rows.items()])
@@ -86,7 +86,7 @@ def loss_of(arm):
 
 def seeds_of(arm):
     """In brackets how many seeds an arm has, unless it is one."""
-    return f" ({len(arm.counted)})" if len(arm.counted) > 1 else ""
+    return f" ({len(arm.counted_losses)})" if len(arm.counted_losses) > 1 else ""
 
 
 def rule_of(arm, baseline):

@@ -56,8 +56,8 @@ def test_errors_that_are_expected_are_one_line(capsys, error, code, line):
 
 
 def said(capsys, action):
-    """The line on stderr with which clear_errors ends what `action` does."""
-    with pytest.raises(SystemExit) as ended, distributed.clear_errors():
+    """The line on stderr with which report_errors ends what `action` does."""
+    with pytest.raises(SystemExit) as ended, distributed.report_errors():
         action()
     line = capsys.readouterr().err
     assert ended.value.code == 1 and line.startswith("error: ") and line.count("\n") == 1, line
@@ -85,7 +85,7 @@ def test_no_compiler_for_torch_compile(capsys, compiler):
 
 
 def test_a_mistake_of_ours_keeps_its_traceback():
-    with pytest.raises(RuntimeError, match="a mistake"), distributed.clear_errors():
+    with pytest.raises(RuntimeError, match="a mistake"), distributed.report_errors():
         raise RuntimeError("a mistake")
 
 
@@ -137,10 +137,10 @@ def test_characters_that_the_terminal_does_not_have(encoding, text):
     assert (process.returncode, process.stdout, process.stderr) == (0, text, b"")
 
 
-@pytest.mark.parametrize("goes_on, status, done", [(False, 141, False), (True, 0, True)])
-def test_a_reader_that_has_gone(tmp_path, goes_on, status, done):
+@pytest.mark.parametrize("keeps_running, status, done", [(False, 141, False), (True, 0, True)])
+def test_a_reader_that_has_gone(tmp_path, keeps_running, status, done):
     """A command ends with no output, a run goes on to its end."""
-    code = f"import os\nfrom reduced_sync.cli import set_up\nset_up({goes_on})\n"
+    code = f"import os\nfrom reduced_sync.cli import set_up\nset_up({keeps_running})\n"
     code += "for i in range(9): print('x', flush=True)\n"
     reader, writer = os.pipe()
     os.close(reader)
@@ -154,13 +154,13 @@ def test_a_reader_that_has_gone(tmp_path, goes_on, status, done):
 def test_a_terminal_that_has_closed():
     ours, terminal = pty.openpty()
     os.close(ours)
-    assert Output(terminal, goes_on=True).write(b"xy") == 2
+    assert Output(terminal, keeps_running=True).write(b"xy") == 2
     os.close(terminal)
 
 
 def test_a_full_disk_behind_the_output_is_an_error():
     with open("/dev/full", "wb") as full, pytest.raises(OSError, match="No space left"):
-        Output(full.fileno(), goes_on=True).write(b"x")
+        Output(full.fileno(), keeps_running=True).write(b"x")
 
 
 @pytest.mark.parametrize("model", ["", "MODEL=none", "MODEL=out"])

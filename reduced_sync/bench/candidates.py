@@ -19,7 +19,7 @@ from torch import nn
 
 import reduced_sync_model as rsm
 from reduced_sync import distributed
-from reduced_sync.cli import ctrl_c_held
+from reduced_sync.cli import sigint_blocked
 
 CANDIDATE = re.compile(r"(?:([1-9][0-9]*)x([1-9][0-9]*)|[^+@]+)(\+[a-z-]+)?(?:@([1-9][0-9]*))?")
 
@@ -109,7 +109,7 @@ def start(candidate: Candidate, job: Callable, place: tuple[str, torch.dtype, st
     ranks = []
     for rank in range(candidate.tp_size):
         ours, theirs = context.Pipe()
-        with ctrl_c_held():
+        with sigint_blocked():
             context.Process(target=serve, args=(theirs, rank, candidate, job, place, store), daemon=True).start()
         theirs.close()
         ranks.append(ours)
@@ -126,7 +126,7 @@ def answers(ranks: list[Connection], message: str) -> list:
         raise ChildProcessError("a worker process died; see its error above") from None
 
 
-@distributed.clear_errors()
+@distributed.report_errors()
 def serve(pipe, rank, candidate, job, place, store):
     """A rank's process: build what `job` makes, then measure at each message until the last one."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // candidate.tp_size))

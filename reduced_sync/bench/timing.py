@@ -241,7 +241,7 @@ def our_models(
     for name, config in configs.items():
         if (shape := shape_of(config)) not in bases:
             bases[shape] = rsm.GPT(config, layout.tp_group).to(layout.device)
-            decoding.cast(bases[shape], layout.dtype)
+            decoding.cast_matrices(bases[shape], layout.dtype)
         for sent in choices:
             models[name, sent] = sharing(bases[shape], config, layout.tp_group if sent else silent_group)
     return models
@@ -267,7 +267,7 @@ class Decoding:
                 tensor_parallel_gpt2(base, candidate.tp_size, layout.device.type)
             self.models = {(candidate.name, True): base.to(layout.dtype)}
             return
-        decoding.cast(base, layout.dtype)
+        decoding.cast_matrices(base, layout.dtype)
         models = our_models(candidate, base, work.configs, layout, silent_group)
         self.models = {case: decoding.for_decoding(model, candidate.compile) for case, model in models.items()}
         if candidate.compile:

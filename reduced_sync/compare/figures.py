@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reduced_sync.compare.frontier import conditions_of, on_frontier
-from reduced_sync.compare.runs import Arm, by_scale, comparable, differ, is_control, reference_of, too_short
+from reduced_sync.compare.runs import Arm, by_size_class, comparable, differ, is_control, reference_of, too_short_note
 
 
 def draw_comparison(arms: list[Arm], path: str | Path, tolerance: float) -> None:
@@ -17,8 +17,8 @@ def draw_comparison(arms: list[Arm], path: str | Path, tolerance: float) -> None
     """
     from matplotlib.figure import Figure
 
-    groups, conditions = by_scale(arms), conditions_of(arms)
-    tuned = any(len(arm.rates) > 1 for arm in arms)
+    groups, conditions = by_size_class(arms), conditions_of(arms)
+    tuned = any(len(arm.arms_by_rate) > 1 for arm in arms)
     n_panels = 2 + tuned + len(conditions)
     figure = Figure(figsize=(6 * n_panels, 4.8 * len(groups)), layout="constrained")
     labels = []
@@ -44,7 +44,7 @@ class Look:
     reference: Arm | None  # the baseline
 
     def __post_init__(self):
-        self.counts = sorted({arm.syncs for arm in self.group if not arm.all_synced})
+        self.counts = sorted({arm.syncs for arm in self.group if not arm.is_standard_tp})
         self.shards = sorted({arm.n_shard for arm in self.group})
 
     def style(self, n_shard: int) -> str:
@@ -59,7 +59,7 @@ class Look:
         """Black for the baseline, red for a control, the others by their syncs."""
         import matplotlib
 
-        if arm.all_synced:
+        if arm.is_standard_tp:
             return "tab:red" if is_control(arm, self.reference) else "black"
         return matplotlib.colormaps["viridis"](self.counts.index(arm.syncs) / max(1, len(self.counts) - 1) * 0.9)
 
@@ -79,7 +79,9 @@ class Look:
 
     def kind(self, arm: Arm) -> str:
         """What its color says."""
-        return "control" if is_control(arm, self.reference) else "baseline" if arm.all_synced else f"{arm.syncs} syncs"
+        if is_control(arm, self.reference):
+            return "control"
+        return "baseline" if arm.is_standard_tp else f"{arm.syncs} syncs"
 
     def is_comparable(self, arm: Arm) -> bool:
         """Whether its losses are those of the same tokens as the baseline's."""
@@ -133,7 +135,7 @@ def _draw_points(axes, look, tolerance):
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="sync points in a forward pass", ylabel="validation loss (nats per token)")
     title = "Loss against syncs" + ("" if all(arm.finished for arm in look.group) else " (hollow: unfinished)")
-    short = too_short([arm for arm in look.group if not is_control(arm, look.reference)] or look.group)
+    short = too_short_note([arm for arm in look.group if not is_control(arm, look.reference)] or look.group)
     axes.set_title(f"{title}\n{short}" if short else title)
     # of the family the place says it
     return [(arm.syncs, arm.losses[arm.step], "" if arm in family else look.name(arm), "black") for arm in shown]
@@ -142,7 +144,7 @@ def _draw_points(axes, look, tolerance):
 def _draw_rates(axes, look):
     """The last validation loss over learning rates, a line an arm, a star at its best; hollow if not bracketed."""
     for arm in look.group:
-        ends = {rate.learning_rate: rate.losses[rate.step] for rate in arm.rates if rate.finished}
+        ends = {rate.learning_rate: rate.losses[rate.step] for rate in arm.arms_by_rate if rate.finished}
         keys = {"color": look.color(arm), "label": look.label(arm) if len(look.group) <= 12 else None}
         axes.plot(list(ends), list(ends.values()), look.style(arm.n_shard), marker=".", linewidth=1.2, **keys)
         if arm.learning_rate in ends:
@@ -150,7 +152,7 @@ def _draw_rates(axes, look):
             place = (arm.learning_rate, ends[arm.learning_rate])
             axes.scatter(*place, marker="*", s=110, facecolor=face, edgecolor=keys["color"], zorder=3)
     axes.set_xscale("log", base=2)
-    rates = sorted({rate.learning_rate for arm in look.group for rate in arm.rates})
+    rates = sorted({rate.learning_rate for arm in look.group for rate in arm.arms_by_rate})
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8)
     axes.set(xlabel="learning rate", ylabel="validation loss (nats per token)")
     axes.set_title("Loss against learning rate (hollow: not bracketed)")

@@ -98,7 +98,7 @@ def _is_of(model, arm, config):
     """Whether a row's `model`, the keys that make it up, is the arm's, whose GPTConfig is `config`."""
     own = vars(config)
     keys = {"n_layer", "n_embd", "vocab_size", "sync", *arm.block} - {"n_kv_head"}
-    if not arm.all_synced:
+    if not arm.is_standard_tp:
         keys |= {"n_shard", "n_head"}
     widths = [[one[heads] * one["head_size"] for heads in ("n_head", "n_kv_head")] for one in (model, own)]
     return widths[0] == widths[1] and all(model[key] == own[key] for key in keys)
@@ -112,7 +112,7 @@ def add_predicted(arms: list[Arm], link: str, accelerator: str, tp_size: int, ba
     condition = f"PREDICTED, link {link}, {accelerator}, tp_size {tp_size}, batch {batch_size}"
     for arm in arms:
         config = _config_of(arm)
-        if arm.all_synced:
+        if arm.is_standard_tp:
             try:
                 config = dataclasses.replace(config, n_shard=tp_size)  # it computes the same however it is cut
             except ValueError:
@@ -140,7 +140,8 @@ def on_frontier(arm: Arm, arms: list[Arm], condition: str) -> bool | None:
     if not _has_place(arm, condition):
         return None
     for other in arms:
-        if other is arm or other.scale != arm.scale or not comparable(other, arm) or not _has_place(other, condition):
+        same_size = other is not arm and other.size_class == arm.size_class
+        if not (same_size and comparable(other, arm) and _has_place(other, condition)):
             continue
         difference, seconds = gap_between(arm, other, arms), arm.tpots[condition] - other.tpots[condition]
         if difference is not None and seconds >= 0:

@@ -24,7 +24,7 @@ def predict(arms: list[Arm], size: str) -> str:
     target, families = math.log(int(match[1]) * int(match[2]) ** 2), {}
     for arm in arms:
         reference, difference = baseline_of(arm, arms), gap(arm, arms)
-        if difference is None or not difference.final or difference.margin is None or arm.all_synced:
+        if difference is None or not difference.final or difference.margin is None or arm.is_standard_tp:
             continue
         if arm.bracketed and reference.bracketed:
             place = math.log(arm.n_layer * arm.n_embd**2)

@@ -11,14 +11,14 @@ from reduced_sync.compare.runs import (
     Arm,
     Gap,
     baseline_of,
-    by_scale,
+    by_size_class,
     comparable,
     differ,
     gap,
     is_control,
     reference_of,
     same_data,
-    too_short,
+    too_short_note,
 )
 
 FRONTIER = {True: "yes", False: "dominated", None: "-"}
@@ -53,8 +53,8 @@ def judge(arm: Arm, difference: Gap | None, arms: list[Arm], tolerance: float) -
 
 def table(arms: list[Arm], tolerance: float) -> str:
     """The comparison as text, a line per arm. Columns that only some comparisons need are left out of the others."""
-    several = max((len(arm.seeds) for arm in arms), default=1) > 1
-    tuned = max((len(arm.rates) for arm in arms), default=1) > 1
+    several = max((len(arm.seed_losses) for arm in arms), default=1) > 1
+    tuned = max((len(arm.arms_by_rate) for arm in arms), default=1) > 1
     columns = {  # heading: (aligned to the left, shown, cell of an arm and its gap)
         "run": (True, True, lambda a, g: a.names[0] + (f" and {len(a.names) - 1} more" if len(a.names) > 1 else "")),
         "sync": (True, True, lambda a, g: a.sync),
@@ -66,13 +66,13 @@ def table(arms: list[Arm], tolerance: float) -> str:
         "parameters": (False, True, lambda a, g: f"{a.n_params / 1e6:.2f}M"),
         "tok/param": (False, True, lambda a, g: f"{a.tokens / a.n_params:.2g}"),
         "lr": (False, tuned or differ(arms, "learning_rate"), lambda a, g: f"{a.learning_rate:g}"),
-        "of": (True, tuned, _rates_cell),
+        "lr tried": (True, tuned, _rates_cell),
         "dtype": (True, differ(arms, "dtype"), lambda a, g: a.dtype),
         "seeds": (False, several, _seeds_cell),
         "val loss": (False, True, lambda a, g: f"{a.losses[a.step]:.4f}" if a.losses else "-"),
         "sd": (False, several, lambda a, g: f"{a.deviation:.4f}" if a.deviation is not None else ""),
         "gap": (False, True, _gap_cell),
-        "+-": (False, several, lambda a, g: f"{g.margin:.2f}%" if g and g.margin is not None else ""),
+        "95% +-": (False, several, lambda a, g: f"{g.margin:.2f}%" if g and g.margin is not None else ""),
         "verdict": (True, True, lambda a, g: _verdict_cell(judge(a, g, arms, tolerance), g, tolerance)),
         "step": (False, True, lambda a, g: f"{a.step}" + ("" if a.finished else f" of {a.max_iters}*")),
     }
@@ -98,7 +98,7 @@ def table(arms: list[Arm], tolerance: float) -> str:
 
 
 def _rates_cell(arm, difference):
-    least, most = arm.rates[0].learning_rate, arm.rates[-1].learning_rate
+    least, most = arm.arms_by_rate[0].learning_rate, arm.arms_by_rate[-1].learning_rate
     return f"{least:g} to {most:g}" if least < most else ""
 
 
@@ -110,7 +110,7 @@ def _verdict_cell(verdict, difference, tolerance):
 
 
 def _seeds_cell(arm, difference):
-    count, started = len(arm.counted), len(arm.seeds)
+    count, started = len(arm.counted_losses), len(arm.seed_losses)
     return f"{count}" if count == started else f"{count} of {started}"
 
 
@@ -123,7 +123,7 @@ def _gap_cell(arm, difference):
 def warnings(arms: list[Arm]) -> list[str]:
     """A line for each setting in which runs of one size differ, and for each run that changed some on its way."""
     lines = []
-    for group in by_scale(arms):
+    for group in by_size_class(arms):
         for key in dict.fromkeys(key for arm in group for key in arm.settings):
             values = {str(arm.settings[key]) for arm in group if key in arm.settings}
             if len(values) > 1:
@@ -134,11 +134,11 @@ def warnings(arms: list[Arm]) -> list[str]:
                 f"{name} (sha256 {str(train)[:8]}, {str(val)[:8]})" for name, train, val in (a.data for a in group)
             }
             lines.append(f"warning: the runs differ in data: {', '.join(sorted(names))}: no gap between them")
-        if len({tuple(sorted(arm.seeds)) for arm in group if len(arm.seeds) == 1}) > 1:
+        if len({tuple(sorted(arm.seed_losses)) for arm in group if len(arm.seed_losses) == 1}) > 1:
             lines.append("warning: single runs differ in seed")
     lines += [f"warning: {arm.names[0]} was resumed with other settings: {arm.changed}" for arm in arms if arm.changed]
     references = [(arm, baseline_of(arm, arms)) for arm in arms]
-    if any(reference is not None and reference.scale != arm.scale for arm, reference in references):
+    if any(reference is not None and reference.size_class != arm.size_class for arm, reference in references):
         lines.append("warning: some runs have no baseline of their own size: they are compared with another's")
     conditions = conditions_of(arms)
     if timeless := [arm.names[0] for arm in arms if conditions.keys() - arm.tpots.keys()]:
@@ -149,19 +149,19 @@ def warnings(arms: list[Arm]) -> list[str]:
 def verdict(arms: list[Arm], tolerance: float) -> str:
     """For each size and n_shard a line: the fewest syncs within `tolerance` percent of the baseline, or why not."""
     lines = []
-    for scale, n_shard in sorted({(arm.scale, arm.n_shard) for arm in arms}):
-        group = [arm for arm in arms if (arm.scale, arm.n_shard) == (scale, n_shard)]
+    for size_class, n_shard in sorted({(arm.size_class, arm.n_shard) for arm in arms}):
+        group = [arm for arm in arms if (arm.size_class, arm.n_shard) == (size_class, n_shard)]
         reference = reference_of(group, arms)
         if reference is not None and all(is_control(arm, reference) for arm in group):
             continue  # controls only
-        size = f"{reference.size}, " if reference is not None and len(by_scale(arms)) > 1 else ""
+        size = f"{reference.size}, " if reference is not None and len(by_size_class(arms)) > 1 else ""
         lines.append(f"{size}n_shard {n_shard}: {_group_verdict(group, reference, arms, tolerance)}")
     return "\n".join(lines)
 
 
 def _group_verdict(group, reference, arms, tolerance):
     """The verdict on the arms `group` of one size and n_shard, whose baseline is `reference`."""
-    variants = [arm for arm in group if not arm.all_synced and arm.finished]
+    variants = [arm for arm in group if not arm.is_standard_tp and arm.finished]
     gaps = [(arm, difference) for arm in variants if (difference := gap(arm, arms)) is not None]
     if reference is None or (variants and not gaps):
         return f"can't say: {_no_gap_reason(variants or group, arms)}"
@@ -197,7 +197,7 @@ def _accepted(gaps, verdicts, arms, tolerance):
 
     Where no variant has a verdict, they are those whose gap itself is, and it begins with why that is no answer.
     """
-    reasons = [too_short([arm for pair in gaps for arm in (pair[0], baseline_of(pair[0], arms))])]
+    reasons = [too_short_note([arm for pair in gaps for arm in (pair[0], baseline_of(pair[0], arms))])]
     reasons[0] += f", at least {LEAST_TOKENS} are needed" if reasons[0] else ""
     if verdicts and all(verdict in NO_VERDICT or not verdict for verdict in verdicts):
         reasons += [text for word, text in NO_VERDICT.items() if word in verdicts]
@@ -213,7 +213,7 @@ def _accepted(gaps, verdicts, arms, tolerance):
 
 def fastest(arms: list[Arm], tolerance: float) -> str:
     """For each condition and size a line: the arm with the least time per token within `tolerance` percent."""
-    groups = by_scale(arms)
+    groups = by_size_class(arms)
     lines = []
     for condition in conditions_of(arms):
         for group in groups:
@@ -245,7 +245,7 @@ def _fastest_of(group, condition, arms, tolerance):
 
 def _no_gap_reason(variants, arms):
     """Why none of the variants has a gap to a baseline."""
-    synced = [arm for arm in arms if arm.all_synced]
+    synced = [arm for arm in arms if arm.is_standard_tp]
     if synced and not any(itertools.starmap(comparable, itertools.product(variants, synced))):
         return "evaluated on other windows or data than the baseline"
     return f"found {len(synced) or 'no'} baseline{'s' if synced else ''}; exactly one is needed"
@@ -266,7 +266,16 @@ def write_csv(arms: list[Arm], path: str | Path, tolerance: float) -> None:
             end = (difference.percent, difference.margin, difference.step) if difference else ("", "", "")
             end += (judge(a, difference, arms, tolerance),)
             start = (a.names[0], a.sync, a.n_layer, a.n_embd, a.n_shard, a.syncs, a.hidden, a.reduction)
-            middle = (a.n_params, a.tokens, a.learning_rate, a.bracketed, a.dtype, len(a.counted), a.step, a.max_iters)
+            middle = (
+                a.n_params,
+                a.tokens,
+                a.learning_rate,
+                a.bracketed,
+                a.dtype,
+                len(a.counted_losses),
+                a.step,
+                a.max_iters,
+            )
             times = [
                 value for condition in conditions for value in (a.tpots.get(condition), on_frontier(a, arms, condition))
             ]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reduced_sync.train.log import changes, read_log, settings
+from reduced_sync.train.log import changes, read_log, training_settings
 from reduced_sync_model import SyncRule
 
 LEAST_TOKENS = 10  # a parameter; shorter runs cannot tell variants apart: EXPERIMENT_SUMMARY.md
@@ -25,7 +25,7 @@ BLOCK = {"norm": "layernorm", "position": "learned", "mlp": "gelu", "n_hidden": 
 
 @dataclass
 class Arm:
-    """Runs that differ in their seed alone: the header's facts, and evaluations as {seed: {step: validation loss}}.
+    """Runs that differ in their seed alone: the header's facts, and the evaluations.
 
     What load_runs returns is at its best learning rate, and knows the others.
     """
@@ -37,10 +37,10 @@ class Arm:
     settings: dict  # all that should be the same in runs that are compared
     data: tuple  # name, sha256 of train, sha256 of val; None for one that is not known
     changed: str  # settings that changed where the run was resumed
-    seeds: dict
+    seed_losses: dict  # {seed: {step: validation loss}}
     diverged: bool = False  # a seed ended for losses that are no numbers
-    rates: list = field(default_factory=list, repr=False, compare=False)  # the arm at each of its rates, lowest first
-    scale: int = 0  # from number_scales
+    arms_by_rate: list = field(default_factory=list, repr=False, compare=False)  # the lowest rate first
+    size_class: int = 0  # from number_size_classes
     tpots: dict = field(default_factory=dict)  # {condition: seconds per token}, from compare/frontier.py
 
     def __post_init__(self):
@@ -86,14 +86,15 @@ class Arm:
         return 100 * (1 - self.syncs / (2 * self.n_layer))
 
     @property
-    def counted(self) -> dict[int, dict[int, float]]:
+    def counted_losses(self) -> dict[int, dict[int, float]]:
         """The losses of the finished seeds, or of all where none has finished."""
-        return {seed: losses for seed, losses in self.seeds.items() if self.max_iters in losses} or self.seeds
+        finished = {seed: losses for seed, losses in self.seed_losses.items() if self.max_iters in losses}
+        return finished or self.seed_losses
 
     @property
     def losses(self) -> dict[int, float]:
         """The mean over the seeds that count, at the steps that all of them have evaluated."""
-        counted = self.counted.values()
+        counted = self.counted_losses.values()
         steps = set.intersection(*map(set, counted))
         return {step: statistics.fmean(losses[step] for losses in counted) for step in sorted(steps)}
 
@@ -116,24 +117,24 @@ class Arm:
     @property
     def deviation(self) -> float | None:
         """Standard deviation over seeds of the last loss; None for one seed, and where a loss is not finite."""
-        last = [losses[self.step] for losses in self.counted.values()] if self.losses else []
+        last = [losses[self.step] for losses in self.counted_losses.values()] if self.losses else []
         return statistics.stdev(last) if len(last) > 1 and all(map(math.isfinite, last)) else None
 
     @property
     def bracketed(self) -> bool:
         """Whether a lower and a higher learning rate than its own, each at most twofold away, do no better."""
-        ended = {arm.learning_rate: arm.last_losses for arm in self.rates if arm.finished or arm.diverged}
+        ended = {arm.learning_rate: arm.last_losses for arm in self.arms_by_rate if arm.finished or arm.diverged}
         best, inside = best_rate(ended) if ended else (None, False)
         return inside and best == self.learning_rate
 
     @property
     def last_losses(self) -> dict[int, float]:
         """{seed: last loss} of the finished seeds; infinite for one that diverged."""
-        ends = {seed: losses.get(self.max_iters, math.inf) for seed, losses in self.counted.items()}
+        ends = {seed: losses.get(self.max_iters, math.inf) for seed, losses in self.counted_losses.items()}
         return {seed: math.inf if math.isnan(loss) else loss for seed, loss in ends.items()}
 
     @property
-    def all_synced(self) -> bool:
+    def is_standard_tp(self) -> bool:
         """Whether it is standard tensor parallelism."""
         return self.sync == "baseline"
 
@@ -186,9 +187,9 @@ def load_runs(paths: Iterable[str | Path]) -> tuple[list[Arm], list[str]]:
             skipped.append(str(error))
             continue
         for other in arms:
-            if same_experiment(other, arm) and not set(other.seeds) & set(arm.seeds):
+            if same_experiment(other, arm) and not set(other.seed_losses) & set(arm.seed_losses):
                 other.names += arm.names
-                other.seeds |= arm.seeds
+                other.seed_losses |= arm.seed_losses
                 other.diverged |= arm.diverged
                 other.settings = arm.settings | other.settings  # what one of them knows
                 if None in other.data:
@@ -200,8 +201,8 @@ def load_runs(paths: Iterable[str | Path]) -> tuple[list[Arm], list[str]]:
         raise ValueError(skipped[0] + (f" (and {len(skipped) - 1} more that are no runs)" if skipped[1:] else ""))
     arms = [at_best_rate(arm, arms) for arm in arms]
     arms = list({id(arm): arm for arm in arms}.values())
-    number_scales(arms)
-    return sorted(arms, key=lambda arm: (arm.scale, arm.n_shard, -arm.syncs, arm.names)), skipped
+    number_size_classes(arms)
+    return sorted(arms, key=lambda arm: (arm.size_class, arm.n_shard, -arm.syncs, arm.names)), skipped
 
 
 def at_best_rate(arm: Arm, arms: list[Arm]) -> Arm:
@@ -215,21 +216,21 @@ def at_best_rate(arm: Arm, arms: list[Arm]) -> Arm:
     ended = {a.learning_rate: a.last_losses for a in rates if a.finished or a.diverged}
     best, _ = best_rate(ended or {a.learning_rate: {0: a.last_loss} for a in rates})
     chosen = next(a for a in rates if a.learning_rate == best)
-    chosen.rates = rates
+    chosen.arms_by_rate = rates
     return chosen
 
 
-def number_scales(arms: list[Arm]) -> None:
-    """Number the scales of the arms from 1 on, each family's from its smallest.
+def number_size_classes(arms: list[Arm]) -> None:
+    """Number the size classes of the arms from 1 on, each family's from its smallest.
 
-    Arms are of one scale, and compared, that have one family of blocks and as many parameters: up to 4 % more than the
-    smallest of them. Shards' norms and biases, and the rounded width of a dense control, are within 2 % of the middle.
+    Arms are of one class, and compared, that have one family of blocks and as many parameters: up to 4 % more than
+    the smallest. Shards' norms and biases, and the rounded width of a dense control, are within 2 % of the middle.
     """
-    family, smallest, scale = None, 0, 0
+    family, smallest, size_class = None, 0, 0
     for arm in sorted(arms, key=lambda arm: (arm.family, arm.n_params)):
         if arm.family != family or arm.n_params > 1.04 * smallest:
-            family, smallest, scale = arm.family, arm.n_params, scale + 1
-        arm.scale = scale
+            family, smallest, size_class = arm.family, arm.n_params, size_class + 1
+        arm.size_class = size_class
 
 
 def read_run(path: Path) -> Arm:
@@ -261,7 +262,7 @@ def _arm_of(log, name):
             raise ValueError(f"{key}={config[key]!r} must be a positive integer")
     # a config says which dtype was asked for, its header what that came to
     configs = [part["config"] | {"dtype": part.get("dtype")} for part in log.headers.values() if "config" in part]
-    own = settings(configs[-1])
+    own = training_settings(configs[-1])
     own["min_lr / learning_rate"] = f"{own.pop('min_lr') / (float(config['learning_rate']) or 1):.4g}"
     own |= {key: value for key, value in configs[0].items() if key == "init_from" and value != "resume"}
     seed = own.pop("seed")
@@ -276,7 +277,7 @@ def _arm_of(log, name):
         settings=own,
         data=(config["dataset"], *(digest if digest not in ("", "unknown") else None for digest in hashes)),
         changed=", ".join(filter(None, itertools.starmap(changes, itertools.pairwise(configs)))),
-        seeds={seed: {step: loss for step, _, loss in log.evaluations}},
+        seed_losses={seed: {step: loss for step, _, loss in log.evaluations}},
         diverged=log.bad_steps >= config.get("max_bad_steps", math.inf),
     )
     if arm.syncs != int(header["syncs"].split(" of ")[0]):
@@ -310,10 +311,12 @@ def baseline_of(arm: Arm, arms: list[Arm]) -> Arm | None:
     Evaluated on the same tokens; of the same size, dtype and n_shard where there is one; among several n_shard that
     are not the arm's own, the one with the lowest loss.
     """
-    synced = [other for other in arms if other.all_synced]
-    deepest = {scale: max(a.n_layer for a in synced if a.scale == scale) for scale in {a.scale for a in synced}}
-    baselines = [other for other in synced if other.n_layer == deepest[other.scale] and comparable(other, arm)]
-    for name in ("scale", "dtype", "n_shard"):
+    synced = [other for other in arms if other.is_standard_tp]
+    baselines = []
+    for group in by_size_class(synced):  # a shallower one is a control
+        deepest = max(other.n_layer for other in group)
+        baselines += [other for other in group if other.n_layer == deepest and comparable(other, arm)]
+    for name in ("size_class", "dtype", "n_shard"):
         baselines = [other for other in baselines if getattr(other, name) == getattr(arm, name)] or baselines
     if len({other.n_shard for other in baselines}) == len(baselines) > 1:
         baselines = [min(baselines, key=lambda other: (not other.finished, other.last_loss))]
@@ -331,8 +334,8 @@ def percent_above(loss: float, other: float) -> float:
 def paired(arm: Arm, other: Arm, step: int) -> list[float]:
     """How far `arm` is above `other` at `step`, in percent, for each seed that both have."""
     return [
-        percent_above(arm.counted[seed][step], other.counted[seed][step])
-        for seed in arm.counted.keys() & other.counted.keys()
+        percent_above(arm.counted_losses[seed][step], other.counted_losses[seed][step])
+        for seed in arm.counted_losses.keys() & other.counted_losses.keys()
     ]
 
 
@@ -368,7 +371,7 @@ def gap_between(arm: Arm, other: Arm, arms: list[Arm]) -> Gap | None:
     final = arm.finished and other.finished
     found = paired(arm, other, step)
     percent = statistics.fmean(found) if found else percent_above(arm.losses[step], other.losses[step])
-    deviation, freedom = noise([one for one in arms if one.scale in (arm.scale, other.scale)])
+    deviation, freedom = noise([one for one in arms if one.size_class in (arm.size_class, other.size_class)])
     if deviation is not None and found and other is not arm:
         from scipy.stats import t
 
@@ -378,12 +381,13 @@ def gap_between(arm: Arm, other: Arm, arms: list[Arm]) -> Gap | None:
 
 def is_control(arm: Arm, reference: Arm | None) -> bool:
     """Whether it is a dense model of another depth than the baseline `reference`."""
-    return arm.all_synced and reference is not None and arm.n_layer != reference.n_layer
+    return arm.is_standard_tp and reference is not None and arm.n_layer != reference.n_layer
 
 
-def by_scale(arms: list[Arm]) -> list[list[Arm]]:
+def by_size_class(arms: list[Arm]) -> list[list[Arm]]:
     """The arms of each size, the smallest first."""
-    return [[arm for arm in arms if arm.scale == scale] for scale in sorted({arm.scale for arm in arms})]
+    classes = sorted({arm.size_class for arm in arms})
+    return [[arm for arm in arms if arm.size_class == one] for one in classes]
 
 
 def reference_of(group: list[Arm], arms: list[Arm]) -> Arm | None:
@@ -396,7 +400,7 @@ def differ(arms: list[Arm], *names: str) -> bool:
     return len({tuple(getattr(arm, name) for name in names) for arm in arms}) > 1
 
 
-def too_short(arms: list[Arm]) -> str:
+def too_short_note(arms: list[Arm]) -> str:
     """A text that says so where some arms were trained on too few tokens to tell variants apart."""
     fewest = f"{min(arm.tokens / arm.n_params for arm in arms):.2g}"
     return f"too short to tell: {fewest} tokens per parameter" if float(fewest) < LEAST_TOKENS else ""

@@ -243,7 +243,7 @@ def card(name: str, path: Path, saved: dict, config: GPTConfig, meta: dict, has_
     start = keys.get("init_from", "scratch")
     rows = {
         "sync rule": f"`{config.sync}`",
-        "drawn (A attention, M MLP, \\| all-reduce)": f"`{config.rule.drawing}`".replace("|", "\\|"),
+        "drawn (A attention, M MLP, \\| all-reduce)": f"`{config.rule.diagram}`".replace("|", "\\|"),
         "syncs of a forward pass": f"{syncs} of {2 * config.n_layer}",
         "n_shard": config.n_shard,
         "shape": f"{config.n_layer} layers x {config.n_embd}, {config.n_head} heads, {config.n_kv_head} of keys and "

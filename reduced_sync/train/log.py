@@ -30,7 +30,7 @@ ITER = re.compile(
 )
 # keys of a config that say which model it is, and keys, also of older runs, that do not change what it learns
 ARCHITECTURE = "sync n_shard n_layer n_head n_embd norm position mlp n_hidden n_kv_head".split()
-INDIFFERENT = """out_dir eval_interval log_interval eval_only always_save_checkpoint checkpoint_interval
+WITHOUT_EFFECT = """out_dir eval_interval log_interval eval_only always_save_checkpoint checkpoint_interval
 checkpoint_minutes init_from wandb_log wandb_project wandb_run_name tp_size backend device compile timeout_s
 max_bad_steps""".split()
 
@@ -135,13 +135,13 @@ def read_log(path: str | Path) -> Log:
     return log
 
 
-def settings(config: dict) -> dict:
+def training_settings(config: dict) -> dict:
     """What of a config (a dict, as in a header) decides what a model learns and what its losses are measured on.
 
     The same sequences per step are the same step, however many of them make a micro-step. The data is a matter of its
     content, not in here.
     """
-    result = {key: value for key, value in config.items() if key not in (*ARCHITECTURE, *INDIFFERENT, "dataset")}
+    result = {key: value for key, value in config.items() if key not in (*ARCHITECTURE, *WITHOUT_EFFECT, "dataset")}
     micro_steps, batches = result.pop("gradient_accumulation_steps"), result.pop("eval_iters")
     batch_size, block_size = result.pop("batch_size"), result["block_size"]
     result["tokens a step"] = micro_steps * batch_size * block_size
@@ -159,7 +159,7 @@ def changes(before: dict, after: dict) -> str:
 
     `learning_rate 0.001 -> 0.002, dropout 0.0 -> 0.1`
     """
-    old, new = settings(before), settings(after)
+    old, new = training_settings(before), training_settings(after)
     return ", ".join(f"{key} {old[key]} -> {new[key]}" for key in old if key in new and old[key] != new[key])
 
 

@@ -52,7 +52,7 @@ def header_of(config: Config, model: rsm.GPT, layout: distributed.Layout, meta: 
     return {
         "started" if step == 0 else f"resumed at step {step}": datetime.datetime.now().isoformat(" ", "seconds"),
         "sync": rule,
-        "drawn": rule.drawing,
+        "drawn": rule.diagram,
         "syncs": f"{rule.syncs} of {most} ({100 * (1 - rule.syncs / most):.1f}% fewer)",
         "hidden syncs": rule.hidden,
         "parameters": f"{n_params / 1e6:.2f}M ({n_params})",

@@ -204,7 +204,7 @@ def test_other_windows_or_data_are_never_compared(tmp_path, other):
     draw_comparison(loaded, tmp_path / "figure.png", 2)
     make(tmp_path, "out-spd-2", "11", [4.0, 3.0, 2.02], data="cafe")
     loaded = load(tmp_path)
-    assert [len(arm.seeds) for arm in loaded] == [1, 1, 1]
+    assert [len(arm.seed_losses) for arm in loaded] == [1, 1, 1]
     line = "the fewest syncs within 2% of the baseline: 2 (spd, +1.00%, 50.0% fewer syncs)"
     assert verdict(loaded, 2) == f"n_shard 2: {UNTUNED}{line} (1 evaluated on other windows or data not counted)"
     make(tmp_path, "out-base-2", "22", [4.0, 3.0, 0.99], **dict(data="cafe") | other)
@@ -219,10 +219,10 @@ def test_data_whose_content_is_not_known_is_that_of_its_name(tmp_path, data):
     make(tmp_path, "out-a", "22", [4.0, 3.0, 2.0], data=data)
     make(tmp_path, "out-b", "22", [4.0, 3.0, 2.1], seed=2, data="cafe")
     (arm,) = loaded = load(tmp_path)
-    assert len(arm.seeds) == 2 and warnings(loaded) == []
+    assert len(arm.seed_losses) == 2 and warnings(loaded) == []
     make(tmp_path, "out-c", "22", [4.0, 3.0, 2.1], seed=3, data="beef")  # surely not that of the first two
     make(tmp_path, "out-d", "22", [4.0, 3.0, 2.1], seed=3, data="cafe", dataset="a copy of text")
-    assert [len(arm.seeds) for arm in load(tmp_path)] == [3, 1]
+    assert [len(arm.seed_losses) for arm in load(tmp_path)] == [3, 1]
 
 
 def test_a_run_that_went_on_with_other_settings(runs):
@@ -230,6 +230,6 @@ def test_a_run_that_went_on_with_other_settings(runs):
     make(runs, "out-base-2", "2" * 12, [4.0, 3.0, 2.0], seed=2, warmup_iters=2, resumed=dict(warmup_iters=1))
     make(runs, "out-base-3", "2" * 12, [4.0, 3.0, 2.0], seed=3, resumed=dict(out_dir="x", init_from="resume"))
     loaded = load(runs)
-    assert sorted(len(arm.seeds) for arm in loaded) == [1, 1, 1, 1, 2]
+    assert sorted(len(arm.seed_losses) for arm in loaded) == [1, 1, 1, 1, 2]
     named = [line for line in warnings(loaded) if "resumed" in line]
     assert named == ["warning: out-base-2 was resumed with other settings: warmup_iters 2 -> 1"]

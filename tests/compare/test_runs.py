@@ -30,7 +30,7 @@ def test_seeds_are_one_line(runs):
         make(runs, f"out-base-{seed}", "2" * 12, [4.0, 3.0, base[seed]], seed=seed)
     make(runs, "out-spd-2", "1" * 12, [4.0, 3.0, spd[2]], seed=2)
     loaded = load(runs)
-    assert [len(arm.seeds) for arm in loaded] == [3, 2, 1, 1] and warnings(loaded) == []
+    assert [len(arm.seed_losses) for arm in loaded] == [3, 2, 1, 1] and warnings(loaded) == []
     assert loaded[0].losses[20] == pytest.approx(2.0) and loaded[0].deviation == pytest.approx(0.02)
     assert loaded[1].losses[20] == pytest.approx(2.03) and loaded[1].deviation == pytest.approx(0.04 / 2**0.5)
     logs = [[100 * math.log(losses[seed]) for seed in (1, 2)] for losses in (spd, base)]
@@ -43,7 +43,7 @@ def test_seeds_are_one_line(runs):
     make(runs, "out-base-4", "2" * 12, [4.0], seed=4)  # has just begun
     assert load(runs)[0].losses == loaded[0].losses and "3 of 4" in table(load(runs), 2)
     assert lines[1].split()[:4] == ["out-base", "and", "2", "more"]
-    assert f"{found.percent:+.2f}%  {found.margin:.2f}%" in lines[2]
+    assert f"{found.percent:+.2f}%   {found.margin:.2f}%" in lines[2]
     draw_comparison(loaded, runs / "figure.png", 2)
 
 
@@ -75,7 +75,7 @@ def test_an_arm_is_at_its_best_learning_rate(tmp_path):
         make(tmp_path, f"out-one-{rate}", "01", [4.0, 3.0, loss], learning_rate=rate, min_lr=rate / 10)
     base, *_ = loaded = load(tmp_path)
     assert [(arm.learning_rate, arm.bracketed) for arm in loaded] == [(1e-3, True), (4e-3, False), (1e-3, False)]
-    assert [len(arm.rates) for arm in loaded] == [3, 3, 3] and base.losses[20] == pytest.approx(2.15)
+    assert [len(arm.arms_by_rate) for arm in loaded] == [3, 3, 3] and base.losses[20] == pytest.approx(2.15)
     lines = table(loaded, 2).splitlines()
     assert "0.001 to 0.004" in lines[2] and "not bracketed" in lines[2]
     assert warnings(loaded) == ["warning: the runs differ in learning_rate: 0.001, 0.004"]

@@ -294,7 +294,7 @@ def test_the_first_error_is_written_down(tmp_path, monkeypatch, error, line):
     """Also a mistake of ours, whose traceback goes on; what other ranks say afterwards changes nothing."""
     monkeypatch.setenv(distributed.ERROR_FILE, str(tmp_path / "error.txt"))
     for one in (error, ValueError("lost contact with another rank")):
-        with pytest.raises((SystemExit, type(one))), distributed.clear_errors():
+        with pytest.raises((SystemExit, type(one))), distributed.report_errors():
             raise one
     assert study.reason(tmp_path, 1).startswith(line)
 

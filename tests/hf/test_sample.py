@@ -146,18 +146,18 @@ def test_samplers_are_those_of_transformers(temperature, top_k, top_p):
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(None, scores)
     expected = torch.multinomial(scores.softmax(-1), 1, generator=torch.Generator().manual_seed(2)).squeeze(1)
-    chosen = decoding.choose(logits, temperature, top_k, top_p, torch.Generator().manual_seed(2))
+    chosen = decoding.sample_tokens(logits, temperature, top_k, top_p, torch.Generator().manual_seed(2))
     assert torch.equal(chosen, expected)
     assert len(set(chosen.tolist())) > 10
 
 
 def test_temperature_0_takes_the_likeliest():
     logits = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(decoding.choose(logits, temperature=0, top_k=5, top_p=0.5), logits.argmax(-1))
+    assert torch.equal(decoding.sample_tokens(logits, temperature=0, top_k=5, top_p=0.5), logits.argmax(-1))
 
 
 def chooser():
-    return partial(decoding.choose, generator=torch.Generator().manual_seed(9))
+    return partial(decoding.sample_tokens, generator=torch.Generator().manual_seed(9))
 
 
 @pytest.mark.parametrize("length", [1, 9, 16, 30])
@@ -177,7 +177,7 @@ def test_bfloat16_decodes_as_float32_does():
     model, autocast = rough(build("0101")), partial(torch.autocast, "cpu", dtype=torch.bfloat16)
     with torch.no_grad():
         expected = model(prompt(2))[0]
-    decoding.cast(model, torch.bfloat16)
+    decoding.cast_matrices(model, torch.bfloat16)
     assert len(list(decoding.generate(model, prompt(2, 4), 14, chooser(), autocast))) == 14
     with torch.no_grad(), autocast():
         cache = KVCache(model, 2)

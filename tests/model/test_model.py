@@ -40,7 +40,7 @@ def test_named_variants():
     for text, count in counts.items():
         rule = SyncRule.parse(text, 12)
         assert (str(rule), rule.syncs, rule.hidden) == (text, count, 0)
-    assert SyncRule.parse("a2a1", 4).syncs == 5 and SyncRule("21a0").drawing == "A|M| AM| A|M AM"
+    assert SyncRule.parse("a2a1", 4).syncs == 5 and SyncRule("21a0").diagram == "A|M| AM| A|M AM"
     assert SyncRule.parse("2222", 4) == SyncRule.parse("baseline", 4)
     assert {str(SyncRule.parse(text, 4)) for text in ("1111", "grouped-4", "spd")} == {"spd"}
     assert str(SyncRule.parse("0101+desync", 4)) == "grouped-2+desync" and SyncRule.parse("spd+ladder", 4).hidden == 3

@@ -193,7 +193,7 @@ def test_losing_contact_keeps_what_nccl_says_last(monkeypatch, capsys):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(distributed.signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit), distributed.clear_errors():
+    with pytest.raises(SystemExit), distributed.report_errors():
         raise torch.distributed.DistBackendError(text)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("rank 0: lost contact with another rank: NCCL error in: ProcessGroupNCCL.cpp:77, remote")
