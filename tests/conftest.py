@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 
+import hypothesis
 import pytest
 from filelock import FileLock
 from launch import ROOT
@@ -17,6 +18,9 @@ from reduced_sync import preparing
 # under nohup, or started with a &, tests would have these ignored, and their processes, too
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+hypothesis.settings.register_profile("shared machine", deadline=None)  # an example may have to wait for a core
+hypothesis.settings.load_profile("shared machine")
 
 
 def pytest_configure(config):

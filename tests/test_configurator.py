@@ -359,7 +359,7 @@ arguments = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=code | assignments, argv=st.lists(arguments, max_size=3))
 def test_only_value_errors_come_out(tmp_path, text, argv):
     path = tmp_path / "fuzz.py"
