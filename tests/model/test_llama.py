@@ -69,7 +69,8 @@ def test_all_2_is_transformers_llama(tmp_path, keys, n_shard):
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_variants_against_the_oracle(variant, n_shard, n_kv_head):
     torch.manual_seed(0)
-    dense_model = rough(GPT(dataclasses.replace(SMALL, n_kv_head=n_kv_head, tie_embeddings=n_kv_head > 1))).double()
+    shape = dict(n_kv_head=n_kv_head, tie_embeddings=n_kv_head > 1, qkv_bias=n_kv_head == 2, qk_norm=n_kv_head == 1)
+    dense_model = rough(GPT(dataclasses.replace(SMALL, **shape))).double()
     dense = weights.shards_to_dense(dict(dense_model.named_parameters()), dense_model.config)
     dense.setdefault("lm_head.weight", dense["transformer.wte.weight"])
     config = dataclasses.replace(dense_model.config, n_shard=n_shard, sync=variant)
