@@ -48,6 +48,7 @@ PLAIN = [
     dict(sync="0101", **LLAMA, n_kv_head=1, head_size=16),
     dict(n_shard=4, **LLAMA, n_kv_head=2, qkv_bias=True),
     dict(n_shard=2, **LLAMA, n_kv_head=1, head_size=16, qk_norm=True, tie_embeddings=False),
+    dict(n_shard=2, bias=False, qkv_bias=True),
 ]
 WITH_CODE = [
     dict(n_shard=2, sync="1111"),

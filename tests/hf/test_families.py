@@ -8,9 +8,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from spawn import run_ranks
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from variants import batch, rough
 
+import drop_syncs
+import export
 from reduced_sync import decoding
 from reduced_sync.hf import weights
 from reduced_sync.hf.families import their_config
@@ -168,3 +171,28 @@ def test_a_context_beyond_the_window(tmp_path):
     saved(tmp_path, "mistral", num_key_value_heads=2, sliding_window=14)
     with pytest.raises(ValueError, match=f"block_size=15 is above the 14 positions of {tmp_path}, or of its sliding w"):
         weights.from_pretrained(tmp_path, block_size=15)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("family, keys", [("qwen2", {}), ("qwen3", dict(head_dim=16))], ids=str)
+def test_its_syncs_are_dropped_and_the_result_exported(tmp_path, modules, family, keys):
+    saved(tmp_path / "model", family, **keys | dict(vocab_size=256, num_key_value_heads=4))
+    alphabet = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
+    (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    keys = dict(init_from=tmp_path / "model", n_shard=2, block_size=24, device="cpu", out_dir=tmp_path / "out")
+    keys |= dict(calibration=tmp_path / "text", evaluation=tmp_path / "text", calibration_windows=8)
+    keys |= dict(sensitivity_windows=4, evaluation_tokens=256, distil_epochs=1, finetune_steps=2)
+    drop_syncs.main([f"--{key}={value}" for key, value in keys.items()])
+    export.main([str(tmp_path / "out"), f"--to={tmp_path / 'export'}"])
+    ours = weights.from_pretrained(tmp_path / "export")
+    assert ours.config.sync == "spd" and (ours.config.qkv_bias, ours.config.qk_norm) == (
+        family == "qwen2",
+        family == "qwen3",
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export", trust_remote_code=True)
+    x, _ = batch()
+    with torch.no_grad():
+        agree(ours(x, x)[0], theirs(x).logits)
