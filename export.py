@@ -3,10 +3,11 @@
 $ python export.py out-spd-12sync --to=spd-12sync           # the last checkpoint
 $ python export.py out-spd-12sync --to=spd-12sync --best    # the one with the lowest validation loss
 
-A model that equals a dense one, because it has all syncs or only one shard, becomes a plain GPT-2 or Llama, which
-transformers loads without our code. Any other model carries its code and loads with trust_remote_code=True. The folder
-includes the tokenizer and a README.md that says what the model is. train_reduced_sync.py and sample.py read it with
---init_from=FOLDER. You can also export a run that has not finished.
+A model that equals a dense one, because it has all syncs or only one shard, becomes a plain GPT-2, Llama, Qwen2 or
+Qwen3, which transformers loads without our code; a Mistral becomes a Llama, which computes the same. Any other model
+carries its code and loads with trust_remote_code=True. The folder includes the tokenizer and a README.md that says what
+the model is. train_reduced_sync.py and sample.py read it with --init_from=FOLDER. You can also export a run that has
+not finished.
 """
 
 from reduced_sync.cli import set_up

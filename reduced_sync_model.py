@@ -326,6 +326,20 @@ class RowParallel(nn.Module):
         return multiply(y, self.weight, self.bias)
 
 
+class HeadNorm(nn.Module):
+    """An RMS norm of each head by itself (QK norm, arXiv 2010.04245). weight (S, D), the same for a shard's heads."""
+
+    def __init__(self, config: "GPTConfig", n_local: int):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(n_local, config.head_size))
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """heads (S, B, T, any, D) -> the same shape."""
+        normed = F.rms_norm(heads, heads.shape[-1:], eps=self.eps) * self.weight[:, None, None, None]
+        return normed.to(heads.dtype)  # under autocast, that of the values
+
+
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """RoPE (arXiv 2104.09864): x (..., T, D), the halves of D as pairs, turned by `rope`, cos and sin (T, D/2)."""
     (a, b), (cos, sin) = x.chunk(2, dim=-1), rope
@@ -340,7 +354,9 @@ class CausalSelfAttention(nn.Module):
         self.dropout, self.head_size = config.dropout, config.head_size
         self.n_head, self.n_kv_head = config.n_head // config.n_shard, max(1, config.n_kv_head // config.n_shard)
         n_qkv = (self.n_head + 2 * self.n_kv_head) * self.head_size
-        self.c_attn = ColumnParallel(n_local, config.n_embd, n_qkv, config.bias)
+        self.c_attn = ColumnParallel(n_local, config.n_embd, n_qkv, config.bias or config.qkv_bias)
+        self.q_norm = HeadNorm(config, n_local) if config.qk_norm else None
+        self.k_norm = HeadNorm(config, n_local) if config.qk_norm else None
         self.c_proj = RowParallel(n_local, self.n_head * self.head_size, config.n_embd, config.bias)
 
     def forward(self, h: Tensor, rope=None, past=None, mask: Tensor | None = None) -> Tensor:
@@ -351,8 +367,10 @@ class CausalSelfAttention(nn.Module):
         """
         S, B, T, _ = h.shape
         qkv = self.c_attn(h).unflatten(-1, (-1, self.head_size))  # (S, B, T, H+2K, D)
-        qkv = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=3)
-        q, k, v = (t.transpose(2, 3).flatten(0, 1) for t in qkv)  # (S*B, heads, T, D): a shard's heads by themselves
+        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=3)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.transpose(2, 3).flatten(0, 1) for t in (q, k, v))  # (S*B, heads, T, D): each shard's by themselves
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if past is not None:
@@ -539,6 +557,8 @@ ROLES = {
     "ln_1.bias": Role("copied", False),
     "attn.c_attn.weight": Role("heads", True),
     "attn.c_attn.bias": Role("heads", False),
+    "attn.q_norm.weight": Role("copied", False),
+    "attn.k_norm.weight": Role("copied", False),
     "attn.c_proj.weight": Role("input", True),
     "attn.c_proj.bias": Role("divided", False),
     "ln_2.weight": Role("copied", False),
@@ -631,6 +651,8 @@ class GPTConfig:
     n_hidden: int = 0  # neurons of an MLP; 0: 4*n_embd
     n_kv_head: int = 0  # heads of keys and values; 0: n_head
     head_size: int = 0  # 0: n_embd/n_head
+    qkv_bias: bool = False  # biases of queries, keys and values where `bias` gives none, as in Qwen2
+    qk_norm: bool = False  # an RMS norm of each head of queries and keys, before rope, as in Qwen3
     tie_embeddings: bool = True  # lm_head and wte are one matrix
 
     def __post_init__(self):

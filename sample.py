@@ -1,4 +1,4 @@
-"""Generate text from a trained model, or from a pretrained GPT-2 or Llama.
+"""Generate text from a trained model, or from a pretrained GPT-2, Llama, Mistral, Qwen2 or Qwen3.
 
 $ python sample.py --out_dir=out-spd-12sync --start="To be"
 $ python sample.py --init_from=gpt2 --start=FILE:prompt.txt --num_samples=3      # FILE:- is standard input
@@ -40,7 +40,9 @@ from reduced_sync.hf.weights import from_pretrained, pretrained_fields
 class Config:
     """Every key; names, meanings and most defaults are nanoGPT's."""
 
-    init_from: str = option("resume", "resume: out_dir's ckpt.pt; or folder or hub name of a GPT-2, Llama or export")
+    init_from: str = option(
+        "resume", "resume: out_dir's ckpt.pt; or folder or hub name of a GPT-2, Llama, Mistral, Qwen or export"
+    )
     out_dir: str = option("out", "folder of the checkpoint", is_path=True)
     start: str = option("\n", "the prompt; FILE:NAME reads it from a file, FILE:- from standard input")
     num_samples: int = option(1, "number of samples, computed as one batch", least=1)

@@ -12,7 +12,7 @@ def logits(dense, idx, n_layer, n_head, n_shard, sync, n_kv_head=None):
     """Logits (B, T, vocab) of the dense state dict (nanoGPT's names) run as n_shard shards.
 
     sync: one of 2 1 0 a per layer, and +RIVAL. With n_kv_head the block is Llama's: RMSNorm, RoPE with theta 10,000 and
-    SwiGLU.
+    SwiGLU. Biases and norms of queries and keys are there where the state dict has them.
     """
     pattern, _, rival = sync.partition("+")
     T = idx.shape[1]
@@ -56,6 +56,8 @@ def logits(dense, idx, n_layer, n_head, n_shard, sync, n_kv_head=None):
                 rows = slice(first * size, (first + 1) * size)
                 parts.append(F.linear(h, w(layer, "attn.c_attn.weight")[rows], None if bias is None else bias[rows]))
             q, k, v = parts
+            if (gain := w(layer, "attn.q_norm.weight")) is not None:
+                q, k = rms_norm(q, gain), rms_norm(k, w(layer, "attn.k_norm.weight"))
             if n_kv_head is not None:
                 q, k = turned(q), turned(k)
             scores = (q @ k.transpose(1, 2)) / size**0.5

@@ -12,8 +12,9 @@ import torch
 from reduced_sync import checkpoint as ckpt
 from reduced_sync import preparing
 from reduced_sync.files import sync_folder, temporary_folder
+from reduced_sync.hf.families import MODEL_TYPE, their_config
 from reduced_sync.hf.tokenizer import Tokens, write_pretrained
-from reduced_sync.hf.weights import MODEL_TYPE, shards_to_dense, their_config, their_tensors
+from reduced_sync.hf.weights import shards_to_dense, their_tensors
 from reduced_sync.spd.log import beside_dense, read_drop_log, table_cell
 from reduced_sync.train.log import read_log
 from reduced_sync_model import GPT, GPTConfig
@@ -225,7 +226,7 @@ def trained_rows(path: Path, saved: dict, meta: dict) -> dict[str, str]:
 def serving_text(name: str, config: GPTConfig, has_code: bool) -> str:
     """How to serve the folder."""
     if not has_code:
-        return f"vLLM, transformers and lm-eval load it as any GPT-2 or Llama: `vllm serve {name}`."
+        return f"vLLM, transformers and lm-eval load it without our code: `vllm serve {name}`."
     own = "transformers 5 serves it with the code that is in this folder: read it, then allow it by\n"
     own += "`trust_remote_code=True`. vLLM "
     if config.rule.hidden:

@@ -1,7 +1,7 @@
 """Dense weights and shards: a dense model cut into shards and joined again, and models of the Hugging Face formats.
 
 A dense model of ours has nanoGPT's names. transformers' GPT-2 has the same, its linear layers transposed (Conv1D);
-transformers' Llama has other names, and Q, K and V apart. `their_names` says which.
+the other families have names of their own, and Q, K and V apart. `their_names` says which.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from reduced_sync.cli import one_line
+from reduced_sync.hf.families import FAMILIES, MODEL_TYPE, TENSORS, their_fields
 from reduced_sync.old_keys import with_sync
 from reduced_sync_model import GPT, GPTConfig, is_sharded, role_of, shard_tensor
 
@@ -25,19 +26,8 @@ GPT2_SHAPES = {
     "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600),
 }
-PRETRAINED = "init_from takes a folder or hub name of a GPT-2 or Llama"
-MODEL_TYPE = "reduced_sync"  # model_type of a folder of export.py that carries its code
+PRETRAINED = f"init_from takes a folder or hub name of one of these models: {', '.join(FAMILIES)}"
 FLOAT_TYPES = ("F32", "BF16", "F16")  # what a tensor may be, in safetensors' words
-# our name in a layer: Llama's, one or several
-LLAMA = {
-    "ln_1": ["input_layernorm"],
-    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "attn.c_proj": ["self_attn.o_proj"],
-    "ln_2": ["post_attention_layernorm"],
-    "mlp.c_fc": ["mlp.up_proj"],
-    "mlp.c_gate": ["mlp.gate_proj"],
-    "mlp.c_proj": ["mlp.down_proj"],
-}
 
 
 def unshard_tensor(name: str, shards: torch.Tensor, config: GPTConfig) -> torch.Tensor:
@@ -64,11 +54,11 @@ def shards_to_dense(shards: dict, config: GPTConfig) -> dict:
     """State dict of the whole sharded model -> the dense model that computes the same.
 
     Raises ValueError if there is none, as the pattern drops a sync, the block is another one, or the copies of a KV
-    head have parted.
+    head or of its norm have parted.
     """
     name, _, rival = config.sync.partition("+")
     if rival and rival != "desync":
-        raise ValueError(f"sync={config.sync!r}: no GPT-2 or Llama computes that")
+        raise ValueError(f"sync={config.sync!r}: no dense model computes that")
     if name != "baseline" and config.n_shard > 1:
         raise ValueError(f"sync={config.sync!r}: only the baseline (or n_shard=1) equals a dense model")
     shards = dict(shards)
@@ -76,10 +66,10 @@ def shards_to_dense(shards: dict, config: GPTConfig) -> dict:
         fold_norm(shards, f"{block}.ln_1", [f"{block}.attn.c_attn"])
         fold_norm(shards, f"{block}.ln_2", [f"{block}.mlp.c_fc", f"{block}.mlp.c_gate"])
     dense = {name: unshard_tensor(name, tensor, config) for name, tensor in shards.items()}
-    if config.n_kv_head < config.n_shard:
-        for name, tensor in shards.items():
-            if role_of(name).cut == "heads" and not torch.equal(shard_tensor(name, dense[name], config), tensor):
-                raise ValueError(f"{name}: the copies of a KV head differ, so no dense model computes the same")
+    for name, tensor in shards.items():
+        has_copies = role_of(name).cut in ("copied", "heads")
+        if has_copies and not torch.equal(shard_tensor(name, dense[name], config), tensor):
+            raise ValueError(f"{name}: the shards' copies differ, so no dense model computes the same")
     return dense
 
 
@@ -106,7 +96,7 @@ def fold_norm(shards: dict, norm: str, linears: list[str]) -> None:
 
 
 def their_names(name: str, family: str) -> tuple[list[str], bool]:
-    """The tensors of transformers' `family`, gpt2 or llama, that our dense tensor `name` is, one under the other.
+    """The tensors of transformers' `family` that our dense tensor `name` is, one under the other.
 
     And whether they are transposed. Of our own family it is the sharded tensor.
     """
@@ -117,12 +107,12 @@ def their_names(name: str, family: str) -> tuple[list[str], bool]:
     layer, _, kind = name.removeprefix("transformer.").rpartition(".")
     if layer.startswith("h."):
         _, i, layer = layer.split(".", 2)
-        return [f"model.layers.{i}.{part}.{kind}" for part in LLAMA[layer]], False
+        return [f"model.layers.{i}.{part}.{kind}" for part in TENSORS[layer]], False
     return [{"wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head"}[layer] + f".{kind}"], False
 
 
 def their_tensors(dense: dict, family: str, config: GPTConfig) -> dict:
-    """State dict of a dense model -> that of transformers' `family`, gpt2 or llama; the inverse of dense_tensors.
+    """State dict of a dense model -> that of transformers' `family`; the inverse of dense_tensors.
 
     GPT-2's class has all biases: those that a model has not are zeros.
     """
@@ -140,95 +130,6 @@ def their_tensors(dense: dict, family: str, config: GPTConfig) -> dict:
         parts = tensor.split(heads) if len(theirs) == 3 else [tensor]
         state |= {name: part.contiguous() for name, part in zip(theirs, parts, strict=True)}
     return state
-
-
-def their_config(config: GPTConfig) -> tuple[str, Any]:
-    """(family, transformers' config) of the class that computes a dense model of this shape.
-
-    Raises ValueError where neither GPT2LMHeadModel nor LlamaForCausalLM does.
-    """
-    from transformers import GPT2Config, LlamaConfig
-
-    block = (config.norm, config.position, config.mlp)
-    keys = dict(vocab_size=config.vocab_size, tie_word_embeddings=config.tie_embeddings, dtype="float32")
-    keys |= dict(bos_token_id=None, eos_token_id=None, use_cache=True)
-    if block == ("layernorm", "learned", "gelu"):
-        if config.n_kv_head != config.n_head or config.head_size * config.n_head != config.n_embd:
-            raise ValueError("GPT2LMHeadModel has as many heads of keys as of queries, of n_embd/n_head each")
-        keys |= dict(n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head)
-        keys |= dict(n_inner=config.n_hidden, layer_norm_epsilon=config.norm_eps)
-        keys |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
-        return "gpt2", GPT2Config(**keys, architectures=["GPT2LMHeadModel"])
-    if block != ("rmsnorm", "rope", "swiglu"):
-        raise ValueError(f"neither GPT-2's class nor Llama's has norm={block[0]}, position={block[1]}, mlp={block[2]}")
-    if config.bias:
-        raise ValueError("LlamaForCausalLM as init_from reads it has no biases")
-    if config.rope_inv_freq:
-        raise ValueError("LlamaForCausalLM names the kind of a scaled RoPE, of which only the frequencies are known")
-    if config.n_embd % config.n_head:
-        raise ValueError(f"LlamaForCausalLM has no n_embd={config.n_embd} with n_head={config.n_head}")
-    keys |= dict(hidden_size=config.n_embd, intermediate_size=config.n_hidden, num_hidden_layers=config.n_layer)
-    keys |= dict(num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head, head_dim=config.head_size)
-    keys |= dict(max_position_embeddings=config.block_size, rms_norm_eps=config.norm_eps)
-    keys |= dict(rope_parameters=dict(rope_type="default", rope_theta=config.rope_theta))
-    return "llama", LlamaConfig(**keys, architectures=["LlamaForCausalLM"])
-
-
-def gpt2_fields(hf: Any) -> dict:
-    """The fields of GPTConfig that transformers' GPT2Config gives. Raises ValueError for what our block lacks."""
-    expected = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    for key, value in expected.items():
-        refuse_unless(hf, key, (value,))
-    refuse_unless(hf, "is_causal", (True,))
-    refuse_unless(hf, "activation_function", ("gelu_new", "gelu_pytorch_tanh"))
-    shape = {key: getattr(hf, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    shape |= dict(n_hidden=4 * hf.n_embd if hf.n_inner is None else hf.n_inner)
-    shape |= dict(block_size=hf.n_positions, norm_eps=hf.layer_norm_epsilon)
-    return shape | dict(bias=True, tie_embeddings=hf.tie_word_embeddings)
-
-
-def llama_fields(hf: Any) -> dict:
-    """The fields of GPTConfig that transformers' LlamaConfig gives. Raises ValueError for what our block lacks."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    refuse_unless(hf, "is_causal", (True,))
-    refuse_unless(hf, "hidden_act", ("silu", "swish"))
-    refuse_unless(hf, "attention_bias", (False, None))
-    refuse_unless(hf, "mlp_bias", (False, None))
-    kind = hf.rope_parameters.get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3"):  # others change with the sequence's length, or scale attention
-        raise ValueError(f"config.json has rope_type={kind!r}; allowed are 'default', 'linear' and 'llama3'")
-    if hf.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"config.json has partial_rotary_factor={hf.rope_parameters['partial_rotary_factor']!r}, not 1"
-        )
-    rotary = LlamaRotaryEmbedding(hf) if kind != "default" else None
-    if rotary and rotary.attention_scaling != 1.0:
-        raise ValueError(f"config.json has RoPE's attention factor {rotary.attention_scaling}, not 1")
-    return dict(
-        vocab_size=hf.vocab_size,
-        block_size=hf.max_position_embeddings,
-        n_layer=hf.num_hidden_layers,
-        n_head=hf.num_attention_heads,
-        n_kv_head=hf.num_key_value_heads,
-        head_size=hf.head_dim,
-        n_embd=hf.hidden_size,
-        n_hidden=hf.intermediate_size,
-        norm="rmsnorm",
-        norm_eps=hf.rms_norm_eps,
-        position="rope",
-        rope_theta=hf.rope_parameters["rope_theta"],
-        rope_inv_freq=tuple(rotary.inv_freq.tolist()) if rotary else (),
-        mlp="swiglu",
-        bias=False,
-        tie_embeddings=hf.tie_word_embeddings,
-    )
-
-
-def refuse_unless(hf: Any, key: str, allowed: tuple) -> None:
-    """Raise ValueError unless transformers' config `hf` has one of the values that our block computes."""
-    if (value := getattr(hf, key, allowed[0])) not in allowed:
-        raise ValueError(f"config.json has {key}={value!r}; allowed: {key}={' or '.join(map(repr, allowed))}")
 
 
 def _read_config(name):
@@ -267,24 +168,20 @@ def pretrained_fields(name: str) -> tuple[str, dict]:
     if name in GPT2_SHAPES and not Path(name).is_dir():
         shape = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SHAPES[name], strict=True))
         return "gpt2", shape | dict(vocab_size=50257, block_size=1024, bias=True)
-    families = {"gpt2": gpt2_fields, "llama": llama_fields}
     try:
         keys = _read_config(name)
         family = keys.get("model_type")
         if family == MODEL_TYPE:
             names = {field.name for field in dataclasses.fields(GPTConfig)} - {"dropout"}
-            keys = with_sync(keys)
+            keys = dict(qkv_bias=False, qk_norm=False) | with_sync(keys)  # older exports do not say so
             if missing := sorted(names - keys.keys()):
                 raise ValueError(f"config.json has no {missing[0]}")
             fields = {key: keys[key] for key in names}
-        elif family not in list(families):
+        elif family not in list(FAMILIES):
             raise ValueError(f"it is a {family} model; {PRETRAINED}")
         else:
             hf = AutoConfig.from_pretrained(name, trust_remote_code=False)
-            fields = families[family](hf)
-            for key, value in fields.items():  # 0 is another one's default in GPTConfig
-                if type(value) is int and value < 1:
-                    raise ValueError(f"config.json gives {key}={value}; it must be at least 1")
+            fields = their_fields(family, hf)
         config = dataclasses.asdict(GPTConfig(**fields))
     except Exception as error:  # whatever a damaged or foreign config.json provokes
         line = one_line(error)
@@ -357,12 +254,12 @@ def stored_tensors(name: str, family: str, config: GPTConfig) -> dict[str, tuple
     if is_tied:
         expected[head] = expected[embedding]
     # buffers that older versions of transformers wrote, and none reads
-    buffers = {"model.rotary_emb.inv_freq"} if family == "llama" else set()
+    buffers = set()
     for i in range(config.n_layer):
         if family == "gpt2":
             buffers |= {f"transformer.h.{i}.attn.bias", f"transformer.h.{i}.attn.masked_bias"}
-        elif family == "llama":
-            buffers.add(f"model.layers.{i}.self_attn.rotary_emb.inv_freq")
+        elif family != MODEL_TYPE:
+            buffers |= {"model.rotary_emb.inv_freq", f"model.layers.{i}.self_attn.rotary_emb.inv_freq"}
     for key in sorted((stored.keys() | expected.keys()) - buffers):
         if key not in stored:
             raise ValueError(f"{source}: its safetensors have no {key}")
@@ -402,7 +299,7 @@ def dense_tensors(
 def from_pretrained(
     name: str, tp_group: ProcessGroup | None = None, block_size: int | None = None, **choices: Any
 ) -> GPT:
-    """A model of transformers' GPT-2 or Llama classes in shards, or of export.py: a rank keeps its own shards' part.
+    """A model of one of FAMILIES in shards, or of export.py: a rank keeps its own shards' part.
 
     name: a folder of save_pretrained or export.py, or a name on the hub. block_size crops the positions; `choices` are
     fields of GPTConfig that are no shape of the weights: dropout, n_shard (but of a folder that carries its code),
@@ -411,7 +308,8 @@ def from_pretrained(
     """
     family, fields = pretrained_fields(name)
     if block_size is not None and block_size > fields["block_size"]:
-        raise ValueError(f"block_size={block_size} is above the {fields['block_size']} positions of {name}")
+        context = f"the {fields['block_size']} positions of {name}, or of its sliding window"
+        raise ValueError(f"block_size={block_size} is above {context}")
     config = GPTConfig(**fields | choices | dict(block_size=block_size or fields["block_size"]))
     if family == MODEL_TYPE and config.n_shard != fields["n_shard"]:
         raise ValueError(f"n_shard={config.n_shard}: the weights of {name} are {fields['n_shard']} shards")

@@ -25,7 +25,9 @@ class Config:
         True, "save after every evaluation, not only after a new best validation loss"
     )
     checkpoint_minutes: float = option(0.0, "minutes between additional checkpoints; 0: none", least=0)
-    init_from: str = option("scratch", "scratch, resume, or the folder or hub name of a GPT-2, Llama or export")
+    init_from: str = option(
+        "scratch", "scratch, resume, or the folder or hub name of a GPT-2, Llama, Mistral, Qwen or export"
+    )
     wandb_log: bool = option(False, "also log to Weights & Biases")
     wandb_project: str = option("reduced-sync", "project name in Weights & Biases")
     wandb_run_name: str | None = option(None, "run name in Weights & Biases; None: out_dir")

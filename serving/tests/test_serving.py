@@ -50,15 +50,15 @@ MODELS = {
     "spd": dict(GPT2, n_shard=2, sync="spd"),
     "grouped": dict(GPT2, n_shard=4, sync="grouped-2"),
     "grouped-llama": dict(LLAMA, n_shard=4, sync="grouped-2"),  # copies of KV heads
-    "selective-llama": dict(LLAMA, n_shard=2, n_kv_head=1, sync="a021", tie_embeddings=False),
+    "selective-qwen2": dict(init_from="qwen2", n_shard=2, sync="a021"),
     "parallel": dict(GPT2, n_shard=2, sync="1011+parallel"),
-    "desync-llama": dict(LLAMA, n_shard=2, sync="0a01+desync"),
+    "desync-qwen3": dict(init_from="qwen3", n_shard=2, sync="0a01+desync"),
     "tracks": dict(GPT2, n_shard=2, sync="0101+tracks"),
     # as a dropped SmolLM2
     "spd-llama": dict(LLAMA, n_shard=3, n_embd=96, n_head=3, n_kv_head=3, n_hidden=264, sync="spd"),
 }
-SYNCS = {"baseline": 8, "baseline-llama": 8, "spd": 4, "grouped": 2, "grouped-llama": 2, "selective-llama": 4}
-SYNCS |= {"parallel": 3, "tracks": 2, "desync-llama": 2, "spd-llama": 4}
+SYNCS = {"baseline": 8, "baseline-llama": 8, "spd": 4, "grouped": 2, "grouped-llama": 2, "selective-qwen2": 4}
+SYNCS |= {"parallel": 3, "tracks": 2, "desync-qwen3": 2, "spd-llama": 4}
 WITH_CODE = [name for name in MODELS if not name.startswith("baseline")]
 SERVED = [(name, n) for n in (1, 2, 3) for name in MODELS if MODELS[name]["n_shard"] % n == 0]
 QUANTIZED = {1: [("sharded", "int8"), ("sharded", "fp8"), ("spd", "int8")]}
@@ -92,6 +92,8 @@ def folders(tmp_path_factory):
     home, found = tmp_path_factory.mktemp("models"), {}
     for name, keys in MODELS.items():
         found[name], out = home / name, home / f"out-{name}"
+        if "init_from" in keys:  # what only pretrained models have
+            keys = keys | dict(init_from=untrained(keys["init_from"], home / f"untrained-{name}"))
         train_reduced_sync.main([f"--{key}={value}" for key, value in (TINY | keys | {"out_dir": out}).items()])
         export.main([str(out), f"--to={found[name]}"])
     # the plain Llama in the form of a folder with its code, of the same weights and with all syncs
@@ -99,7 +101,9 @@ def folders(tmp_path_factory):
     shutil.copytree(found["baseline-llama"], found["sharded"])
     (found["sharded"] / "generation_config.json").unlink()  # vLLM's own does not know of ids that are no tokens
     model = from_pretrained(str(found["baseline-llama"]), n_shard=2, sync="baseline")
-    (found["sharded"] / "config.json").write_text(json.dumps(our_config(model.config)))
+    keys = our_config(model.config)
+    del keys["qkv_bias"], keys["qk_norm"]  # as in older exports
+    (found["sharded"] / "config.json").write_text(json.dumps(keys))
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     write_weights(state, found["sharded"] / "model.safetensors")
     for name in ("baseline-llama", "sharded", "spd"):
@@ -107,6 +111,20 @@ def folders(tmp_path_factory):
             found[f"{name}-{kind}"] = home / f"{name}-{kind}"
             quantize.quantize(found[name], found[f"{name}-{kind}"], kind)
     return found
+
+
+def untrained(family, folder):
+    """A model of transformers' `family`, of TINY's shape, in `folder`, which is returned."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = dict(vocab_size=128, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4)
+    shape |= dict(max_position_embeddings=64)
+    shape |= {
+        "qwen2": dict(num_key_value_heads=1),  # each shard has a copy of it
+        "qwen3": dict(num_key_value_heads=2, head_dim=64, tie_word_embeddings=True),
+    }[family]
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape)).save_pretrained(folder)
+    return folder
 
 
 def prompts():

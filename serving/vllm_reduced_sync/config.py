@@ -24,7 +24,7 @@ class ReducedSyncConfig(PretrainedConfig):
     }
 
     def __init__(self, **keys):
-        super().__init__(**with_sync(keys))
+        super().__init__(**{"qkv_bias": False, "qk_norm": False} | with_sync(keys))  # older exports do not say so
 
     @property
     def rule(self):

@@ -44,8 +44,9 @@ def norm(config):
 def linears(layer, vllm_config, *sizes, prefix):
     """A linear layer of vLLM's for each shard of this rank."""
     config = vllm_config.model_config.hf_config
+    bias = config.bias or (config.qkv_bias and layer is linear.QKVParallelLinear)
     # with disable_tp it is all there is of it: nothing is cut, and RowParallelLinear makes no all-reduce
-    options = dict(bias=config.bias, quant_config=vllm_config.quant_config, disable_tp=True, return_bias=False)
+    options = dict(bias=bias, quant_config=vllm_config.quant_config, disable_tp=True, return_bias=False)
     return per_shard(config, lambda: layer(*sizes, **options, prefix=prefix))
 
 
@@ -54,6 +55,11 @@ class Rope(RotaryEmbedding):
 
     def _compute_inv_freq(self, base):
         return torch.tensor(base, dtype=torch.float32) if isinstance(base, list) else super()._compute_inv_freq(base)
+
+
+def by_head(norm, x):
+    """What `norm`, of a head, makes of the heads in x (T, H*D)."""
+    return norm(x.unflatten(-1, (-1, norm.hidden_size))).flatten(-2)
 
 
 class CausalSelfAttention(nn.Module):
@@ -66,6 +72,10 @@ class CausalSelfAttention(nn.Module):
         self.sizes = [n_head * D, n_kv_head * D, n_kv_head * D]
         self.c_attn = linears(linear.QKVParallelLinear, vllm_config, C, D, n_head, n_kv_head, prefix=f"{prefix}.c_attn")
         self.c_proj = linears(linear.RowParallelLinear, vllm_config, n_head * D, C, prefix=f"{prefix}.c_proj")
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = per_shard(config, lambda: RMSNorm(D, config.norm_eps))
+            self.k_norm = per_shard(config, lambda: RMSNorm(D, config.norm_eps))
         S = len(self.c_attn)
         options = dict(num_kv_heads=S * n_kv_head, cache_config=vllm_config.cache_config, prefix=f"{prefix}.attn")
         self.attn = Attention(S * n_head, D, scale=D**-0.5, **options)
@@ -73,6 +83,9 @@ class CausalSelfAttention(nn.Module):
     def forward(self, hs, positions):
         """(T, C) of each shard -> (T, C) of each shard."""
         qkv = [c_attn(h).split(self.sizes, dim=-1) for c_attn, h in zip(self.c_attn, hs, strict=True)]
+        if self.q_norm is not None:
+            norms = zip(self.q_norm, self.k_norm, qkv, strict=True)
+            qkv = [(by_head(q_norm, q), by_head(k_norm, k), v) for q_norm, k_norm, (q, k, v) in norms]
         # (T, S*H*D), (T, S*K*D) twice
         q, k, v = qkv[0] if len(qkv) == 1 else (torch.cat(parts, dim=-1) for parts in zip(*qkv, strict=True))
         if self.rope is not None:

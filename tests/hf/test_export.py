@@ -46,6 +46,9 @@ PLAIN = [
     dict(n_shard=2, **LLAMA),
     dict(n_shard=4, **LLAMA, n_kv_head=2, tie_embeddings=False, norm_eps=1e-3, rope_theta=500.0),
     dict(sync="0101", **LLAMA, n_kv_head=1, head_size=16),
+    dict(n_shard=4, **LLAMA, n_kv_head=2, qkv_bias=True),
+    dict(n_shard=2, **LLAMA, n_kv_head=1, head_size=16, qk_norm=True, tie_embeddings=False),
+    dict(n_shard=2, bias=False, qkv_bias=True),
 ]
 WITH_CODE = [
     dict(n_shard=2, sync="1111"),
@@ -54,12 +57,16 @@ WITH_CODE = [
     dict(n_shard=2, sync="0101+desync"),
     dict(n_shard=2, sync="1111+delayed"),
     dict(n_shard=4, sync="2101", **LLAMA, n_kv_head=2, tie_embeddings=False),
+    dict(n_shard=4, sync="0101", **LLAMA, n_kv_head=2, qkv_bias=True, qk_norm=True),
     # dense, but of neither class
     dict(n_shard=2, sync="baseline+ladder"),
     dict(n_shard=2, norm="rmsnorm"),
     dict(n_kv_head=2),
     dict(**LLAMA | dict(bias=True)),
     dict(**LLAMA, rope_inv_freq=(1.0, 0.25, 0.05, 0.01)),
+    dict(**LLAMA, qkv_bias=True, qk_norm=True),
+    dict(**LLAMA, qkv_bias=True, head_size=16),
+    dict(n_shard=2, **LLAMA, qk_norm=True),  # the shards' norms differ
 ]
 
 
@@ -123,7 +130,8 @@ def test_a_dense_model_is_a_plain_folder(tmp_path, shape):
         "tokenizer_config.json"
     }
     theirs, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert type(theirs).__name__ == ("LlamaForCausalLM" if "norm" in shape else "GPT2LMHeadModel")
+    kind = "Qwen2" if "qkv_bias" in shape else "Qwen3" if "qk_norm" in shape else "Llama"
+    assert type(theirs).__name__ == (f"{kind}ForCausalLM" if "norm" in shape else "GPT2LMHeadModel")
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     idx = batch()
     with torch.no_grad():

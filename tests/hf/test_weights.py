@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from variants import rough
 
@@ -36,6 +36,24 @@ def llama(folder, **keys):
 def llama3(folder):
     rope = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
     llama(folder, rope_parameters=rope | dict(original_max_position_embeddings=8), tie_word_embeddings=True)
+
+
+def mistral(folder):
+    other("mistral", folder, sliding_window=12)
+
+
+def qwen2(folder):
+    other("qwen2", folder, tie_word_embeddings=True)
+
+
+def qwen3(folder):
+    other("qwen3", folder, head_dim=16)
+
+
+def other(family, folder, **keys):
+    torch.manual_seed(2)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **LLAMA | keys))
+    rough(model).save_pretrained(folder)
 
 
 def ours(folder):
@@ -142,6 +160,10 @@ MORE = {
     "num_hidden_layers": [1],
     "num_attention_heads": [2],
     "head_dim": [4, 16],
+    "sliding_window": [8, None],
+    "use_sliding_window": [True],
+    "max_window_layers": [1],
+    "layer_types": [["full_attention", "sliding_attention"], ["full_attention"] * 2],
     "n_inner": [64],
     "tie_word_embeddings": [False],
     "rope_theta": [500.0],
@@ -149,7 +171,7 @@ MORE = {
     "rope_scaling": [dict(rope_type="linear", factor=2.0), dict(type="yarn", factor=2.0), dict(type="linear")],
     "quantization_config": [dict(quant_method="fp8")],
     "transformers_weights": ["other.safetensors"],
-    "model_type": ["gpt2", "llama", "reduced_sync", "mistral", []],
+    "model_type": ["gpt2", "llama", "reduced_sync", "mistral", "qwen2", "qwen3", "gemma", []],
     "sync": ["10", "012", "2222", "02", "grouped-1+desync"],
     "rope_inv_freq": [[], [1.0], [1.0, 0.5, 0.2, "0.1"], [1.0, 0.5, 0.2, float("inf")], [1.0, 0.5, 0.2, 0.1]],
 }
@@ -158,7 +180,7 @@ ASIDE = set("attn_pdrop embd_pdrop resid_pdrop attention_dropout dropout dtype a
 ASIDE |= set("pad_token_id bos_token_id eos_token_id use_cache rope_scaling".split())
 
 
-@pytest.mark.parametrize("make", [gpt2, llama, llama3, ours])
+@pytest.mark.parametrize("make", [gpt2, llama, llama3, mistral, qwen2, qwen3, ours])
 def test_one_thing_wrong(tmp_path, make):
     """Fault 1: either the logits are those of transformers, which reads all of it, or one line refuses it."""
     make(tmp_path / "folder")
@@ -175,7 +197,8 @@ def test_one_thing_wrong(tmp_path, make):
     write_tensors(state, folder)
     for key, changed in damaged_configs(config, MORE):
         (folder / "config.json").write_text(json.dumps(changed))
-        line = refusal(folder, whole if key in ASIDE else None)
+        is_wide = key == "sliding_window" and changed.get(key) == 10**20  # transformers cannot compute with it
+        line = refusal(folder, whole if key in ASIDE or is_wide else None)
         read, refused = read + (line is None), refused + (line is not None)
     assert read > 60 and refused > 150, (read, refused)
 
@@ -252,6 +275,14 @@ def test_what_old_files_hold_besides_their_weights(tmp_path):
     write_tensors({name.removeprefix("transformer."): tensor for name, tensor in state.items()}, tmp_path / "gpt2")
     assert logits(tmp_path / "gpt2") is None  # transformers 5 does not know masked_bias
     assert refusal(tmp_path / "gpt2", whole) is None
+
+
+def test_an_export_of_before_qwen(tmp_path):
+    ours(tmp_path / "folder")
+    _, config = read_folder(tmp_path / "folder")
+    config = {key: value for key, value in config.items() if key not in ("qkv_bias", "qk_norm")}
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    assert refusal(tmp_path / "folder") is None
 
 
 def test_a_model_with_code_of_its_own_is_refused_unasked(tmp_path, monkeypatch):

@@ -69,7 +69,8 @@ def test_all_2_is_transformers_llama(tmp_path, keys, n_shard):
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_variants_against_the_oracle(variant, n_shard, n_kv_head):
     torch.manual_seed(0)
-    dense_model = rough(GPT(dataclasses.replace(SMALL, n_kv_head=n_kv_head, tie_embeddings=n_kv_head > 1))).double()
+    shape = dict(n_kv_head=n_kv_head, tie_embeddings=n_kv_head > 1, qkv_bias=n_kv_head == 2, qk_norm=n_kv_head == 1)
+    dense_model = rough(GPT(dataclasses.replace(SMALL, **shape))).double()
     dense = weights.shards_to_dense(dict(dense_model.named_parameters()), dense_model.config)
     dense.setdefault("lm_head.weight", dense["transformer.wte.weight"])
     config = dataclasses.replace(dense_model.config, n_shard=n_shard, sync=variant)
@@ -127,13 +128,15 @@ def test_executed_all_reduces(fake_group, variant):
     assert comm.get_total_counts() == model.config.rule.syncs
 
 
-def test_copies_of_a_head_that_have_parted_have_no_dense_model():
-    model = GPT(dataclasses.replace(SMALL, n_shard=4, n_kv_head=2))
+def test_copies_that_have_parted_have_no_dense_model():
+    """Of a KV head, and of the norm of heads, which cannot be folded into a matrix."""
+    model = GPT(dataclasses.replace(SMALL, n_shard=4, n_kv_head=2, qk_norm=True))
     state = {name: p.detach().clone() for name, p in model.named_parameters()}
     weights.shards_to_dense(state, model.config)
-    state["transformer.h.2.attn.c_attn.weight"][1, -1] += 1
-    with pytest.raises(ValueError, match=r"h\.2\.attn\.c_attn\.weight: the copies of a KV head differ"):
-        weights.shards_to_dense(state, model.config)
+    for name in ("transformer.h.2.attn.c_attn.weight", "transformer.h.1.attn.k_norm.weight"):
+        state[name][1, -1] += 1
+        with pytest.raises(ValueError, match=f"{name}: the shards' copies differ"):
+            weights.shards_to_dense(state, model.config)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +187,7 @@ def test_gpt2s_that_our_block_does_not_compute(tmp_path):
 def test_folders_that_are_no_model_of_ours(tmp_path):
     saved(tmp_path / "whole", num_key_value_heads=4)
     for change, words in {
-        "another kind": "is a mistral model",
+        "another kind": "is a gemma model",
         "no weights": "no model.safetensors",
         "a tensor less": "have no model.layers.3.mlp.up_proj.weight",
         "another size": r"mlp.up_proj.weight of \[87, 32\] does not fit its config.json, which gives \[88, 32\]",
@@ -200,7 +203,7 @@ def test_folders_that_are_no_model_of_ours(tmp_path):
         path = folder / "model.safetensors"
         if change == "another kind":
             config = json.loads((folder / "config.json").read_text())
-            (folder / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+            (folder / "config.json").write_text(json.dumps(config | {"model_type": "gemma"}))
         elif change == "no config":
             (folder / "config.json").unlink()
         elif change == "a config that is a list":
