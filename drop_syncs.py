@@ -61,10 +61,8 @@ class Config:
     init_from: str = option("", "the model: a folder or hub name, or an out_dir of ours; or resume", is_path=True)
     n_shard: int = option(2, "shards that the model is cut into", least=1)
     # texts
-    calibration: str = option(
-        "", "text files, as a shell pattern; empty: train.bin of an out_dir's dataset", is_path=True
-    )
-    evaluation: str = option("", "text files, as a shell pattern; empty: val.bin of an out_dir's dataset", is_path=True)
+    calibration: str = option("", "text files, as a shell pattern; empty: an out_dir's train.bin", is_path=True)
+    evaluation: str = option("", "text files, as a shell pattern; empty: an out_dir's val.bin", is_path=True)
     block_size: int = option(256, "tokens of a window, for calibration and evaluation", least=2)
     evaluation_tokens: int = option(20480, "tokens of each evaluation text; 0: all", least=0)
     batch_size: int = option(8, "windows computed at once", least=1)
@@ -167,8 +165,7 @@ class Run:
         self.stop, self.last_save = StopSignal(), time.monotonic()
         self.progress = Progress(**saved["progress"]) if saved else Progress()
         self.model, self.teacher = self.build(), None
-        self.optimizer, self.scaler = None, distributed.gradient_scaler(self.layout)  # of the stage that trains
-        self.saved = saved
+        self.saved, self.optimizer, self.scaler = saved, None, None  # the last two of a stage that trains
         if saved and saved["model"]:
             ckpt.restore(saved, self.model)
         self.log = None
@@ -178,9 +175,8 @@ class Run:
             self.log = RunLog(Path(config.out_dir) / "log.txt")
             self.log.header(self.header(resumed=saved is not None))
         for name, held_out in self.evaluation.items():
-            ids = held_out.flatten().numpy()
             for other, known in self.calibration.items():
-                if np.array_equal(known[: len(ids)], ids):
+                if np.array_equal(known[: held_out.numel()], held_out.flatten()):
                     self.say(f"warning: the evaluation text {name!r} is the calibration text {other!r}: not held out")
 
     def build(self) -> rsm.GPT:
@@ -272,26 +268,22 @@ class Run:
                     ckpt.save(state, out_dir, is_best=False)
                     (out_dir / "progress.pt").unlink(missing_ok=True)
                 else:
-                    state["scaler"] = self.scaler.state_dict()
+                    state["scaler"] = self.scaler.state_dict() if self.scaler else {}
                     replace_file(out_dir / "progress.pt", lambda file: torch.save(state, file))
             except (OSError, RuntimeError) as failure:
                 error = f"saving to {out_dir} failed, what was saved before is whole: {failure}"
         distributed.raise_together(error)
 
-    def step_done(self, *numbers: float) -> list[float]:
-        """Remember that one more layer or step is done, and save where it is due. Raises Stopped.
-
-        Returns the means over all ranks of the numbers.
-        """
+    def step_done(self) -> None:
+        """Remember that one more layer or step is done, and save where it is due. Raises Stopped."""
         self.progress.done += 1
         due = RANK == 0 and time.monotonic() - self.last_save > self.config.checkpoint_minutes * 60
         asked = [self.stop.asked is not None, due]
-        means, (stopping, due) = distributed.agree(numbers, asked, self.layout.device)  # every rank decides alike
+        _, (stopping, due) = distributed.agree([], asked, self.layout.device)  # every rank decides alike
         if stopping or due:
             self.save()
         if stopping:
             raise Stopped
-        return means
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,35 +341,24 @@ def drop(run: Run) -> int:
 
 def distil(run: Run) -> int:
     """Each group of layers learns to give what the teacher's gives for the teacher's input, all in the same steps."""
-    student, layout = run.student, run.layout
+    student = run.student
     groups = distillation.changed_groups(student.config.rule.pattern)
-    if run.config.distil_tokens == 0 or not groups:
-        return 0
-    run.build_teacher()
-    modules = [distillation.part_of(student, layers) for layers in groups]
 
     def losses_of(idx):
-        for error in distillation.group_errors(student, run.teacher, idx, layout):
+        for error in distillation.group_errors(student, run.teacher, idx, run.layout):
             yield error / len(groups)
 
-    n_tokens = train(run, losses_of, modules, run.config.distil_tokens, run.config.distil_learning_rate)
-    run.evaluate("distilled", run.progress.sync)
-    return n_tokens
+    return train(run, losses_of, [distillation.part_of(student, layers) for layers in groups], "distilled")
 
 
 def finetune(run: Run) -> int:
     """All weights learn to give the teacher's distributions."""
-    student, layout = run.student, run.layout
-    if run.config.finetune_tokens == 0 or student.config.sync == "baseline":
-        return 0
-    run.build_teacher()
+    student = run.student
 
     def losses_of(idx):
-        yield distillation.divergence(student, run.teacher, idx, layout)
+        yield distillation.divergence(student, run.teacher, idx, run.layout)
 
-    n_tokens = train(run, losses_of, [student], run.config.finetune_tokens, run.config.finetune_learning_rate)
-    run.evaluate("finetuned", run.progress.sync)
-    return n_tokens
+    return train(run, losses_of, [student], "finetuned")
 
 
 def report(run: Run) -> int:
@@ -396,23 +377,27 @@ def report(run: Run) -> int:
 STAGES = dict(dense=measure_dense, arrange=arrange, drop=drop, distil=distil, finetune=finetune, report=report)
 
 
-def train(run: Run, losses_of: Callable, modules: list[torch.nn.Module], budget: int, peak: float) -> int:
-    """Train the modules' parameters by AdamW on `budget` tokens; returns those of all steps. Raises Stopped.
+def train(run: Run, losses_of: Callable, modules: list[torch.nn.Module], result: str) -> int:
+    """Train the modules' parameters by AdamW on the stage's tokens, and evaluate the `result`. Raises Stopped.
 
     losses_of: token ids (B, T) -> losses, means over the windows, each of whose backward comes before the next one. The
-    learning rate: 5 % of the steps of warm-up to `peak`, then a cosine to a tenth of it. Gradients are averaged over
+    learning rate: 5 % of the steps of warm-up to its peak, then a cosine to a tenth of it. Gradients are averaged over
     replicas, and each module's are clipped to norm 1. The windows of a step are a function of (seed, stage, step).
     """
-    config, layout, progress, scaler = run.config, run.layout, run.progress, run.scaler
-    stage, share = progress.stage, config.step_windows // layout.dp_size
-    tokens_of_step = config.step_windows * config.block_size
+    config, layout, stage, first = run.config, run.layout, run.progress.stage, run.progress.done
+    budget, peak = getattr(config, f"{stage}_tokens"), getattr(config, f"{stage}_learning_rate")
+    if budget == 0 or run.student.config.sync == "baseline":
+        return 0
+    run.build_teacher()
+    share, tokens_of_step = config.step_windows // layout.dp_size, config.step_windows * config.block_size
     steps = -(-budget // tokens_of_step)
     parameters = [parameter for module in modules for parameter in module.parameters()]
     run.optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    if progress.done:
+    run.scaler = scaler = distributed.gradient_scaler(layout)
+    if first:
         ckpt.restore_optimizer(run.saved["optimizer"], run.model, run.optimizer)
         scaler.load_state_dict(run.saved["scaler"])
-    began, first = time.monotonic(), progress.done
+    began = time.monotonic()
     with run.bar(steps * tokens_of_step, initial=first * tokens_of_step) as bar:
         for step in range(first, steps):
             generator = torch.Generator().manual_seed(distributed.seed_of(config.seed, list(STAGES).index(stage), step))
@@ -444,6 +429,7 @@ def train(run: Run, losses_of: Callable, modules: list[torch.nn.Module], budget:
                 run.say(f"{stage}: step {step} of {steps}, loss {mean:.4e}, {speed:.0f} tokens/s")
             run.step_done()
     run.optimizer = None
+    run.evaluate(result, run.progress.sync)
     return steps * tokens_of_step
 
 
