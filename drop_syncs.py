@@ -49,7 +49,7 @@ from reduced_sync.train.experiment import cosine_schedule
 from reduced_sync.train.log import RunLog
 from reduced_sync.train.recorder import conditions
 
-MAY_CHANGE = "out_dir init_from tp_size device compile checkpoint_minutes".split()  # at a resume
+MAY_CHANGE = "out_dir init_from tp_size device checkpoint_minutes".split()  # at a resume
 TIMEOUT_S = 1800  # that ranks wait for one another: rank 0 writes the whole model
 
 
@@ -173,7 +173,18 @@ class Run:
             if saved is None:  # what a run left that had not saved
                 (Path(config.out_dir) / "log.txt").unlink(missing_ok=True)
             self.log = RunLog(Path(config.out_dir) / "log.txt")
-            self.log.header(self.header(resumed=saved is not None))
+            n = self.model.get_num_params(non_embedding=False)
+            facts = {
+                "resumed" if saved else "started": datetime.datetime.now().isoformat(" ", "seconds"),
+                "model": self.source.name,
+                "parameters": f"{n / 1e6:.2f}M ({n})",
+                "layout": f"dp {self.layout.dp_size} x tp {self.layout.tp_size}",
+                **conditions(self.layout),
+                "calibration tokens": {name: len(ids) for name, ids in self.calibration.items()},
+                "evaluation tokens": {name: windows.numel() for name, windows in self.evaluation.items()},
+                "config": dataclasses.asdict(config),
+            }
+            self.log.header(facts)
         for name, held_out in self.evaluation.items():
             for other, known in self.calibration.items():
                 if np.array_equal(known[: held_out.numel()], held_out.flatten()):
@@ -201,20 +212,6 @@ class Run:
     def student(self) -> rsm.GPT:
         """The model with the syncs that were chosen."""
         return self.model.with_sync(self.progress.sync)
-
-    def header(self, resumed: bool) -> dict:
-        """What describes the run, for its log."""
-        n = self.model.get_num_params(non_embedding=False)
-        return {
-            "resumed" if resumed else "started": datetime.datetime.now().isoformat(" ", "seconds"),
-            "model": self.source.name,
-            "parameters": f"{n / 1e6:.2f}M ({n})",
-            "layout": f"dp {self.layout.dp_size} x tp {self.layout.tp_size}",
-            **conditions(self.layout),
-            "calibration tokens": {name: len(ids) for name, ids in self.calibration.items()},
-            "evaluation tokens": {name: windows.numel() for name, windows in self.evaluation.items()},
-            "config": dataclasses.asdict(self.config),
-        }
 
     def say(self, line: str) -> None:
         """A line of the log and of the terminal, on rank 0."""
@@ -448,7 +445,7 @@ def drop_syncs(run: Run) -> None:
     if RANK == 0:
         out_dir = Path(run.config.out_dir)
         log = read_drop_log(out_dir / "log.txt")
-        draw_dropping({"": log}, out_dir / "dropping.png")
+        draw_dropping(log, out_dir / "dropping.png")
         print(table_of({out_dir.name: log}))
 
 
