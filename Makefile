@@ -26,10 +26,11 @@ data: .venv/ready
 demo: data
 	$(BIN)/python study.py config/study_demo.py
 
+# a thread on each core: by itself torch leaves those idle that are a second thread of the same core
 spd-demo: .venv/ready
 	$(BIN)/python models/smollm2/prepare.py
 	$(BIN)/python data/prose/prepare.py
-	$(BIN)/python drop_syncs.py config/spd_smollm2.py config/spd_in_minutes.py
+	OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) $(BIN)/python drop_syncs.py config/spd_smollm2.py config/spd_in_minutes.py
 
 # three at a time on two cores: some tests wait for a hang to end
 test: data

@@ -2,6 +2,7 @@
 
     python tests/rehearsal.py LIBRARY 'CASE' ...    a case is JSON: keys of the training script
     python tests/rehearsal.py LIBRARY memory        the memory table of docs/memory.md, in three minutes
+    python tests/rehearsal.py LIBRARY '{"drop": 24, "tp_size": 1}'     drop_syncs.py's keys: an 8 B Llama
 
 LIBRARY is fake_cuda.cpp, compiled; it has to be loaded before torch. Fake tensors have shapes, types and devices but no
 numbers: what shows are wrong devices and types, graph breaks, recompilations, host synchronizations and memory. The
@@ -12,7 +13,8 @@ process group is torch's "fake" one, of WORLD_SIZE ranks of which this is rank 0
     on_cpu      whether all tensors of the checkpoint were on the CPU
     tokens      how many tokens sample.py's prefill and decode gave
 
-or, where it has n_embd, of the 124M model with these keys and no compilation:
+or, where it has `drop`, the most GB that a GPU holds in each stage of drop_syncs.py, or, where it has n_embd, of the
+124M model with these keys and no compilation:
 
     peak        bytes that the GPU holds at most: parameters, gradients, moments, activations, and an evaluation's
 """
@@ -39,6 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import drop_syncs
 import reduced_sync_model as rsm
 import sample
 import train_reduced_sync as script
@@ -222,6 +225,49 @@ def peak(keys):
     return memory.most
 
 
+LLAMA_8B = dict(n_head=32, n_kv_head=8, n_embd=4096, n_hidden=14336, vocab_size=128256, block_size=8192)
+LLAMA_8B |= dict(norm="rmsnorm", position="rope", mlp="swiglu", bias=False, tie_embeddings=False)
+
+
+class Llama:
+    """A Source of drop_syncs.py: a Llama whose 32 layers are 8 B parameters."""
+
+    def __init__(self, n_layer):
+        self.n_layer = n_layer
+
+    def build(self, n_shard, tp_group):
+        return rsm.GPT(rsm.GPTConfig(**LLAMA_8B, n_layer=self.n_layer, n_shard=n_shard), tp_group)
+
+
+def drop_peaks(keys):
+    """GB held at most in each stage of drop_syncs.py, which a Llama in eight shards goes through."""
+    llama = Llama(keys.get("n_layer", 32))
+    keys = {key: value for key, value in keys.items() if key != "n_layer"}
+    keys = dict(n_shard=8, arrange="as_is", block_size=2048, batch_size=1, step_windows=2, device="cuda") | keys
+    config = drop_syncs.Config(**dict(distil_tokens=8192, finetune_tokens=8192) | keys)
+    window = torch.zeros(1, config.block_size, dtype=torch.long)
+    prepared = drop_syncs.Prepared(distributed.choose_device("cuda"), llama, None, {}, window, {"text": window})
+    peaks = {}
+
+    def noting(run, line):  # at the end of a part of a stage
+        peaks[run.progress.stage] = max(peaks.get(run.progress.stage, 0.0), round(memory.most / 1e9, 1))
+        memory.most = memory.now
+
+    no_files = dict(say=noting, save=lambda *_, **__: None)
+    drawn = dict(random_windows=lambda texts, n, length, generator: window.expand(n, -1))
+    with (
+        replaced(drop_syncs, RANK=1),  # rank 0 would write the log and the figure
+        replaced(drop_syncs.Run, **no_files),
+        replaced(drop_syncs.texts, **drawn),
+        replaced(drop_syncs.quality, agreed_length=lambda *_: 0.0),  # autocast's casts of a cache are none of Python's
+        Memory() as memory,
+    ):
+        drop_syncs.drop_syncs(drop_syncs.Run(config, prepared))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return peaks
+
+
 def memory_table():
     """Peak GB by variant and n_shard, and the largest batches that fit 24 and 80 GB."""
     rows = {
@@ -251,7 +297,10 @@ def main(cases):
             memory_table()
         else:
             for case in map(json.loads, cases):
-                print(json.dumps({"peak": peak(case)} if "n_embd" in case else rehearse(case)), flush=True)
+                result = (
+                    drop_peaks(case) if "drop" in case else {"peak": peak(case)} if "n_embd" in case else rehearse(case)
+                )
+                print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

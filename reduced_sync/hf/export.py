@@ -166,8 +166,11 @@ def validation_loss(path: Path, saved: dict) -> str:
 
 def dropped_rows(path: Path, keys: dict, syncs: int) -> dict[str, str]:
     """What the card says of a model whose syncs drop_syncs.py has dropped, in place of data, tokens and loss."""
-    distilled = keys["distil_epochs"] * keys["calibration_windows"] * keys["block_size"]
-    finetuned = keys["finetune_steps"] * keys["finetune_batch_size"] * keys["block_size"]
+    if "distil_epochs" in keys:  # of older runs
+        distilled = keys["distil_epochs"] * keys["calibration_windows"] * keys["block_size"]
+        finetuned = keys["finetune_steps"] * keys["finetune_batch_size"] * keys["block_size"]
+    else:
+        distilled, finetuned = keys["distil_tokens"], keys["finetune_tokens"]
     measured = read_drop_log(path.parent / "log.txt").perplexities if (path.parent / "log.txt").is_file() else []
     texts = "not known"
     if of_this := [perplexities for _, n, _, perplexities in measured if n == syncs]:

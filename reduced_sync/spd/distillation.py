@@ -1,22 +1,19 @@
-"""SPD on trained models (arXiv 2502.20727): what dropping a block's sync costs, and how it is repaired.
+"""SPD on trained models (arXiv 2502.20727): what dropping syncs costs, and the losses by which a model is repaired.
 
-Everything runs on windows of tokens (windows, T), of which a data-parallel replica takes its share. A block whose sync
-is dropped has the pattern's character 1, one that keeps it 2, so the stream between blocks is synced.
+`batches` are token ids (B, T) on this rank's device, the share of its data-parallel replica. All ranks have to call
+what takes them.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reduced_sync import distributed
-from reduced_sync.cli import StopSignal
 from reduced_sync.distributed import Layout
-from reduced_sync.train.experiment import cosine_schedule
-from reduced_sync_model import GPT, is_sharded
+from reduced_sync_model import GPT
 
 
 def head_nats(model: GPT, x: Tensor, idx: Tensor) -> float:
@@ -25,64 +22,58 @@ def head_nats(model: GPT, x: Tensor, idx: Tensor) -> float:
     return F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten(), reduction="sum").item()
 
 
-def share(windows: Tensor, batch_size: int, layout: Layout) -> Iterator[Tensor]:
-    """Yield this replica's part of the windows, `batch_size` at a time, on its device."""
-    mine = windows[layout.dp_rank :: layout.dp_size]
-    for batch in mine.split(batch_size):
-        yield batch.to(layout.device)
-
-
 @torch.no_grad()
-def mean_loss(
-    model: GPT, windows: Tensor, batch_size: int, layout: Layout, stop: StopSignal | None = None
-) -> float | None:
-    """Mean loss in nats of windows (N, T), whose first token is not counted. All ranks have to call it.
-
-    None where all ranks have agreed to stop.
-    """
+def mean_loss(model: GPT, batches: Iterable[Tensor], layout: Layout) -> float:
+    """Mean loss in nats of all tokens but the first of each window."""
     total = count = 0.0
-    for idx in distributed.until_stopped(share(windows, batch_size, layout), len(windows), batch_size, layout, stop):
+    for idx in batches:
         with layout.autocast():
             total += head_nats(model, model.hidden_states(idx), idx)
         count += idx[:, 1:].numel()
-    if stop and stop.agreed:
-        return None
     total, count = distributed.sum_over_world([total, count], layout.device)
     return total / count
 
 
 @torch.no_grad()
 def sensitivities(
-    model: GPT,
-    windows: Tensor,
-    batch_size: int,
-    layout: Layout,
-    progress: Callable = iter,
-    stop: StopSignal | None = None,
-) -> tuple[list[float], list[float]] | None:
-    """(s, perplexities): the paper's algorithm 1 for the layers of a model whose pattern is all 2.
+    model: GPT, dropped: str, batches: Iterable[Tensor], layout: Layout
+) -> tuple[list[float], list[float]]:
+    """(s, perplexities): the paper's algorithm 1 for the first n layers of a model, which all have a sync to drop.
 
-    perplexities[i] is that with the layers from i on dropped, perplexities[n_layer] the dense one, and s[i] the
-    difference of i and i + 1. What the layers before i compute is computed once, for all i. None where all ranks have
-    agreed to stop.
+    The pattern `dropped` is the model's with those syncs dropped: all 1 for all 2, or 0...01 for all 1. perplexities[i]
+    is that with the layers from i on dropped, perplexities[n] the model's own, and s[i] the difference of i and i + 1.
+    What the layers before i compute is computed once, for all i.
     """
-    L = model.config.n_layer
-    dropped = model.with_sync("spd")
-    total, count = [0.0] * (L + 1), 0
-    batches = progress(list(share(windows, batch_size, layout)))
-    for idx in distributed.until_stopped(batches, len(windows), batch_size, layout, stop):
+    L, after = model.config.n_layer, model.with_sync(dropped)
+    n = sum(old != new for old, new in zip(model.config.rule.pattern, dropped, strict=True))
+    total, count = [0.0] * (n + 1), 0
+    for idx in batches:
         with layout.autocast():
             before = [model.embed(idx)]
-            for i in range(L):
+            for i in range(n):
                 before.append(model.run_blocks(before[-1], range(i, i + 1)))
-            for i in range(L + 1):
-                total[i] += head_nats(model, dropped.run_blocks(before[i], range(i, L)), idx)
+            for i in range(n + 1):
+                total[i] += head_nats(model, after.run_blocks(before[i], range(i, L)), idx)
         count += idx[:, 1:].numel()
-    if stop and stop.agreed:
-        return None
     *total, count = distributed.sum_over_world([*total, count], layout.device)
     perplexities = [math.exp(min(nats / count, 700.0)) for nats in total]
-    return [perplexities[i] - perplexities[i + 1] for i in range(L)], perplexities
+    return [perplexities[i] - perplexities[i + 1] for i in range(n)], perplexities
+
+
+def changed_groups(pattern: str) -> list[range]:
+    """The groups of layers that compute something else than with all syncs.
+
+    A group ends with the next sync between layers: in SPD it is one layer, after characters 0 and a it is several.
+    """
+    ends = [i + 1 for i, character in enumerate(pattern) if character in "12"]
+    groups = [range(first, end) for first, end in zip([0, *ends], ends, strict=False)]
+    return [layers for layers in groups if set(pattern[layers.start : layers.stop]) != {"2"}]
+
+
+def part_of(model: GPT, layers: range) -> nn.Module:
+    """Those layers as a module, their parameters called as in the model."""
+    blocks = nn.ModuleDict({str(i): model.transformer.h[i] for i in layers})
+    return nn.ModuleDict({"transformer": nn.ModuleDict({"h": blocks})})
 
 
 def relative_error(x: Tensor, exact: Tensor) -> Tensor:
@@ -90,79 +81,34 @@ def relative_error(x: Tensor, exact: Tensor) -> Tensor:
     return ((x - exact).square().sum(-1) / exact.square().sum(-1)).mean()
 
 
-class Descent:
-    """AdamW for `steps` updates of `module`: gradients are averaged over replicas and clipped to norm 1.
+def group_errors(model: GPT, teacher: GPT, idx: Tensor, layout: Layout) -> Iterator[Tensor]:
+    """Yield the relative error of each changed group of the model on what the teacher's layers before it compute.
 
-    The learning rate: 5 % of the steps of warm-up to `peak`, then a cosine to a tenth of it.
+    The teacher has all syncs. Each error's backward ends at its own group; done before the next one is asked for, it
+    needs the memory of one group.
     """
-
-    def __init__(self, module: nn.Module, peak: float, steps: int, layout: Layout):
-        self.module, self.peak, self.steps, self.layout = module, peak, steps, layout
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
-
-    def update(self, step: int, loss: Tensor) -> None:
-        """Update number `step`, counted from 0, by `loss`."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = cosine_schedule(step, self.peak, self.peak / 10, max(1, self.steps // 20), self.steps)
-        loss.backward()
-        distributed.average_gradients(self.module, self.layout.dp_group)
-        distributed.clip_gradients(self.module, 1.0, is_sharded, self.layout.tp_group)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-
-def distil(model: GPT, i: int, inputs: Tensor, exact: Tensor, config: Any, layout: Layout) -> tuple[float, float]:
-    """Train layer i, its sync dropped, to give `exact` for `inputs`; returns its relative error before and after.
-
-    inputs, exact: (windows, T, C) of this replica; config is drop_syncs.py's. With its `elastic` the layer with its
-    sync is trained beside it.
-    """
-    block, synced, dropped = model.transformer.h[i], model.with_sync("baseline"), model.with_sync("spd")
-    size = max(1, config.distil_batch_size // layout.dp_size)
-    steps_of_epoch = -(-len(inputs) // size)
-    descent = Descent(block, config.distil_learning_rate, config.distil_epochs * steps_of_epoch, layout)
-
-    def loss_of(rows):
-        x, target = inputs[rows].to(layout.device), exact[rows].to(layout.device)
+    first = 0
+    with torch.no_grad():
+        x = teacher.embed(idx)
+    for layers in changed_groups(model.config.rule.pattern):
+        with torch.no_grad(), layout.autocast():
+            x = teacher.run_blocks(x, range(first, layers.start))
+            exact = teacher.run_blocks(x, layers)
         with layout.autocast():
-            loss = relative_error(dropped.run_blocks(x, range(i, i + 1)), target)
-            if config.elastic:
-                loss = loss + relative_error(synced.run_blocks(x, range(i, i + 1)), target)
-        return loss
-
-    def error():
-        with torch.no_grad():
-            losses = [loss_of(slice(first, first + size)).item() for first in range(0, len(inputs), size)]
-        return sum(losses) / len(losses)
-
-    before, step = error(), 0
-    for epoch in range(config.distil_epochs):
-        generator = torch.Generator().manual_seed(distributed.seed_of(config.seed, i, epoch))
-        order = torch.randperm(len(inputs), generator=generator)
-        for first in range(0, len(inputs), size):
-            descent.update(step, loss_of(order[first : first + size]))
-            step += 1
-    return before, error()
+            output = model.run_blocks(x, layers)
+        yield relative_error(output, exact)
+        x, first = exact, layers.stop
 
 
-@torch.no_grad()
-def run_layer(model: GPT, i: int, x: Tensor, batch_size: int, layout: Layout) -> Tensor:
-    """All windows x (windows, T, C) through layer i; on the CPU."""
-    outputs = []
-    for part in x.split(batch_size):
-        with layout.autocast():
-            outputs.append(model.run_blocks(part.to(layout.device), range(i, i + 1)).cpu())
-    return torch.cat(outputs)
+def log_probs(model: GPT, idx: Tensor, layout: Layout) -> Tensor:
+    """The model's next-token distributions for idx (B, T): log-probabilities (B*T, vocab_size) in float32."""
+    with layout.autocast():
+        logits = model.lm_head(model.transformer.ln_f(model.hidden_states(idx)))
+    return F.log_softmax(logits.float().flatten(0, 1), dim=-1)
 
 
 def divergence(model: GPT, teacher: GPT, idx: Tensor, layout: Layout) -> Tensor:
     """Mean over tokens of KL(teacher || model) of their next-token distributions, in nats, on idx (B, T)."""
-
-    def log_probs(one):
-        with layout.autocast():
-            logits = one.lm_head(one.transformer.ln_f(one.hidden_states(idx)))
-        return F.log_softmax(logits.float().flatten(0, 1), dim=-1)
-
     with torch.no_grad():
-        expected = log_probs(teacher)
-    return F.kl_div(log_probs(model), expected, reduction="batchmean", log_target=True)
+        expected = log_probs(teacher, idx, layout)
+    return F.kl_div(log_probs(model, idx, layout), expected, reduction="batchmean", log_target=True)

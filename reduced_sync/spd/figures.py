@@ -6,38 +6,27 @@ from pathlib import Path
 from reduced_sync.spd.log import DropLog
 
 
-def draw_dropping(logs: dict[str, DropLog], path: str | Path) -> None:
-    """A figure of runs of drop_syncs.py, by name: what each block's sync is worth, and perplexity against syncs.
+def draw_dropping(log: DropLog, path: str | Path) -> None:
+    """A figure of a run of drop_syncs.py: what each sync is worth, and the perplexity after each stage.
 
-    Perplexity is the geometric mean over the texts of how far it lies above that with all syncs, in percent; a curve a
-    run and stage. Raises OSError.
+    Perplexity is the geometric mean over the texts of how far it lies above that with all syncs. Raises OSError.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     worth, loss = figure.subplots(1, 2)
-    for name, log in logs.items():
-        if log.sensitivities:
-            blocks, s, _ = zip(*log.sensitivities, strict=True)
-            worth.plot(blocks, s, "o-", markersize=4, label=name)
-        dense = log.perplexities[0][3]
-        curves = {}
-        for stage, syncs, _, perplexities in log.perplexities:
-            mean = sum(math.log(value / dense[text]) for text, value in perplexities.items()) / len(dense)
-            curves.setdefault(stage, {})[syncs] = 100 * (math.exp(mean) - 1)
-        start = curves.pop("dense")
-        for stage, points in curves.items():
-            points = sorted((points | start).items() if len(points) > 1 else points.items())
-            loss.plot(*zip(*points, strict=True), "o-", markersize=4, label=f"{name} {stage}".strip())
+    for name, measured in (("attention", log.sensitivities), ("MLP", log.mlp_sensitivities)):
+        if measured:
+            layers, s, _ = zip(*measured, strict=True)
+            worth.plot(layers, s, "o-", markersize=4)
+            worth.set_title(f"What the sync after a layer's {name} is worth")
     worth.set_yscale("symlog", linthresh=0.1)
-    worth.set(
-        xlabel="block", ylabel="sensitivity (perplexity)", title="What the sync after a block's attention is worth"
-    )
-    loss.set_yscale("symlog", linthresh=1)
-    loss.set(xlabel="sync points in a forward pass", ylabel="perplexity above that with all syncs (%)")
-    loss.set_title("Perplexity against syncs")
+    worth.set(xlabel="layer", ylabel="sensitivity (perplexity)")
+    dense = log.perplexities[0][3]
+    for stage, syncs, _, perplexities in log.perplexities:
+        mean = sum(math.log(value / dense[text]) for text, value in perplexities.items()) / len(dense)
+        loss.bar(f"{stage}\n{syncs} syncs", 100 * (math.exp(mean) - 1), color="C0")
+    loss.set(ylabel="perplexity above that with all syncs (%)", title="Perplexity after each stage")
     for axes in (worth, loss):
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)

@@ -2,6 +2,8 @@
 
     perplexity distilled: 32 of 60 syncs, manual 25.10, shakespeare 41.20
     sensitivity: block 3 0.0123, perplexity 24.61
+    sensitivity: MLP 3 0.0123, perplexity 24.61
+    agreement manual: KL 0.0312, top-1 92.31 %, greedy 41.2 of 64
     arrange: 25.1 s, 4096 tokens
 
 The header is that of train/log.py: lines of `# key: value`. The name of a text that is no plain word is a JSON string.
@@ -15,19 +17,29 @@ from pathlib import Path
 WORD = re.compile(r"[\w./+@=-]+")
 VALUE = re.compile(r'("(?:[^"\\]|\\.)*"|[^"].*?) (\d+\.\d+|nan|inf)(?:, |$)')
 PERPLEXITY = re.compile(r"perplexity (.+?): (\d+) of (\d+) syncs, (.+)$")
-SENSITIVITY = re.compile(r"sensitivity: block (\d+) (\S+), perplexity (\S+)$")
+SENSITIVITY = re.compile(r"sensitivity: (block|MLP) (\d+) (\S+), perplexity (\S+)$")
+AGREEMENT = re.compile(r'agreement ("(?:[^"\\]|\\.)*"|\S+): (KL \S+, top-1 \S+ %, greedy \S+ of \d+)$')
+
+
+def quoted(name: str) -> str:
+    """The name of a text as a line has it."""
+    return name if WORD.fullmatch(name) else json.dumps(name)
 
 
 def perplexity_line(stage: str, syncs: int, most: int, perplexities: dict[str, float]) -> str:
     """The perplexity of every evaluation text after a stage, with so many of `most` syncs."""
-    names = [name if WORD.fullmatch(name) else json.dumps(name) for name in perplexities]
-    values = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, perplexities.values(), strict=True))
+    values = ", ".join(f"{quoted(name)} {value:.3f}" for name, value in perplexities.items())
     return f"perplexity {stage}: {syncs} of {most} syncs, {values}"
 
 
-def sensitivity_line(block: int, sensitivity: float, perplexity: float) -> str:
-    """s of one block, and the perplexity with it and all behind it dropped."""
-    return f"sensitivity: block {block} {sensitivity:.6g}, perplexity {perplexity:.6g}"
+def sensitivity_line(sublayer: str, layer: int, sensitivity: float, perplexity: float) -> str:
+    """s of the sync after a layer's attention (`block`) or `MLP`, and the perplexity with it and all behind dropped."""
+    return f"sensitivity: {sublayer} {layer} {sensitivity:.6g}, perplexity {perplexity:.6g}"
+
+
+def agreement_line(name: str, divergence: float, same: float, length: float, most: int) -> str:
+    """How near the model comes to the dense one on a text: quality.py's numbers."""
+    return f"agreement {quoted(name)}: KL {divergence:.4f}, top-1 {100 * same:.2f} %, greedy {length:.1f} of {most}"
 
 
 @dataclass
@@ -36,7 +48,9 @@ class DropLog:
 
     config: dict = field(default_factory=dict)
     perplexities: list = field(default_factory=list)  # (stage, syncs, most syncs, {text: perplexity}), in order
-    sensitivities: list = field(default_factory=list)  # (block, s, perplexity), in order
+    sensitivities: list = field(default_factory=list)  # (layer, s, perplexity) of the syncs after attention, in order,
+    mlp_sensitivities: list = field(default_factory=list)  # and of those after MLPs
+    agreements: dict = field(default_factory=dict)  # {text: what its line says}
 
 
 def read_drop_log(path: str | Path) -> DropLog:
@@ -64,8 +78,11 @@ def _read_line(log, line):
         entry = (match[1], int(match[2]), int(match[3]), perplexities)
         log.perplexities = [old for old in log.perplexities if old[:2] != entry[:2]] + [entry]
     elif match := SENSITIVITY.match(line):
-        entry = (int(match[1]), float(match[2]), float(match[3]))
-        log.sensitivities = [old for old in log.sensitivities if old[0] != entry[0]] + [entry]
+        measured = log.sensitivities if match[1] == "block" else log.mlp_sensitivities
+        entry = (int(match[2]), float(match[3]), float(match[4]))
+        measured[:] = [old for old in measured if old[0] != entry[0]] + [entry]
+    elif match := AGREEMENT.match(line):
+        log.agreements[json.loads(match[1]) if match[1][0] == '"' else match[1]] = match[2]
 
 
 def beside_dense(perplexity: float, dense: float) -> str:
@@ -81,6 +98,8 @@ def table_cell(text: object) -> str:
 def table_of(logs: dict[str, DropLog]) -> str:
     """The perplexities of runs by name as a table in Markdown: after each stage, and in percent above all syncs.
 
+    A last line of a run has its agreement with the dense model, where it was measured.
+
     The first line is that of all syncs; a run's own stands in it where it is another one. Raises ValueError for a run
     without any.
     """
@@ -95,5 +114,8 @@ def table_of(logs: dict[str, DropLog]) -> str:
         for stage, syncs, most, perplexities in log.perplexities[dense == above :]:
             cells = [beside_dense(value, dense[text]) for text, value in perplexities.items()]
             lines.append(f"| {table_cell(name)} | {stage} | {syncs} of {most} | {' | '.join(cells)} |")
+        if log.agreements:
+            cells = [log.agreements.get(text, "") for text in dense]
+            lines.append(f"| {table_cell(name)} | against dense | {syncs} of {most} | {' | '.join(cells)} |")
         above = dense
     return "\n".join(lines)

@@ -66,23 +66,19 @@ def whole_block(dense: Dense, config: GPTConfig, device: torch.device) -> Block:
     return block.to(device).eval()
 
 
-def arrange(
-    model: GPT, i: int, batches: list[torch.Tensor], heads: str, neurons: str, layout: Layout
-) -> tuple[list[int], list[int]]:
-    """Order layer i's KV groups and its neurons, in place, by `heads` and `neurons`: as_is, affinity or scatter.
+def arrange(model: GPT, i: int, batches: list[torch.Tensor], by: str, layout: Layout) -> tuple[list[int], list[int]]:
+    """Order layer i's KV groups and its neurons, in place, by `affinity`, or the groups alone by `scatter`.
 
     batches: x (B, T, C), what the layer reads. Returns both orders.
     """
     config, dense, rope = model.config, dense_block(model, i), model.rope_cos_sin(0, batches[0].size(1))
-    groups, order = list(range(config.n_kv_head)), list(range(config.n_hidden))
-    as_they_are = list(groups)
-    if heads != "as_is":
-        groups = place_groups(dense, config, batches, rope, heads, layout)
-    dense = permuted(dense, config, groups, order)
-    if neurons == "affinity":
-        order = place_neurons(dense, config, batches, rope, layout)
-    set_dense_block(model, i, permuted(dense, config, as_they_are, order))
-    return groups, order
+    as_they_are, neurons = list(range(config.n_kv_head)), list(range(config.n_hidden))
+    groups = place_groups(dense, config, batches, rope, by, layout)
+    dense = permuted(dense, config, groups, neurons)
+    if by == "affinity":
+        neurons = place_neurons(dense, config, batches, rope, layout)
+    set_dense_block(model, i, permuted(dense, config, as_they_are, neurons))
+    return groups, neurons
 
 
 @torch.no_grad()

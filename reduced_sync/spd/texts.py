@@ -27,7 +27,7 @@ def read_texts(pattern: str, tokens: Tokens, key: str) -> dict[str, np.ndarray]:
         except OSError as error:
             raise ValueError(f"{key}={pattern!r}: {path}: {error.strerror}") from None
         try:
-            ids_of[name] = np.array(tokens.encode(text), dtype=np.int64)
+            ids_of[name] = np.array(tokens.encode(text), dtype=np.int32)
         except ValueError as error:
             raise ValueError(f"{key}={pattern!r}: {path}: {error}") from None
     return ids_of
@@ -40,8 +40,10 @@ def spread_windows(texts: dict[str, np.ndarray], windows: int, length: int, key:
     """
     parts = []
     for i, (name, ids) in enumerate(texts.items()):
+        if len(ids) < length:
+            raise ValueError(f"the calibration text {name} has {len(ids)} tokens, less than a window of {length}")
         n = windows * (i + 1) // len(texts) - windows * i // len(texts)
-        if max(1, n) * length > len(ids):
+        if n * length > len(ids):
             raise ValueError(f"{key}: {name} has {len(ids)} tokens; {n} windows of {length} need {n * length}")
         starts = np.arange(n) * (len(ids) // max(1, n))
         parts += [torch.from_numpy(ids[start : start + length].astype(np.int64)) for start in starts]

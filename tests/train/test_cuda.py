@@ -87,6 +87,17 @@ def test_the_memory_table_says_what_a_step_holds(library):
     assert peaks == [table["baseline"][0], table["spd"][1], table["grouped-4"][2]]
 
 
+def test_dropping_syncs_of_a_large_llama_on_fake_cuda(library):
+    """Every stage, as one of eight ranks: weights, gradients, moments and teacher, and not much besides."""
+    (peaks,) = rehearse(library, [dict(drop=2, tp_size=8, n_layer=2)], world_size=8)
+    assert list(peaks) == ["dense", "drop", "distil", "finetune", "report"]
+    embeddings, layers = 2 * 128256 * 4096, 2 * 4096 * (6144 + 4096 + 3 * 14336)
+    held = (16 + 4) * embeddings + (16 + 2) * layers / 8  # float32; the teacher's matrices in bfloat16
+    assert held / 1e9 < peaks["finetune"] < held / 1e9 + 10
+    trained = (4 + 4) * embeddings + (16 + 2) * layers / 8
+    assert trained / 1e9 < peaks["distil"] < trained / 1e9 + 3
+
+
 # --- choosing a device
 
 
