@@ -37,7 +37,7 @@ from reduced_sync import checkpoint as ckpt
 from reduced_sync import distributed
 from reduced_sync.cli import StopSignal
 from reduced_sync.configurator import configure, option
-from reduced_sync.decoding import cast
+from reduced_sync.decoding import cast_matrices
 from reduced_sync.distributed import RANK, WORLD_SIZE
 from reduced_sync.files import lock_folder, replace_file
 from reduced_sync.hf.tokenizer import write_pretrained
@@ -206,7 +206,7 @@ class Run:
         if self.teacher is None:
             self.teacher = self.build()
             for block in self.teacher.transformer.h:
-                cast(block, self.layout.dtype)
+                cast_matrices(block, self.layout.dtype)
 
     @property
     def student(self) -> rsm.GPT:

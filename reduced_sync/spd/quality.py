@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reduced_sync import distributed
-from reduced_sync.decoding import choose, generate
+from reduced_sync.decoding import generate, sample_tokens
 from reduced_sync.distributed import Layout
 from reduced_sync.spd.distillation import log_probs
 from reduced_sync_model import GPT
@@ -47,7 +47,7 @@ def agreed_length(model: GPT, teacher: GPT, batches: Iterable[Tensor], layout: L
             one = copy.copy(one)  # whose KV cache is no longer than needed
             fitting = min(one.config.block_size, idx.size(1) + CONTINUED)
             one.config = dataclasses.replace(one.config, block_size=fitting)
-            greedy = generate(one, idx, CONTINUED, lambda logits: choose(logits, temperature=0), layout.autocast)
+            greedy = generate(one, idx, CONTINUED, lambda logits: sample_tokens(logits, temperature=0), layout.autocast)
             texts.append(torch.stack(list(greedy), dim=1))  # (B, CONTINUED)
         total += (texts[0] == texts[1]).long().cumprod(1).sum().item()
         count += len(idx)

@@ -89,7 +89,7 @@ class CausalSelfAttention(nn.Module):
         # (T, S*H*D), (T, S*K*D) twice
         q, k, v = qkv[0] if len(qkv) == 1 else (torch.cat(parts, dim=-1) for parts in zip(*qkv, strict=True))
         if self.rope is not None:
-            q, k = self.rope_cos_sin(positions, q, k)
+            q, k = self.rope(positions, q, k)
         y = self.attn(q, k, v)  # (T, S*H*D)
         ys = [y] if len(qkv) == 1 else [part.contiguous() for part in y.chunk(len(qkv), dim=-1)]  # (T, H*D) each
         return [c_proj(y) for c_proj, y in zip(self.c_proj, ys, strict=True)]
