@@ -11,7 +11,7 @@ attention and every MLP. Here a SyncRule says where: `baseline`, `spd`, `grouped
 
 Between two sync points a shard sees the last synced stream x plus its own local delta d; a sync adds the sum of all
 deltas to x. That is Stream.sync, and with it every all-reduce of the forward pass. Those of the backward pass come from
-Stream.start: the gradient of x, which all shards read, is the sum of theirs.
+Stream.reset: the gradient of x, which all shards read, is the sum of theirs.
 
 Shapes: B batch, T time, C n_embd, S shards on this rank (n_shard / tp_size), D head size. A tensor with a leading S is
 per shard. `model = GPT(GPTConfig(n_shard=2, sync="spd"))` needs no launcher and no process group.
@@ -94,7 +94,7 @@ class SyncRule:
         rule = cls(pattern, rival)
         if rival == "parallel" and set(pattern) - set("10"):
             raise ValueError(f"sync={text!r}: a parallel block has one sync or none, so its characters are 1 and 0")
-        if rule.parts.layer_late and (set(pattern) != {"2"} or n_layer < 2):
+        if rule.parts.delays_a_layer and (set(pattern) != {"2"} or n_layer < 2):
             raise ValueError(f"sync={text!r}: it delays every sync of two or more layers: baseline+delayed-layer")
         if rule.parts.hides and rule.syncs < 2:
             raise ValueError(f"sync={text!r}: a single sync, the last, has nothing to hide behind")
@@ -110,12 +110,12 @@ class SyncRule:
     @property
     def syncs(self) -> int:
         """All-reduces of one forward pass."""
-        return sum(map(sum, self.layers())) - self.parts.layer_late  # then two are dropped, for one mean
+        return sum(map(sum, self.layers())) - self.parts.delays_a_layer  # then two are dropped, for one mean
 
     @property
     def hidden(self) -> int:
         """Those of them behind which a sublayer runs: all but the last one, or those of the inner layers."""
-        if self.parts.layer_late:
+        if self.parts.delays_a_layer:
             return 2 * len(self.pattern) - 4
         return self.syncs - 1 if self.parts.hides else 0
 
@@ -147,9 +147,9 @@ class Stream:
 
     def __init__(self, x: Tensor, config: "GPTConfig", tp_group: dist.ProcessGroup | None):
         self.n_shard, self.n_layer, self.tp_group = config.n_shard, config.n_layer, tp_group
-        self.start(x)
+        self.reset(x)
 
-    def start(self, x: Tensor) -> None:
+    def reset(self, x: Tensor) -> None:
         """All shards see x. copy_to_ranks adds up what they send back in the backward pass."""
         self.x, self.d, self.h = x, None, copy_to_ranks(x, self.tp_group)
 
@@ -165,7 +165,7 @@ class Stream:
 
     def sync(self, y: Tensor) -> None:
         """A sync point: x plus the sum of all shards' deltas, of which y (S, B, T, C) is the last."""
-        self.start(self.x + sum_over_ranks(self.total(y), self.tp_group))
+        self.reset(self.x + sum_over_ranks(self.total(y), self.tp_group))
 
     def total(self, y: Tensor) -> Tensor:
         """What a sync adds to x, before it is summed over the ranks: (B, T, C)."""
@@ -179,12 +179,12 @@ class Stream:
 class Block(nn.Module):
     """One layer."""
 
-    def __init__(self, config: "GPTConfig", n_local: int):
+    def __init__(self, config: "GPTConfig", n_local_shard: int):
         super().__init__()
-        self.ln_1 = Norm(config, n_local)
-        self.attn = CausalSelfAttention(config, n_local)
-        self.ln_2 = Norm(config, n_local)
-        self.mlp = MLP(config, n_local)
+        self.ln_1 = Norm(config, n_local_shard)
+        self.attn = CausalSelfAttention(config, n_local_shard)
+        self.ln_2 = Norm(config, n_local_shard)
+        self.mlp = MLP(config, n_local_shard)
 
     def forward(
         self, stream: Stream, after_attention: bool, after_mlp: bool, rope=None, past=None, mask: Tensor | None = None
@@ -279,13 +279,13 @@ def finish_sum_over_ranks(x: Tensor, total: Tensor | None) -> Tensor:
 class Norm(nn.Module):
     """A layer norm or RMS norm (arXiv 1910.07467) per shard. weight and bias (S, C); an RMS norm has no bias."""
 
-    def __init__(self, config: "GPTConfig", n_local: int):
+    def __init__(self, config: "GPTConfig", n_local_shard: int):
         super().__init__()
         self.normalize = F.rms_norm if config.norm == "rmsnorm" else F.layer_norm
         self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.ones(n_local, config.n_embd))
+        self.weight = nn.Parameter(torch.ones(n_local_shard, config.n_embd))
         has_bias = config.bias and config.norm == "layernorm"
-        self.bias = nn.Parameter(torch.zeros(n_local, config.n_embd)) if has_bias else None
+        self.bias = nn.Parameter(torch.zeros(n_local_shard, config.n_embd)) if has_bias else None
 
     def forward(self, h: Tensor) -> Tensor:
         """h (B, T, C) or (S, B, T, C) -> (S, B, T, C)."""
@@ -303,10 +303,10 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class ColumnParallel(nn.Module):
     """A linear layer cut by its output. weight (S, out, in), bias (S, out)."""
 
-    def __init__(self, n_local: int, n_in: int, n_out: int, bias: bool):
+    def __init__(self, n_local_shard: int, n_in: int, n_out: int, bias: bool):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_local, n_out, n_in))
-        self.bias = nn.Parameter(torch.zeros(n_local, n_out)) if bias else None
+        self.weight = nn.Parameter(torch.empty(n_local_shard, n_out, n_in))
+        self.bias = nn.Parameter(torch.zeros(n_local_shard, n_out)) if bias else None
 
     def forward(self, h: Tensor) -> Tensor:
         """h (S, B, T, in) -> (S, B, T, out)."""
@@ -316,10 +316,10 @@ class ColumnParallel(nn.Module):
 class RowParallel(nn.Module):
     """A linear layer cut by its input: its output is the sum over shards. weight (S, in, out), bias (S, out)."""
 
-    def __init__(self, n_local: int, n_in: int, n_out: int, bias: bool):
+    def __init__(self, n_local_shard: int, n_in: int, n_out: int, bias: bool):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_local, n_in, n_out))
-        self.bias = nn.Parameter(torch.zeros(n_local, n_out)) if bias else None
+        self.weight = nn.Parameter(torch.empty(n_local_shard, n_in, n_out))
+        self.bias = nn.Parameter(torch.zeros(n_local_shard, n_out)) if bias else None
 
     def forward(self, y: Tensor) -> Tensor:
         """y (S, B, T, in) -> (S, B, T, out), of which a sync makes the sum."""
@@ -329,10 +329,10 @@ class RowParallel(nn.Module):
 class HeadNorm(nn.Module):
     """An RMS norm of each head by itself (QK norm, arXiv 2010.04245). weight (S, D), the same for a shard's heads."""
 
-    def __init__(self, config: "GPTConfig", n_local: int):
+    def __init__(self, config: "GPTConfig", n_local_shard: int):
         super().__init__()
         self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.ones(n_local, config.head_size))
+        self.weight = nn.Parameter(torch.ones(n_local_shard, config.head_size))
 
     def forward(self, heads: Tensor) -> Tensor:
         """heads (S, B, T, any, D) -> the same shape."""
@@ -349,37 +349,38 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 class CausalSelfAttention(nn.Module):
     """A shard has H heads of queries and K of keys and values, shared where K < H (GQA, arXiv 2305.13245)."""
 
-    def __init__(self, config: "GPTConfig", n_local: int):
+    def __init__(self, config: "GPTConfig", n_local_shard: int):
         super().__init__()
         self.dropout, self.head_size = config.dropout, config.head_size
-        self.n_head, self.n_kv_head = config.n_head // config.n_shard, max(1, config.n_kv_head // config.n_shard)
-        n_qkv = (self.n_head + 2 * self.n_kv_head) * self.head_size
-        self.c_attn = ColumnParallel(n_local, config.n_embd, n_qkv, config.bias or config.qkv_bias)
-        self.q_norm = HeadNorm(config, n_local) if config.qk_norm else None
-        self.k_norm = HeadNorm(config, n_local) if config.qk_norm else None
-        self.c_proj = RowParallel(n_local, self.n_head * self.head_size, config.n_embd, config.bias)
+        self.n_local_head = config.n_head // config.n_shard
+        self.n_local_kv_head = max(1, config.n_kv_head // config.n_shard)
+        n_qkv = (self.n_local_head + 2 * self.n_local_kv_head) * self.head_size
+        self.c_attn = ColumnParallel(n_local_shard, config.n_embd, n_qkv, config.bias or config.qkv_bias)
+        self.q_norm = HeadNorm(config, n_local_shard) if config.qk_norm else None
+        self.k_norm = HeadNorm(config, n_local_shard) if config.qk_norm else None
+        self.c_proj = RowParallel(n_local_shard, self.n_local_head * self.head_size, config.n_embd, config.bias)
 
     def forward(self, h: Tensor, rope=None, past=None, mask: Tensor | None = None) -> Tensor:
         """h (S, B, T, C) -> (S, B, T, C).
 
-        rope: for rotate(). past: this layer's (keys, values, positions held) of a KVCache. mask (S*B, 1, T, positions):
+        rope: for rotate(). past: this layer's (keys, values, past_length) of a KVCache. mask (S*B, 1, T, positions):
         what each token sees; None: itself and all before it.
         """
         S, B, T, _ = h.shape
         qkv = self.c_attn(h).unflatten(-1, (-1, self.head_size))  # (S, B, T, H+2K, D)
-        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=3)
+        q, k, v = qkv.split((self.n_local_head, self.n_local_kv_head, self.n_local_kv_head), dim=3)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.transpose(2, 3).flatten(0, 1) for t in (q, k, v))  # (S*B, heads, T, D): each shard's by themselves
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if past is not None:
-            keys, values, held = past  # (S*B, K, block_size, D) twice
-            keys[:, :, held : held + T], values[:, :, held : held + T] = k, v
-            k, v = keys[:, :, : held + T], values[:, :, : held + T]
+            keys, values, start = past  # (S*B, K, block_size, D) twice
+            keys[:, :, start : start + T], values[:, :, start : start + T] = k, v
+            k, v = keys[:, :, : start + T], values[:, :, : start + T]
         is_causal = True if mask is None and T > 1 else False  # a single token sees all; torch.compile wants a bool
         options = dict(attn_mask=mask, is_causal=is_causal, dropout_p=self.dropout if self.training else 0.0)
-        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.n_kv_head < self.n_head, **options)
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.n_local_kv_head < self.n_local_head, **options)
         y = y.transpose(1, 2).reshape(S, B, T, -1)  # (S, B, T, H*D)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -387,13 +388,17 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """Of mlp="swiglu" (arXiv 2002.05202) the neurons have a gate each."""
 
-    def __init__(self, config: "GPTConfig", n_local: int):
+    def __init__(self, config: "GPTConfig", n_local_shard: int):
         super().__init__()
-        n_hidden = config.n_hidden // config.n_shard
+        n_local_hidden = config.n_hidden // config.n_shard
         self.dropout = config.dropout
-        self.c_fc = ColumnParallel(n_local, config.n_embd, n_hidden, config.bias)
-        self.c_gate = ColumnParallel(n_local, config.n_embd, n_hidden, config.bias) if config.mlp == "swiglu" else None
-        self.c_proj = RowParallel(n_local, n_hidden, config.n_embd, config.bias)
+        self.c_fc = ColumnParallel(n_local_shard, config.n_embd, n_local_hidden, config.bias)
+        self.c_gate = (
+            ColumnParallel(n_local_shard, config.n_embd, n_local_hidden, config.bias)
+            if config.mlp == "swiglu"
+            else None
+        )
+        self.c_proj = RowParallel(n_local_shard, n_local_hidden, config.n_embd, config.bias)
 
     def neurons(self, h: Tensor) -> Tensor:
         """h (S, B, T, C) -> (S, B, T, n_hidden/n_shard)."""
@@ -441,12 +446,12 @@ class Tracks(Stream):
 class Ladder(Stream):
     """The all-reduce of a sync is in flight while the next sublayer runs, which sees nothing of it (arXiv 2501.06589).
 
-    late: a sync in flight, or None. before: what the shards see of the x before it.
+    in_flight: a sync in flight, or None. before: what the shards see of the x before it.
     """
 
-    def start(self, x: Tensor) -> None:
-        super().start(x)
-        self.before, self.late = self.h, None
+    def reset(self, x: Tensor) -> None:
+        super().reset(x)
+        self.before, self.in_flight = self.h, None
 
     def keep(self, y: Tensor) -> None:
         self.arrive()
@@ -455,7 +460,7 @@ class Ladder(Stream):
     def sync(self, y: Tensor) -> None:
         """A sync point, which ends when the next sublayer has run."""
         self.arrive()
-        self.late = start_sum_over_ranks(self.total(y), self.tp_group)
+        self.in_flight = start_sum_over_ranks(self.total(y), self.tp_group)
         self.d, self.h = None, self.meanwhile(y)
 
     def meanwhile(self, y: Tensor) -> Tensor:
@@ -464,8 +469,8 @@ class Ladder(Stream):
 
     def arrive(self) -> None:
         """Wait for the sync in flight, if any. Its sum takes the place of the shards' own parts."""
-        if self.late is not None:
-            self.start(self.x + finish_sum_over_ranks(*self.late))
+        if self.in_flight is not None:
+            self.reset(self.x + finish_sum_over_ranks(*self.in_flight))
 
     def end(self) -> Tensor:
         self.arrive()
@@ -486,8 +491,8 @@ class DelayedLayer(Stream):
     shards' streams; where Kog take the mean of each one's final norm, here the norm is of the mean.
     """
 
-    def start(self, x: Tensor) -> None:
-        super().start(x)
+    def reset(self, x: Tensor) -> None:
+        super().reset(x)
         self.in_flight = []  # (y, what finish_sum_over_ranks takes) of the modules of the last layer
 
     def __init__(self, x: Tensor, config: "GPTConfig", tp_group: dist.ProcessGroup | None):
@@ -517,7 +522,7 @@ class Parts(NamedTuple):
     block: type[Block] = Block
     stream: type[Stream] = Stream
     hides: bool = False
-    layer_late: bool = False  # they arrive a layer later: the first layer's are in step, the last one's are dropped
+    delays_a_layer: bool = False  # they arrive a layer later: the first layer's are in step, the last one's are dropped
 
 
 RIVALS = {
@@ -526,7 +531,7 @@ RIVALS = {
     "tracks": Parts(stream=Tracks),
     "ladder": Parts(stream=Ladder, hides=True),
     "delayed": Parts(stream=Delayed, hides=True),
-    "delayed-layer": Parts(stream=DelayedLayer, hides=True, layer_late=True),
+    "delayed-layer": Parts(stream=DelayedLayer, hides=True, delays_a_layer=True),
 }
 
 
@@ -715,8 +720,13 @@ class KVCache:
 
     def __init__(self, model: "GPT", batch_size: int):
         c, wte = model.config, model.transformer.wte.weight
-        n_local = c.n_shard // model.tp_size
-        shape = (n_local * batch_size, max(1, c.n_kv_head // c.n_shard), c.block_size, c.head_size)  # (S*B, K, T, D)
+        n_local_shard = c.n_shard // model.tp_size
+        shape = (
+            n_local_shard * batch_size,
+            max(1, c.n_kv_head // c.n_shard),
+            c.block_size,
+            c.head_size,
+        )  # (S*B, K, T, D)
         self.layers = [(wte.new_empty(shape), wte.new_empty(shape)) for _ in range(c.n_layer)]
         self.length = 0
 
@@ -734,15 +744,15 @@ class GPT(nn.Module):
         self.tp_size = tp_group.size() if tp_group is not None else 1
         config.check_tp_size(self.tp_size)
         self.tp_group = tp_group if self.tp_size > 1 else None
-        n_local = config.n_shard // self.tp_size
-        first = n_local * (tp_group.rank() if self.tp_group is not None else 0)
-        self.local_shards = slice(first, first + n_local)
+        n_local_shard = config.n_shard // self.tp_size
+        first = n_local_shard * (tp_group.rank() if self.tp_group is not None else 0)
+        self.local_shards = slice(first, first + n_local_shard)
 
         layers = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
         if config.position == "learned":
             layers |= dict(wpe=nn.Embedding(config.block_size, config.n_embd))
         layers |= dict(drop=nn.Dropout(config.dropout))
-        layers |= dict(h=nn.ModuleList([config.rule.parts.block(config, n_local) for _ in range(config.n_layer)]))
+        layers |= dict(h=nn.ModuleList([config.rule.parts.block(config, n_local_shard) for _ in range(config.n_layer)]))
         if config.norm == "rmsnorm":
             layers |= dict(ln_f=nn.RMSNorm(config.n_embd, config.norm_eps))
         else:
@@ -781,28 +791,30 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Token ids (B, T) -> the synced stream behind the last layer (B, T, C), which ln_f and lm_head make logits of.
 
-        For rows of unlike length: positions (B, T) of the ids, and mask (B, T, held + T), what each of them sees. Only
-        with a mask may several tokens follow those in a cache.
+        For rows of unlike length: positions (B, T) of the ids, and mask (B, T, past_length + T), what each of them
+        sees. Only with a mask may several tokens follow those in a cache.
         """
-        T, held = idx.size(1), 0 if cache is None else cache.length
-        if held + T > self.config.block_size:
-            raise ValueError(f"a sequence of {held + T} tokens is longer than block_size={self.config.block_size}")
-        if held and T > 1 and mask is None:
-            raise ValueError(f"{T} tokens behind the {held} in the cache: decoding takes one at a time")
+        T, past_length = idx.size(1), 0 if cache is None else cache.length
+        if past_length + T > self.config.block_size:
+            length, most = past_length + T, self.config.block_size
+            raise ValueError(f"a sequence of {length} tokens is longer than block_size={most}")
+        if past_length and T > 1 and mask is None:
+            raise ValueError(f"{T} tokens behind the {past_length} in the cache: decoding takes one at a time")
         if mask is not None:
-            mask = mask.repeat(self.config.n_shard // self.tp_size, 1, 1)[:, None]  # (S*B, 1, T, held+T)
-        x = self.transformer.drop(self.embed(idx, held, positions))
+            mask = mask.repeat(self.config.n_shard // self.tp_size, 1, 1)[:, None]  # (S*B, 1, T, past_length+T)
+        x = self.transformer.drop(self.embed(idx, past_length, positions))
         x = self.run_blocks(x, cache=cache, mask=mask)
         if cache is not None:
             cache.length += T
         return x
 
-    def embed(self, idx: Tensor, held: int = 0, positions: Tensor | None = None) -> Tensor:
-        """Token ids (B, T) behind `held` others -> x (B, T, C)."""
+    def embed(self, idx: Tensor, past_length: int = 0, positions: Tensor | None = None) -> Tensor:
+        """Token ids (B, T) behind `past_length` others -> x (B, T, C)."""
         x = self.transformer.wte(idx)
         if self.config.position == "rope":  # the attention's
             return x
-        return x + self.transformer.wpe.weight[slice(held, held + idx.size(1)) if positions is None else positions]
+        rows = slice(past_length, past_length + idx.size(1)) if positions is None else positions
+        return x + self.transformer.wpe.weight[rows]
 
     def run_blocks(
         self, x: Tensor, layers: range | None = None, cache: KVCache | None = None, mask: Tensor | None = None

@@ -42,12 +42,12 @@ from reduced_sync.train.log import changes, step_line
 from reduced_sync.train.recorder import Recorder
 
 
-def check_shape(config: Config, theirs: rsm.GPTConfig, keys: set[str]) -> None:
-    """Raise ValueError where the user wrote another shape than that of pretrained weights, which is `theirs`."""
+def check_shape(config: Config, pretrained: rsm.GPTConfig, keys: set[str]) -> None:
+    """Raise ValueError where the user wrote another shape than that of pretrained weights, which is `pretrained`."""
     differing = []
     for key in sorted(keys & config.given):
-        value, written = getattr(theirs, key), getattr(config, key)
-        if value != (written or getattr(dataclasses.replace(theirs, **{key: written}), key)):  # 0: by other keys
+        value, written = getattr(pretrained, key), getattr(config, key)
+        if value != (written or getattr(dataclasses.replace(pretrained, **{key: written}), key)):  # 0: by other keys
             differing.append(f"{key}={value!r}, not {written!r}")
     if differing:
         raise ValueError(f"init_from={config.init_from!r} has {'; '.join(differing)}: leave such keys out")
@@ -98,12 +98,12 @@ def prepare(config: Config) -> Prepared:
     shape, notes = {}, {}
     if origin not in ("scratch", "resume"):  # what the user does not write is the pretrained model's
         fields = saved["model_args"] if saved else pretrained_fields(origin)[1]
-        theirs = rsm.GPTConfig(**fields)
+        pretrained = rsm.GPTConfig(**fields)
         free = {"block_size", "dropout"} | {"n_shard", "sync"} - fields.keys()  # a dense model takes any rule
-        shape = {key: value for key, value in dataclasses.asdict(theirs).items() if key not in free}
+        shape = {key: value for key, value in dataclasses.asdict(pretrained).items() if key not in free}
         keys = shape.keys() & vars(config).keys()
         if not saved:  # check_model sees to a checkpoint's
-            check_shape(config, theirs, keys - {"sync"})
+            check_shape(config, pretrained, keys - {"sync"})
         vars(config).update({key: shape[key] for key in keys - config.given})
     check_config(config)
     shape |= model_keys(vars(config))
@@ -119,9 +119,9 @@ def prepare(config: Config) -> Prepared:
         ckpt.check_model(saved, model_config, path)
         ckpt.check_data(saved, corpus.meta, path)
     elif origin != "scratch":
-        if "sync" in fields and model_config.sync != theirs.sync:
+        if "sync" in fields and model_config.sync != pretrained.sync:
             notes["converted"] = (
-                f"init_from={origin!r} was trained with sync={theirs.sync!r}, now {model_config.sync!r}"
+                f"init_from={origin!r} was trained with sync={pretrained.sync!r}, now {model_config.sync!r}"
             )
         if unknown := vocabulary_warning(config, corpus.meta):
             notes["tokens"] = unknown

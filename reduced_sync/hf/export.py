@@ -12,9 +12,9 @@ import torch
 from reduced_sync import checkpoint as ckpt
 from reduced_sync import preparing
 from reduced_sync.files import sync_folder, temporary_folder
-from reduced_sync.hf.families import MODEL_TYPE, their_config
+from reduced_sync.hf.families import MODEL_TYPE, hf_config
 from reduced_sync.hf.tokenizer import Tokens, write_pretrained
-from reduced_sync.hf.weights import shards_to_dense, their_tensors
+from reduced_sync.hf.weights import shards_to_dense, hf_tensors
 from reduced_sync.spd.log import beside_dense, read_drop_log, table_cell
 from reduced_sync.train.log import read_log
 from reduced_sync_model import GPT, GPTConfig
@@ -40,8 +40,8 @@ def export(path: Path, target: Path) -> str:
     tokenizer, tokens = hugging_face_tokenizer(meta, config)
     generation = generation_config(meta, config, tokenizer, tokens)
     try:
-        family, hf = their_config(config)
-        state = their_tensors(shards_to_dense(saved["model"], config), family, config)
+        family, hf = hf_config(config)
+        state = hf_tensors(shards_to_dense(saved["model"], config), family, config)
         what, keys, code = hf.architectures[0], hf.to_dict(), []
     except ValueError as reason:
         what, keys, code = f"with its code ({reason})", our_config(config), CODE

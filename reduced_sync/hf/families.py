@@ -62,7 +62,7 @@ TENSORS = {
 }
 
 
-def their_config(config: GPTConfig) -> tuple[str, Any]:
+def hf_config(config: GPTConfig) -> tuple[str, Any]:
     """(family, transformers' config) of the class that computes a dense model of this shape.
 
     Raises ValueError where none of FAMILIES does.
@@ -83,7 +83,7 @@ def their_config(config: GPTConfig) -> tuple[str, Any]:
     for key in ("n_kv_head", "head_size"):
         if key not in row.keys and getattr(config, key) != getattr(usual, key):
             raise ValueError(f"{row.model} has {key}={getattr(usual, key)}, not {getattr(config, key)}")
-    keys = {theirs: getattr(config, ours) for ours, theirs in row.keys.items()}
+    keys = {hf_name: getattr(config, ours) for ours, hf_name in row.keys.items()}
     if config.position == "rope":
         keys |= dict(rope_parameters=dict(rope_type="default", rope_theta=config.rope_theta))
     else:
@@ -92,17 +92,17 @@ def their_config(config: GPTConfig) -> tuple[str, Any]:
     return family, CONFIG_MAPPING[family](**keys)
 
 
-def their_fields(family: str, hf: Any) -> dict:
+def fields_of_hf(family: str, hf: Any) -> dict:
     """The fields of GPTConfig that transformers' config `hf` gives. Raises ValueError for what our block lacks."""
     row = FAMILIES[family]
     for key, values in row.allowed.items():
         refuse_unless(hf, key, values)
     if sliding := set(getattr(hf, "layer_types", None) or ()) - {"full_attention"}:
         raise ValueError(f"config.json has layers of {min(sliding)!r}; allowed is 'full_attention' alone")
-    fields = row.block | {ours: getattr(hf, theirs) for ours, theirs in row.keys.items()}
-    for ours, theirs in row.keys.items():
+    fields = row.block | {ours: getattr(hf, hf_name) for ours, hf_name in row.keys.items()}
+    for ours, hf_name in row.keys.items():
         if type(fields[ours]) is int and fields[ours] < 1:  # 0 is another one's default in GPTConfig
-            raise ValueError(f"config.json has {theirs}={fields[ours]}; it must be at least 1")
+            raise ValueError(f"config.json has {hf_name}={fields[ours]}; it must be at least 1")
     if "head_size" not in row.keys:
         refuse_unless(hf, "head_dim", (hf.hidden_size // hf.num_attention_heads,))
     if fields["n_hidden"] is None:  # of GPT-2

@@ -127,8 +127,8 @@ class ReducedSyncForCausalLM(PreTrainedModel, GenerationMixin):
             cache = Cache(self.model, len(input_ids))
         if not isinstance(cache, Cache | None):
             raise ValueError(f"the cache is a {type(cache).__name__}: this model takes those that it has returned")
-        held = 0 if cache is None else cache.length
-        x = self.model.hidden_states(input_ids, cache, *positions_and_mask(attention_mask, input_ids, held))
+        past_length = 0 if cache is None else cache.length
+        x = self.model.hidden_states(input_ids, cache, *positions_and_mask(attention_mask, input_ids, past_length))
         kept = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
         logits = self.model.lm_head(self.model.transformer.ln_f(kept))
         loss = None
@@ -139,24 +139,26 @@ class ReducedSyncForCausalLM(PreTrainedModel, GenerationMixin):
         return output if return_dict else output.to_tuple()
 
 
-def positions_and_mask(attention_mask, input_ids, held):
-    """What hidden_states() takes for ids (B, T) behind `held` in a cache, some rows of which start with padding.
+def positions_and_mask(attention_mask, input_ids, past_length):
+    """What hidden_states() takes for ids (B, T) behind `past_length` in a cache, some rows of which start with padding.
 
-    attention_mask (B, held+T) or None. Nothing sees padding, and positions are counted behind it. (None, None) where
-    there is none. Raises ValueError where padding stands between tokens.
+    attention_mask (B, past_length+T) or None. Nothing sees padding, and positions are counted behind it. (None, None)
+    where there is none. Raises ValueError where padding stands between tokens.
     """
     B, T = input_ids.shape
     if attention_mask is None or attention_mask.all():
-        if not held or T == 1:
+        if not past_length or T == 1:
             return None, None
-        attention_mask = input_ids.new_ones(B, held + T)
-    if attention_mask.shape != (B, held + T):
-        raise ValueError(f"attention_mask of {tuple(attention_mask.shape)}: it must be of {(B, held + T)}")
+        attention_mask = input_ids.new_ones(B, past_length + T)
+    if attention_mask.shape != (B, past_length + T):
+        raise ValueError(f"attention_mask of {tuple(attention_mask.shape)}: it must be of {(B, past_length + T)}")
     started = attention_mask.cumsum(1) > 0
     if ((attention_mask.long().diff(dim=1) > 0) & started[:, :-1]).any():
         raise ValueError("padding between tokens: pad prompts on the left, with tokenizer.padding_side='left'")
     start = (~started).sum(1)[:, None]  # (B, 1)
-    key = torch.arange(held + T, device=input_ids.device)
-    query = key[held:, None]
-    mask = (key <= query) & (key >= start[:, None]) | (key == query)  # (B, T, held+T); padding has to see something
-    return (key[held:] - start).clamp(min=0), mask
+    key = torch.arange(past_length + T, device=input_ids.device)
+    query = key[past_length:, None]
+    mask = (key <= query) & (key >= start[:, None]) | (
+        key == query
+    )  # (B, T, past_length+T); padding has to see something
+    return (key[past_length:] - start).clamp(min=0), mask

@@ -1,7 +1,7 @@
 """Dense weights and shards: a dense model cut into shards and joined again, and models of the Hugging Face formats.
 
 A dense model of ours has nanoGPT's names. transformers' GPT-2 has the same, its linear layers transposed (Conv1D);
-the other families have names of their own, and Q, K and V apart. `their_names` says which.
+the other families have names of their own, and Q, K and V apart. `hf_names` says which.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from reduced_sync.cli import one_line
-from reduced_sync.hf.families import FAMILIES, MODEL_TYPE, TENSORS, their_fields
+from reduced_sync.hf.families import FAMILIES, MODEL_TYPE, TENSORS, fields_of_hf
 from reduced_sync.old_keys import with_sync
 from reduced_sync_model import GPT, GPTConfig, is_sharded, role_of, shard_tensor
 
@@ -95,7 +95,7 @@ def fold_norm(shards: dict, norm: str, linears: list[str]) -> None:
 # Hugging Face
 
 
-def their_names(name: str, family: str) -> tuple[list[str], bool]:
+def hf_names(name: str, family: str) -> tuple[list[str], bool]:
     """The tensors of transformers' `family` that our dense tensor `name` is, one under the other.
 
     And whether they are transposed. Of our own family it is the sharded tensor.
@@ -111,7 +111,7 @@ def their_names(name: str, family: str) -> tuple[list[str], bool]:
     return [{"wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head"}[layer] + f".{kind}"], False
 
 
-def their_tensors(dense: dict, family: str, config: GPTConfig) -> dict:
+def hf_tensors(dense: dict, family: str, config: GPTConfig) -> dict:
     """State dict of a dense model -> that of transformers' `family`; the inverse of dense_tensors.
 
     GPT-2's class has all biases: those that a model has not are zeros.
@@ -124,7 +124,7 @@ def their_tensors(dense: dict, family: str, config: GPTConfig) -> dict:
                 dense = dense | {name: torch.zeros(parameter.shape[1:] if is_sharded(name) else parameter.shape)}
     state = {}
     for ours, tensor in dense.items():
-        theirs, transposed = their_names(ours, family)
+        theirs, transposed = hf_names(ours, family)
         tensor = tensor.t() if transposed else tensor
         heads = [config.head_size * n for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
         parts = tensor.split(heads) if len(theirs) == 3 else [tensor]
@@ -181,7 +181,7 @@ def pretrained_fields(name: str) -> tuple[str, dict]:
             raise ValueError(f"it is a {family} model; {PRETRAINED}")
         else:
             hf = AutoConfig.from_pretrained(name, trust_remote_code=False)
-            fields = their_fields(family, hf)
+            fields = fields_of_hf(family, hf)
         config = dataclasses.asdict(GPTConfig(**fields))
     except Exception as error:  # whatever a damaged or foreign config.json provokes
         line = one_line(error)
@@ -224,7 +224,7 @@ def _shapes(family, config):
         tensors = dict(GPT(config).named_parameters())
     if family != MODEL_TYPE:
         tensors = {key: unshard_tensor(key, tensor, config) for key, tensor in tensors.items()}
-    return {key: list(tensor.shape) for key, tensor in their_tensors(tensors, family, config).items()}
+    return {key: list(tensor.shape) for key, tensor in hf_tensors(tensors, family, config).items()}
 
 
 def stored_tensors(name: str, family: str, config: GPTConfig) -> dict[str, tuple[Any, str]]:
@@ -249,7 +249,7 @@ def stored_tensors(name: str, family: str, config: GPTConfig) -> dict[str, tuple
         expected = _shapes(family, config)
     except RuntimeError as error:  # sizes beyond any number of bytes
         raise ValueError(f"{source}: its config.json gives no model: {one_line(error)}") from None
-    [head], [embedding] = (their_names(key, family)[0] for key in ("lm_head.weight", "transformer.wte.weight"))
+    [head], [embedding] = (hf_names(key, family)[0] for key in ("lm_head.weight", "transformer.wte.weight"))
     is_tied = config.tie_embeddings and head in stored
     if is_tied:
         expected[head] = expected[embedding]
@@ -290,7 +290,7 @@ def dense_tensors(
     The tensors of our own family are sharded.
     """
     for ours in names:
-        theirs, transposed = their_names(ours, family)
+        theirs, transposed = hf_names(ours, family)
         parts = [file.get_tensor(there) for file, there in (stored[key] for key in theirs)]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         yield ours, tensor.t() if transposed else tensor

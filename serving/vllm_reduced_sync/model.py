@@ -118,11 +118,11 @@ class MLP(nn.Module):
 class Stream:
     """The residual stream: x (T, C), as last synced, and ds, what each shard has added since, (T, C) each, or None.
 
-    late: what the last sync adds to x, or None. Whoever reads adds it: vLLM's RMSNorm adds and norms in one.
+    unadded: what the last sync adds to x, or None. Whoever reads adds it: vLLM's RMSNorm adds and norms in one.
     """
 
     def __init__(self, x, rule, n_shard):
-        self.x, self.late, self.ds = x, None, None
+        self.x, self.unadded, self.ds = x, None, None
         self.rival, self.n_shard = rule.rival, n_shard
 
     def read(self, norms):
@@ -133,13 +133,13 @@ class Stream:
 
     def normed(self, norm):
         """What `norm` makes of x, all of it."""
-        late, self.late = self.late, None
-        if late is None:
+        unadded, self.unadded = self.unadded, None
+        if unadded is None:
             return norm(self.x)
         if isinstance(norm, RMSNorm):
-            h, self.x = norm(late, self.x)
+            h, self.x = norm(unadded, self.x)
             return h
-        self.x = late + self.x
+        self.x = unadded + self.x
         return norm(self.x)
 
     def keep(self, ys):
@@ -154,7 +154,7 @@ class Stream:
         delta = sum(ys[1:], start=ys[0])  # (T, C) of this rank, and no one else's: on a CPU it is changed
         if self.rival == "tracks":
             delta = delta / self.n_shard
-        self.late, self.ds = distributed.tensor_model_parallel_all_reduce(delta), None
+        self.unadded, self.ds = distributed.tensor_model_parallel_all_reduce(delta), None
 
 
 class Block(nn.Module):

@@ -16,7 +16,7 @@ import drop_syncs
 import export
 from reduced_sync import decoding
 from reduced_sync.hf import weights
-from reduced_sync.hf.families import their_config
+from reduced_sync.hf.families import hf_config
 from reduced_sync.spd.placement import dense_block, permuted, set_dense_block
 from reduced_sync_model import KVCache
 
@@ -73,11 +73,11 @@ def test_it_is_transformers_own(tmp_path, family, keys, n_shard):
     dense = weights.shards_to_dense(dict(ours.named_parameters()), ours.config)
     if ours.config.rope_inv_freq:
         with pytest.raises(ValueError, match="names the kind of a scaled RoPE"):
-            their_config(ours.config)
+            hf_config(ours.config)
     else:
-        written, hf = their_config(ours.config)
+        written, hf = hf_config(ours.config)
         assert written == ("llama" if family == "mistral" else family)
-        state = weights.their_tensors(dense, written, ours.config)
+        state = weights.hf_tensors(dense, written, ours.config)
         expected = theirs.state_dict()
         assert state.keys() == expected.keys() - ({"lm_head.weight"} if ours.config.tie_embeddings else set())
         assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
