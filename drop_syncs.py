@@ -287,12 +287,6 @@ class Run:
 # The stages: each goes on where progress.done says, and returns the tokens that it has used. They raise Stopped
 
 
-def measure_dense(run: Run) -> int:
-    """The perplexities with all syncs."""
-    run.evaluate("dense", "baseline")
-    return 0
-
-
 @torch.no_grad()
 def arrange(run: Run) -> int:
     """Order the heads and neurons of every layer, the dense function unchanged."""
@@ -338,24 +332,14 @@ def drop(run: Run) -> int:
 
 def distil(run: Run) -> int:
     """Each group of layers learns to give what the teacher's gives for the teacher's input, all in the same steps."""
-    student = run.student
-    groups = distillation.changed_groups(student.config.rule.pattern)
-
-    def losses_of(idx):
-        for error in distillation.group_errors(student, run.teacher, idx, run.layout):
-            yield error / len(groups)
-
-    return train(run, losses_of, [distillation.part_of(student, layers) for layers in groups], "distilled")
+    groups = distillation.changed_groups(run.student.config.rule.pattern)
+    modules = [distillation.part_of(run.model, layers) for layers in groups]
+    return train(run, distillation.group_errors, modules, "distilled")
 
 
 def finetune(run: Run) -> int:
     """All weights learn to give the teacher's distributions."""
-    student = run.student
-
-    def losses_of(idx):
-        yield distillation.divergence(student, run.teacher, idx, run.layout)
-
-    return train(run, losses_of, [student], "finetuned")
+    return train(run, distillation.divergence, [run.model], "finetuned")
 
 
 def report(run: Run) -> int:
@@ -371,19 +355,22 @@ def report(run: Run) -> int:
     return sum(windows.numel() for windows in run.evaluation.values())
 
 
-STAGES = dict(dense=measure_dense, arrange=arrange, drop=drop, distil=distil, finetune=finetune, report=report)
+STAGES = dict(dense=lambda run: run.evaluate("dense", "baseline"))
+STAGES |= dict(arrange=arrange, drop=drop, distil=distil, finetune=finetune, report=report)
 
 
-def train(run: Run, losses_of: Callable, modules: list[torch.nn.Module], result: str) -> int:
+def train(run: Run, losses: Callable, modules: list[torch.nn.Module], result: str) -> int:
     """Train the modules' parameters by AdamW on the stage's tokens, and evaluate the `result`. Raises Stopped.
 
-    losses_of: token ids (B, T) -> losses, means over the windows, each of whose backward comes before the next one. The
-    learning rate: 5 % of the steps of warm-up to its peak, then a cosine to a tenth of it. Gradients are averaged over
-    replicas, and each module's are clipped to norm 1. The windows of a step are a function of (seed, stage, step).
+    losses: (model, teacher, token ids, layout) -> one loss per module, a mean over the windows; its backward comes
+    before the next loss. The learning rate: 5 % of the steps of warm-up to its peak, then a cosine to a tenth of it.
+    Gradients are averaged over replicas, and each module's are clipped to norm 1. A step's windows are a function of
+    (seed, stage, step).
     """
     config, layout, stage, first = run.config, run.layout, run.progress.stage, run.progress.done
     budget, peak = getattr(config, f"{stage}_tokens"), getattr(config, f"{stage}_learning_rate")
-    if budget == 0 or run.student.config.sync == "baseline":
+    student = run.student
+    if budget == 0 or student.config.sync == "baseline":
         return 0
     run.build_teacher()
     share, tokens_of_step = config.step_windows // layout.dp_size, config.step_windows * config.block_size
@@ -401,10 +388,10 @@ def train(run: Run, losses_of: Callable, modules: list[torch.nn.Module], result:
             idx = texts.random_windows(run.calibration, config.step_windows, config.block_size, generator)
             total = torch.zeros((), device=layout.device)
             for part in idx[layout.dp_rank * share :][:share].split(config.batch_size):
-                for loss in losses_of(part.to(layout.device)):
+                for loss in losses(student, run.teacher, part.to(layout.device), layout):
                     loss = loss * (len(part) / share)
                     scaler.scale(loss).backward()
-                    total += loss.detach()
+                    total += loss.detach() / len(modules)
             for group in run.optimizer.param_groups:
                 group["lr"] = cosine_schedule(step, peak, peak / 10, max(1, steps // 20), steps)
             for module in modules:

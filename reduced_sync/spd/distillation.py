@@ -107,8 +107,8 @@ def log_probs(model: GPT, idx: Tensor, layout: Layout) -> Tensor:
     return F.log_softmax(logits.float().flatten(0, 1), dim=-1)
 
 
-def divergence(model: GPT, teacher: GPT, idx: Tensor, layout: Layout) -> Tensor:
-    """Mean over tokens of KL(teacher || model) of their next-token distributions, in nats, on idx (B, T)."""
+def divergence(model: GPT, teacher: GPT, idx: Tensor, layout: Layout) -> Iterator[Tensor]:
+    """Yield the mean over tokens of KL(teacher || model) of their next-token distributions, in nats, on idx (B, T)."""
     with torch.no_grad():
         expected = log_probs(teacher, idx, layout)
-    return F.kl_div(log_probs(model, idx, layout), expected, reduction="batchmean", log_target=True)
+    yield F.kl_div(log_probs(model, idx, layout), expected, reduction="batchmean", log_target=True)
