@@ -39,12 +39,12 @@ from reduced_sync.cli import StopSignal
 from reduced_sync.configurator import configure, option
 from reduced_sync.decoding import cast_matrices
 from reduced_sync.distributed import RANK, WORLD_SIZE
+from reduced_sync.dropping import distillation, placement, quality, texts
+from reduced_sync.dropping.figures import draw_dropping
+from reduced_sync.dropping.log import agreement_line, perplexity_line, read_drop_log, sensitivity_line, table_of
+from reduced_sync.dropping.source import Source
 from reduced_sync.files import lock_folder, replace_file
 from reduced_sync.hf.tokenizer import write_pretrained
-from reduced_sync.spd import distillation, placement, quality, texts
-from reduced_sync.spd.figures import draw_dropping
-from reduced_sync.spd.log import agreement_line, perplexity_line, read_drop_log, sensitivity_line, table_of
-from reduced_sync.spd.source import Source
 from reduced_sync.train.experiment import cosine_schedule
 from reduced_sync.train.log import RunLog
 from reduced_sync.train.recorder import conditions

@@ -17,7 +17,7 @@ from reduced_sync.bench.results import read_results
 from reduced_sync.cli import one_line_errors
 from reduced_sync.compare.report import report
 from reduced_sync.compare.runs import baseline_of, gap, load_runs
-from reduced_sync.spd.log import read_drop_log, table_of
+from reduced_sync.dropping.log import read_drop_log, table_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"

@@ -13,7 +13,7 @@ CODE = [*ROOT.glob("*.py"), *LIBRARIES, *(ROOT / "results").glob("*.py"), *ROOT.
 
 
 # what a subpackage may import besides itself and train/; top-level modules import none
-SUBPACKAGES = {"": set(), "train": set(), "compare": {"bench"}, "bench": set(), "spd": {"hf"}, "hf": {"spd"}}
+SUBPACKAGES = {"": set(), "train": set(), "compare": {"bench"}, "bench": set(), "dropping": {"hf"}, "hf": {"dropping"}}
 # libraries that print: what a command says at its end, its help, its log on the terminal, and what happens meanwhile
 PRINT = {"cli", "configurator", "distributed", "preparing", "train.recorder"}
 

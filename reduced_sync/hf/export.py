@@ -11,11 +11,11 @@ import torch
 
 from reduced_sync import checkpoint as ckpt
 from reduced_sync import preparing
+from reduced_sync.dropping.log import beside_dense, read_drop_log, table_cell
 from reduced_sync.files import sync_folder, temporary_folder
 from reduced_sync.hf.families import MODEL_TYPE, hf_config
 from reduced_sync.hf.tokenizer import Tokens, write_pretrained
-from reduced_sync.hf.weights import shards_to_dense, hf_tensors
-from reduced_sync.spd.log import beside_dense, read_drop_log, table_cell
+from reduced_sync.hf.weights import hf_tensors, shards_to_dense
 from reduced_sync.train.log import read_log
 from reduced_sync_model import GPT, GPTConfig
 

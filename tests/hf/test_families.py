@@ -15,9 +15,9 @@ from variants import batch, rough
 import drop_syncs
 import export
 from reduced_sync import decoding
+from reduced_sync.dropping.placement import dense_block, permuted, set_dense_block
 from reduced_sync.hf import weights
 from reduced_sync.hf.families import hf_config
-from reduced_sync.spd.placement import dense_block, permuted, set_dense_block
 from reduced_sync_model import KVCache
 
 torch.set_num_threads(1)  # the tensors are tiny
@@ -183,8 +183,8 @@ def test_its_syncs_are_dropped_and_the_result_exported(tmp_path, modules, family
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
     (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 40)
     keys = dict(init_from=tmp_path / "model", n_shard=2, block_size=24, device="cpu", out_dir=tmp_path / "out")
-    keys |= dict(calibration=tmp_path / "text", evaluation=tmp_path / "text", calibration_windows=8)
-    keys |= dict(sensitivity_windows=4, evaluation_tokens=256, distil_epochs=1, finetune_steps=2)
+    keys |= dict(calibration=tmp_path / "text", evaluation=tmp_path / "text")
+    keys |= dict(measure_windows=4, evaluation_tokens=256, distil_tokens=256, finetune_tokens=256)
     drop_syncs.main([f"--{key}={value}" for key, value in keys.items()])
     export.main([str(tmp_path / "out"), f"--to={tmp_path / 'export'}"])
     ours = weights.from_pretrained(tmp_path / "export")

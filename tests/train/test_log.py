@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reduced_sync.spd.log import read_drop_log, table_of
+from reduced_sync.dropping.log import read_drop_log, table_of
 from reduced_sync.train.log import RunLog, changes, drop_lines_after, iter_line, read_log, step_line
 
 

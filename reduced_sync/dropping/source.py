@@ -10,9 +10,9 @@ import torch.distributed as dist
 import reduced_sync_model as rsm
 from reduced_sync import checkpoint as ckpt
 from reduced_sync.data import Corpus
+from reduced_sync.dropping import texts
 from reduced_sync.hf.tokenizer import Tokens, pretrained_meta
 from reduced_sync.hf.weights import MODEL_TYPE, from_dense, from_pretrained, pretrained_fields, shards_to_dense
-from reduced_sync.spd import texts
 
 
 class Source:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from reduced_sync import distributed
 from reduced_sync.decoding import generate, sample_tokens
 from reduced_sync.distributed import Layout
-from reduced_sync.spd.distillation import log_probs
+from reduced_sync.dropping.distillation import log_probs
 from reduced_sync_model import GPT
 
 CONTINUED = 64  # tokens of a continuation

@@ -22,10 +22,10 @@ import train_reduced_sync
 from reduced_sync import checkpoint as ckpt
 from reduced_sync.data import Corpus
 from reduced_sync.distributed import Layout
+from reduced_sync.dropping import distillation, placement, quality, texts
+from reduced_sync.dropping.log import agreement_line, perplexity_line, read_drop_log, table_of
+from reduced_sync.dropping.source import Source
 from reduced_sync.hf import weights
-from reduced_sync.spd import distillation, placement, quality, texts
-from reduced_sync.spd.log import agreement_line, perplexity_line, read_drop_log, table_of
-from reduced_sync.spd.source import Source
 from reduced_sync.train.log import RunLog
 from reduced_sync_model import GPT, GPTConfig, SyncRule
 

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from reduced_sync.spd.log import DropLog
+from reduced_sync.dropping.log import DropLog
 
 
 def draw_dropping(log: DropLog, path: str | Path) -> None:
