@@ -5,9 +5,9 @@ $ python bench.py decode --png=decode.png        # TTFT and TPOT for every sync 
 $ python bench.py decode baseline baseline+ladder grouped-4 3x1280 --tp_sizes 2 --added_delay_us 0 1000 2000
 $ python bench.py predict --n_shard=8            # the cost model of cost_model.py with public figures of links
 
-A candidate is RULE[@N_SHARD]. RULE is a sync rule as everywhere (baseline, spd, grouped-4, 110111011101, spd+ladder),
-or LAYERSxWIDTH, a dense control with standard TP. Candidates take turns, each in its own processes, and figures are
-medians over all rounds.
+A candidate is RULE[@N_SHARD]; train needs the @N_SHARD, and also takes gpt2. RULE is a sync rule as everywhere
+(baseline, spd, grouped-4, 110111011101, spd+ladder), or LAYERSxWIDTH, a dense control with standard TP. Candidates take
+turns, each in its own processes, and figures are medians over all rounds.
 
 decode prints, with times in milliseconds:
     TTFT        the time to the first token

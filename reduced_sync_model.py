@@ -110,7 +110,7 @@ class SyncRule:
     @property
     def syncs(self) -> int:
         """All-reduces of one forward pass."""
-        return sum(map(sum, self.layers())) - self.parts.delays_a_layer  # then two are dropped, for one mean
+        return sum(map(sum, self.syncs_after())) - self.parts.delays_a_layer  # then two are dropped, for one mean
 
     @property
     def hidden(self) -> int:
@@ -122,9 +122,9 @@ class SyncRule:
     @property
     def diagram(self) -> str:
         """A attention, M MLP, | an all-reduce: of the pattern 21 it is `A|M| AM|`."""
-        return " ".join(f"A{'|' * after_attention}M{'|' * after_mlp}" for after_attention, after_mlp in self.layers())
+        return " ".join(f"A{'|' * attention}M{'|' * mlp}" for attention, mlp in self.syncs_after())
 
-    def layers(self) -> list[tuple[bool, bool]]:
+    def syncs_after(self) -> list[tuple[bool, bool]]:
         """For each layer, whether there is a sync after its attention, and whether there is one after its MLP."""
         return [(character in "2a", character in "21") for character in self.pattern]
 
@@ -822,7 +822,7 @@ class GPT(nn.Module):
         """x (B, T, C), a synced stream, through all layers, or through `layers`, the last of which syncs; (B, T, C)."""
         rope = self.rope_cos_sin(0 if cache is None else cache.length, x.size(1))  # only differences of positions count
         stream = self.config.rule.parts.stream(x, self.config, self.tp_group)
-        syncs_after = self.config.rule.layers()
+        syncs_after = self.config.rule.syncs_after()
         for i in range(self.config.n_layer) if layers is None else layers:
             past = None if cache is None else (*cache.layers[i], cache.length)
             self.transformer.h[i](stream, *syncs_after[i], rope, past, mask)

@@ -8,6 +8,5 @@ $ torchrun --standalone --nproc_per_node=8 train_reduced_sync.py config/train_ba
 """
 
 out_dir = "out-baseline-24sync"
-wandb_run_name = "baseline-24sync"
 sync = "baseline"
 device = "cuda"  # never by mistake on the CPU

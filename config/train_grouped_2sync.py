@@ -8,6 +8,5 @@ $ torchrun --standalone --nproc_per_node=8 train_reduced_sync.py config/train_gr
 """
 
 out_dir = "out-grouped-2sync"
-wandb_run_name = "grouped-2sync"
 sync = "grouped-2"
 device = "cuda"  # never by mistake on the CPU

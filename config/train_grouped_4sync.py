@@ -8,6 +8,5 @@ $ torchrun --standalone --nproc_per_node=8 train_reduced_sync.py config/train_gr
 """
 
 out_dir = "out-grouped-4sync"
-wandb_run_name = "grouped-4sync"
 sync = "grouped-4"
 device = "cuda"  # never by mistake on the CPU

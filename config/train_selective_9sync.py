@@ -8,6 +8,5 @@ $ torchrun --standalone --nproc_per_node=8 train_reduced_sync.py config/train_se
 """
 
 out_dir = "out-selective-9sync"
-wandb_run_name = "selective-9sync"
 sync = "110111011101"
 device = "cuda"  # never by mistake on the CPU

@@ -8,6 +8,5 @@ $ torchrun --standalone --nproc_per_node=8 train_reduced_sync.py config/train_sp
 """
 
 out_dir = "out-spd-12sync"
-wandb_run_name = "spd-12sync"
 sync = "spd"
 device = "cuda"  # never by mistake on the CPU

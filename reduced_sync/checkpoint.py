@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from reduced_sync.cli import one_line
 from reduced_sync.files import link_file, replace_file, sync_folder
-from reduced_sync.old_keys import with_sync
+from reduced_sync.old_keys import translate_old_keys
 from reduced_sync_model import GPT, GPTConfig, is_sharded
 
 # the keys of a checkpoint and their types: of a run of the training script, and of the result of drop_syncs.py
@@ -125,7 +125,7 @@ def load(path: str | Path, kinds: dict | None = None) -> dict:
         for key in kinds.keys() & {"model_args", "config", "data"}:
             json.dumps(checkpoint[key])  # no tensor where the header has plain values
         for key in kinds.keys() & {"model_args", "config", "progress"}:
-            checkpoint[key] = with_sync(checkpoint[key])
+            checkpoint[key] = translate_old_keys(checkpoint[key])
     return checkpoint
 
 

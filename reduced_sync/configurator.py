@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from reduced_sync.cli import one_line
-from reduced_sync.old_keys import OLD, with_sync
+from reduced_sync.old_keys import OLD, translate_old_keys
 
 
 def option(
@@ -85,7 +85,7 @@ def parse(cls: type, argv: list[str], listed: str, description: str, program: st
             parser.add_argument(field.name, nargs="*", **keys)
         else:
             parser.add_argument(f"--{field.name}", nargs="+" if isinstance(default, tuple) else None, **keys)
-    switches = {f"--{field.name}" for field in fields if field.type is bool}
+    switches = {f"--{field.name}" for field in fields if bool in _kinds(cls, field.name)}
     texts_of = vars(parser.parse_args([f"{text}=True" if text in switches else text for text in argv]))
 
     def typed(key, text):
@@ -104,7 +104,8 @@ def parse(cls: type, argv: list[str], listed: str, description: str, program: st
 def _config(cls, values):
     """The dataclass of these written values, of the right types. Raises ValueError for one out of its bounds."""
     if old := [key for key in OLD if key in values]:
-        sync = with_sync({key: values[key] for key in [*old, "n_layer"] if key in values}).get("sync", "baseline")
+        keys = {key: values[key] for key in [*old, "n_layer"] if key in values}
+        sync = translate_old_keys(keys).get("sync", "baseline")
         raise ValueError(f"{', '.join(old)}: this is one key now, {sync=}")
     for field in dataclasses.fields(cls):
         if field.metadata["is_path"] and values.get(field.name) is not None:

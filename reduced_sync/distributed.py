@@ -213,16 +213,14 @@ def sum_over_world(values: list[float], device: torch.device | str) -> list[floa
     return total.tolist()
 
 
-def until_stopped(
-    batches: Iterable, n_windows: int, batch_size: int, layout: Layout, stop: StopSignal | None
-) -> Iterator:
+def until_stopped(batches: Iterable, n_windows: int, batch_size: int, layout: Layout, stop: StopSignal) -> Iterator:
     """Yield this replica's batches of n_windows that all replicas share, until a rank is asked to stop: then all end.
 
     They ask one another before each batch that every replica has. `stop.agreed` says that they have ended early.
     """
     least = -(-(n_windows // layout.dp_size) // batch_size)
     for i, batch in enumerate(batches):
-        if stop and i < least and agree([], [stop.asked is not None], layout.device)[1][0]:
+        if i < least and agree([], [stop.asked is not None], layout.device)[1][0]:
             stop.agreed = True
             return
         yield batch

@@ -5,7 +5,7 @@ import re
 OLD = "architecture layers_per_group sync_pattern parallel_block merge overlap".split()
 
 
-def with_sync(keys: dict) -> dict:
+def translate_old_keys(keys: dict) -> dict:
     """`keys` of a config, GPTConfig or config.json, with `sync` in the place of those that said so before.
 
     What has none of them comes back as it is. Raises ValueError where they name no rule.
@@ -34,5 +34,5 @@ def with_rules(result: dict, n_layer: int | None) -> dict:
                 layers = len(entry.get("pattern", "")) or n_layer
                 entry[key] = entry[key].replace(match[0], f"grouped-{layers // int(match[1])}")
         if isinstance(entry.get("model"), dict):
-            entry["model"] = with_sync(entry["model"])
+            entry["model"] = translate_old_keys(entry["model"])
     return result

@@ -52,6 +52,12 @@ def test_libraries_go_in_no_circle():
     assert set(order.static_order()) == set(names)  # raises CycleError
 
 
+@pytest.mark.parametrize("source", ["reduced_sync_model.py", "reduced_sync/old_keys.py"])
+def test_the_plugin_reads_the_same_file(source):
+    link = ROOT / "serving/vllm_reduced_sync" / source.split("/")[-1]
+    assert link.is_symlink() and link.resolve() == ROOT / source
+
+
 @pytest.mark.parametrize("path", LIBRARIES, ids=lambda path: path.stem)
 def test_subpackages(path):
     subpackage = path.parent.name if path.parent.name in SUBPACKAGES else ""

@@ -12,7 +12,7 @@ from reduced_sync import checkpoint as ckpt
 from reduced_sync.compare.frontier import read_results
 from reduced_sync.compare.runs import read_run
 from reduced_sync.hf import export, weights
-from reduced_sync.old_keys import with_sync
+from reduced_sync.old_keys import translate_old_keys
 from reduced_sync_model import GPT, GPTConfig
 
 OLD = {
@@ -42,11 +42,11 @@ def old_fields(config):
 @pytest.mark.parametrize("sync", OLD)
 def test_the_keys_of_a_config(sync):
     keys = dict(zip(KEYS, OLD[sync], strict=True)) | {"n_layer": 4, "n_embd": 32}
-    found = with_sync(keys)
+    found = translate_old_keys(keys)
     assert found.keys() == {"n_layer", "n_embd", "sync"}
     expected = dataclasses.replace(SMALL, sync=sync)
     assert dataclasses.replace(SMALL, sync=found["sync"]) == expected
-    assert GPTConfig(**with_sync(old_fields(expected))) == expected
+    assert GPTConfig(**translate_old_keys(old_fields(expected))) == expected
 
 
 @pytest.mark.parametrize("sync", ["0101", "a011+desync", "1111+parallel"])

@@ -52,7 +52,7 @@ def keys_of(text: str, n_layer: int, n_shard: int | None = None) -> dict:
     match = CANDIDATE.fullmatch(text)
     n_shard = int(match[4] or n_shard or 0) if match else 0
     if not n_shard:
-        wanted = "gpt2 or RULE@N_SHARD, such as grouped-4@2, spd+delayed@2 or 3x1280@2"
+        wanted = "RULE@N_SHARD, such as grouped-4@2, spd+delayed@2 or 3x1280@2, or of train gpt2"
         raise ValueError(f"{text!r}: a candidate is {wanted}")
     if not match[1]:
         return dict(n_shard=n_shard, sync=str(rsm.SyncRule.parse(text.partition("@")[0], n_layer)))

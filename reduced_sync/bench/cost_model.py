@@ -83,7 +83,7 @@ def forward_seconds(
         hidden = rule.hidden * max(0.0, all_reduce - attention - mlp)
         return seconds + hidden + (rule.syncs - rule.hidden) * all_reduce
     # one after an attention is hidden by the MLP, one after an MLP by the next attention, and the last by nothing
-    after_attention = sum(syncs for syncs, _ in rule.layers())
+    after_attention = sum(syncs for syncs, _ in rule.syncs_after())
     after_mlp = rule.syncs - after_attention - 1
     hidden = after_attention * max(0.0, all_reduce - mlp) + after_mlp * max(0.0, all_reduce - attention)
     return seconds + hidden + all_reduce

@@ -1,12 +1,13 @@
 """The lines that drop_syncs.py adds to its log.txt, and their parser.
 
-    perplexity distilled: 32 of 60 syncs, manual 25.10, shakespeare 41.20
+    perplexity distilled: 32 of 60 syncs, manual 25.101, shakespeare 41.203
     sensitivity: block 3 0.0123, perplexity 24.61
     sensitivity: MLP 3 0.0123, perplexity 24.61
     agreement manual: KL 0.0312, top-1 92.31 %, greedy 41.2 of 64
-    arrange: 25.1 s, 4096 tokens
+    distil: 251.3 s, 131072 tokens
 
-The header is that of train/log.py: lines of `# key: value`. The name of a text that is no plain word is a JSON string.
+The header is that of train/log.py: lines of `# key: value`. Other lines are for readers: the pattern, warnings, the
+losses of a stage. The name of a text that is no plain word is a JSON string.
 """
 
 import json
@@ -18,6 +19,7 @@ WORD = re.compile(r"[\w./+@=-]+")
 VALUE = re.compile(r'("(?:[^"\\]|\\.)*"|[^"].*?) (\d+\.\d+|nan|inf)(?:, |$)')
 PERPLEXITY = re.compile(r"perplexity (.+?): (\d+) of (\d+) syncs, (.+)$")
 SENSITIVITY = re.compile(r"sensitivity: (block|MLP) (\d+) (\S+), perplexity (\S+)$")
+TOKENS = re.compile(r"(\w+): \d+\.\d s, (\d+) tokens$")
 AGREEMENT = re.compile(r'agreement ("(?:[^"\\]|\\.)*"|\S+): (KL \S+, top-1 \S+ %, greedy \S+ of \d+)$')
 
 
@@ -51,6 +53,7 @@ class DropLog:
     sensitivities: list = field(default_factory=list)  # (layer, s, perplexity) of the syncs after attention, in order,
     mlp_sensitivities: list = field(default_factory=list)  # and of those after MLPs
     agreements: dict = field(default_factory=dict)  # {text: what its line says}
+    tokens: dict = field(default_factory=dict)  # {stage that has ended: how many it used}
 
 
 def read_drop_log(path: str | Path) -> DropLog:
@@ -81,6 +84,8 @@ def _read_line(log, line):
         measured = log.sensitivities if match[1] == "block" else log.mlp_sensitivities
         entry = (int(match[2]), float(match[3]), float(match[4]))
         measured[:] = [old for old in measured if old[0] != entry[0]] + [entry]
+    elif match := TOKENS.match(line):
+        log.tokens[match[1]] = int(match[2])
     elif match := AGREEMENT.match(line):
         log.agreements[json.loads(match[1]) if match[1][0] == '"' else match[1]] = match[2]
 
@@ -98,10 +103,8 @@ def table_cell(text: object) -> str:
 def table_of(logs: dict[str, DropLog]) -> str:
     """The perplexities of runs by name as a table in Markdown: after each stage, and in percent above all syncs.
 
-    A last line of a run has its agreement with the dense model, where it was measured.
-
-    The first line is that of all syncs; a run's own stands in it where it is another one. Raises ValueError for a run
-    without any.
+    The first line is that of all syncs; a run's own follows where it is another one. A run's last line has its
+    agreement with the dense model, where that was measured. Raises ValueError for a run without perplexities.
     """
     lines, above = [], None
     for name, log in logs.items():

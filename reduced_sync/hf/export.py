@@ -166,21 +166,21 @@ def validation_loss(path: Path, saved: dict) -> str:
 
 def dropped_rows(path: Path, keys: dict, syncs: int) -> dict[str, str]:
     """What the card says of a model whose syncs drop_syncs.py has dropped, in place of data, tokens and loss."""
-    if "distil_epochs" in keys:  # of older runs
-        distilled = keys["distil_epochs"] * keys["calibration_windows"] * keys["block_size"]
-        finetuned = keys["finetune_steps"] * keys["finetune_batch_size"] * keys["block_size"]
-    else:
-        distilled, finetuned = keys["distil_tokens"], keys["finetune_tokens"]
-    measured = read_drop_log(path.parent / "log.txt").perplexities if (path.parent / "log.txt").is_file() else []
-    texts = "not known"
-    if of_this := [perplexities for _, n, _, perplexities in measured if n == syncs]:
-        dense = measured[0][3]
-        texts = ", ".join(
-            f"{table_cell(name)} {beside_dense(value, dense[name])}" for name, value in of_this[-1].items()
-        )
+    trained = texts = "not known"
+    if (path.parent / "log.txt").is_file():
+        log = read_drop_log(path.parent / "log.txt")
+        distilled, finetuned = log.tokens.get("distil", 0), log.tokens.get("finetune", 0)
+        trained = f"{distilled:,} tokens block to block, {finetuned:,} tokens towards the model with all syncs"
+        of_this = [perplexities for _, n, _, perplexities in log.perplexities if n == syncs]
+        cells = [
+            (table_cell(name), beside_dense(value, log.perplexities[0][3][name]))
+            for perplexities in of_this[-1:]
+            for name, value in perplexities.items()
+        ]
+        texts = ", ".join(map(" ".join, cells)) or texts
     return {
         "data": f"calibrated on {table_cell(keys['calibration']) or 'the data of the run'}",
-        "trained": f"{distilled:,} tokens block to block, {finetuned:,} tokens towards the model with all syncs",
+        "trained": trained,
         "perplexity, and above that of all syncs": texts,
     }
 
@@ -191,7 +191,7 @@ pipeline_tag: text-generation
 ---
 # {name}
 
-A GPT whose tensor-parallel shards synchronize less often than after every sublayer.
+A GPT cut into tensor-parallel shards; its sync rule says where they synchronize.
 
 | | |
 |---|---|

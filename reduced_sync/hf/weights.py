@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from reduced_sync.cli import one_line
 from reduced_sync.hf.families import FAMILIES, MODEL_TYPE, TENSORS, fields_of_hf
-from reduced_sync.old_keys import with_sync
+from reduced_sync.old_keys import translate_old_keys
 from reduced_sync_model import GPT, GPTConfig, is_sharded, role_of, shard_tensor
 
 # OpenAI's models: n_layer, n_head, n_embd. All have 1024 positions, 50257 tokens and biases.
@@ -173,7 +173,7 @@ def pretrained_fields(name: str) -> tuple[str, dict]:
         family = keys.get("model_type")
         if family == MODEL_TYPE:
             names = {field.name for field in dataclasses.fields(GPTConfig)} - {"dropout"}
-            keys = dict(qkv_bias=False, qk_norm=False) | with_sync(keys)  # older exports do not say so
+            keys = dict(qkv_bias=False, qk_norm=False) | translate_old_keys(keys)  # older exports do not say so
             if missing := sorted(names - keys.keys()):
                 raise ValueError(f"config.json has no {missing[0]}")
             fields = {key: keys[key] for key in names}

@@ -8,8 +8,8 @@ fixed forms that grep finds:
 
 `step N` is an evaluation of the weights after N updates; `iter N` is update number N, counted from 0. An update that
 was skipped, as its loss or gradient was not finite, always has its line, which ends in the number of them so far:
-`, skipped 1`. A resumed run adds a header of its own, so a log may hold several; where keys that matter are other ones
-than before, a line of it says which: `# changed since step 500: learning_rate 0.001 -> 0.002`.
+`, skipped 1`. A resumed run adds a header of its own, so a log may hold several. Settings that changed since the
+checkpoint are listed: `# changed since step 500: learning_rate 0.001 -> 0.002`.
 """
 
 import errno
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reduced_sync.files import replace_file
-from reduced_sync.old_keys import with_sync
+from reduced_sync.old_keys import translate_old_keys
 
 NUMBER = r"(-?\d+\.?\d*(?:e[+-]?\d+)?|nan|-?inf)"
 STEP = re.compile(rf"step (\d+): train loss {NUMBER}, val loss {NUMBER}$")
@@ -122,7 +122,7 @@ def read_log(path: str | Path) -> Log:
                 if key == "config":
                     if not isinstance(log.headers[start][key], dict):
                         raise ValueError(f"{path}:{number}: the header's config is no object: {value[:60]}")
-                    log.headers[start][key] = with_sync(log.headers[start][key])
+                    log.headers[start][key] = translate_old_keys(log.headers[start][key])
             elif match := STEP.match(line):
                 log.evaluations.append((int(match[1]), float(match[2]), float(match[3])))
             elif match := ITER.match(line):

@@ -298,7 +298,7 @@ REFUSED = [  # whether vLLM has the plugin, changes of config.json, options of v
         True,
         dict(sync="baseline+ladder"),
         dict(trust_remote_code=True),
-        "sync='baseline+ladder' cannot be served: vLLM's all-reduce",
+        "sync='baseline+ladder' cannot be served; allowed after the pattern: parallel, desync, tracks",
     ),
     (
         True,

@@ -6,8 +6,10 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from vllm_reduced_sync.old_keys import with_sync  # a link, as the next one, to what the training uses
+from vllm_reduced_sync.old_keys import translate_old_keys  # a link, as the next one, to what the training uses
 from vllm_reduced_sync.reduced_sync_model import SyncRule
+
+SERVED = ("", "parallel", "desync", "tracks")  # rivals; the others hide all-reduces, and vLLM's waits for its result
 
 
 class ReducedSyncConfig(PretrainedConfig):
@@ -24,7 +26,8 @@ class ReducedSyncConfig(PretrainedConfig):
     }
 
     def __init__(self, **keys):
-        super().__init__(**{"qkv_bias": False, "qk_norm": False} | with_sync(keys))  # older exports do not say so
+        missing = {"qkv_bias": False, "qk_norm": False}  # in older exports
+        super().__init__(**missing | translate_old_keys(keys))
 
     @property
     def rule(self):
@@ -44,8 +47,9 @@ class Checks(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config):
         """Raises ValueError for what cannot be served."""
         config, tp_size = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
-        if config.rule.parts.hides:
-            raise ValueError(f"sync={config.sync!r} cannot be served: vLLM's all-reduce waits for its result")
+        if config.rule.rival not in SERVED:
+            allowed = ", ".join(SERVED[1:])
+            raise ValueError(f"sync={config.sync!r} cannot be served; allowed after the pattern: {allowed}")
         if config.n_shard % tp_size:
             allowed = [n for n in range(1, config.n_shard + 1) if config.n_shard % n == 0]
             raise ValueError(

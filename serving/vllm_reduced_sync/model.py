@@ -214,7 +214,7 @@ class GPT(nn.Module):
         if self.config.position == "learned":
             x = x + self.transformer.wpe(positions)
         stream = Stream(x, self.rule, self.config.n_shard)
-        for block, syncs_after in zip(self.transformer.h, self.rule.layers(), strict=True):
+        for block, syncs_after in zip(self.transformer.h, self.rule.syncs_after(), strict=True):
             block(stream, *syncs_after, positions)
         return stream.read([self.transformer.ln_f])[0]
 

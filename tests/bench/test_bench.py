@@ -236,7 +236,7 @@ def test_predict(tmp_path, capsys):
         (["decode", "3x102", "--n_shard=4"], ["'3x102': no even head size makes heads divisible by n_shard=4"]),
         (["predict", "spd@2"], ["spd@2: predict has a rank a shard, here n_shard=8"]),
         (["decode", "--tp_sizes=1", "--added_delay_us=50", "--device=cpu"], ["--added_delay_us", "tp_size 2 or more"]),
-        (["train", "spd"], ["'spd': a candidate is gpt2 or RULE@N_SHARD"]),
+        (["train", "spd"], ["'spd': a candidate is RULE@N_SHARD, such as grouped-4@2"]),
         (["train", "--dtype=float8", "--device=cpu"], ["dtype='float8'"]),
         (["decode", "--json=/nowhere/x.json"], ["/nowhere/x.json: No such file or directory"]),
         (["decode", "spdd"], ["sync='spdd': allowed are baseline, spd, grouped-N"]),

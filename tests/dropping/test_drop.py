@@ -106,21 +106,11 @@ def test_the_result_is_exported_with_its_perplexities(whole, tmp_path, modules):
     idx = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(theirs(idx).logits, model(idx, idx)[0], rtol=1e-4, atol=1e-5)
-    (*_, (_, syncs, most, perplexities)) = read_drop_log(whole / "log.txt").perplexities
+    log = read_drop_log(whole / "log.txt")
+    *_, (_, syncs, most, perplexities) = log.perplexities
     card = (tmp_path / "folder/README.md").read_text()
     assert f"| syncs of a forward pass | {syncs} of {most} |" in card and f"one {perplexities['one']:.2f} (" in card
-
-
-def test_an_older_result_is_exported(whole, tmp_path, modules):
-    """Its budgets were in epochs, windows and steps."""
-    saved = ckpt.load(whole / "ckpt.pt")
-    older = dict(distil_epochs=2, calibration_windows=24, finetune_steps=11, finetune_batch_size=4, block_size=32)
-    saved["config"] = older | {"calibration": "one.txt", "elastic": False}
-    saved["progress"]["order"] = [3, 1, 0, 2]
-    ckpt.save(saved, tmp_path, is_best=False)
-    assert status(export.main, [str(tmp_path), f"--to={tmp_path / 'folder'}"]) in (None, 0)
-    card = (tmp_path / "folder/README.md").read_text()
-    assert "1,536 tokens block to block, 1,408 tokens towards" in card
+    assert f"{log.tokens['distil']:,} tokens block to block, {log.tokens['finetune']:,} tokens towards" in card
 
 
 def test_every_stage_leaves_its_line(whole):
