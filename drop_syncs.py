@@ -392,21 +392,18 @@ def train(run: Run, losses: Callable, modules: list[torch.nn.Module], result: st
                     loss = loss * (len(part) / share)
                     scaler.scale(loss).backward()
                     total += loss.detach() / len(modules)
-            for group in run.optimizer.param_groups:
-                group["lr"] = cosine_schedule(step, peak, peak / 10, max(1, steps // 20), steps)
             for module in modules:
                 distributed.average_gradients(module, layout.dp_group)
             scaler.unscale_(run.optimizer)
             norms = [distributed.clip_gradients(module, 1.0, rsm.is_sharded, layout.tp_group) for module in modules]
             (mean, norm), _ = distributed.agree([total.item(), sum(norms)], [], layout.device)
-            if math.isfinite(norm):
-                run.optimizer.step()
-            elif not (scaler.is_enabled() and math.isfinite(mean)):  # float16's scale is lowered, and it goes on
+            # of float16 the scale is lowered, and it goes on
+            if not math.isfinite(norm) and not (scaler.is_enabled() and math.isfinite(mean)):
                 raise distributed.SameOnAllRanks(
                     f"{stage}: step {step}: loss {mean}, gradient norm {norm}: lower {stage}_learning_rate"
                 )
-            scaler.update()
-            run.optimizer.zero_grad(set_to_none=True)
+            rate = cosine_schedule(step, peak, peak / 10, max(1, steps // 20), steps)
+            distributed.step_optimizer(run.optimizer, scaler, rate, math.isfinite(norm))
             bar.update(tokens_of_step)
             if step % max(1, steps // 10) == 0 or step + 1 == steps:
                 speed = (step + 1 - first) * tokens_of_step / (time.monotonic() - began)

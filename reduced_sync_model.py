@@ -795,9 +795,8 @@ class GPT(nn.Module):
         sees. Only with a mask may several tokens follow those in a cache.
         """
         T, past_length = idx.size(1), 0 if cache is None else cache.length
-        if past_length + T > self.config.block_size:
-            length, most = past_length + T, self.config.block_size
-            raise ValueError(f"a sequence of {length} tokens is longer than block_size={most}")
+        if (length := past_length + T) > self.config.block_size:
+            raise ValueError(f"a sequence of {length} tokens is longer than block_size={self.config.block_size}")
         if past_length and T > 1 and mask is None:
             raise ValueError(f"{T} tokens behind the {past_length} in the cache: decoding takes one at a time")
         if mask is not None:

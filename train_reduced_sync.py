@@ -243,16 +243,10 @@ class Trainer:
 
     def update(self, is_finite: bool) -> None:
         """Update the weights by their gradients, or skip a step whose loss or gradient is not finite."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.progress.step)
-        if is_finite:
-            self.optimizer.step()  # scaler.step would look for what all ranks have just agreed on
-            self.progress.bad_steps = 0
-        else:
-            self.progress.skipped += 1
-            self.progress.bad_steps += 1
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        rate = learning_rate(self.config, self.progress.step)
+        distributed.step_optimizer(self.optimizer, self.scaler, rate, is_finite)
+        self.progress.bad_steps = 0 if is_finite else self.progress.bad_steps + 1
+        self.progress.skipped += not is_finite
 
     def save(self, is_best: bool = False) -> None:
         """Write ckpt.pt, on rank 0. Raises SameOnAllRanks where that fails."""

@@ -11,15 +11,13 @@ from pathlib import Path
 
 import torch
 
-from reduced_sync.distributed import cpu_has_bfloat16
+from reduced_sync.distributed import cpu_is_fast_in_bfloat16
 
-_root, _cpu = Path(__file__).parents[1], torch.cpu.get_capabilities()
+_root = Path(__file__).parents[1]
 out_dir = "out-spd-smollm2"
 init_from = str(_root / "models/smollm2/SmolLM2-135M-Instruct")
 n_shard = 3
-# bfloat16 is four times as fast as float32, the default, on an AMD EPYC, but slower on an Intel Xeon without AMX
-_is_fast = "Intel" not in _cpu.get("cpu_name", "") or _cpu.get("amx_bf16", False)
-if not torch.cuda.is_available() and cpu_has_bfloat16() and _is_fast:
+if not torch.cuda.is_available() and cpu_is_fast_in_bfloat16():  # the default is float32
     dtype = "bfloat16"
 calibration = str(_root / "data/prose/*.calibration.txt")
 evaluation = str(_root / "data/prose/*.evaluation.txt")

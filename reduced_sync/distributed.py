@@ -111,6 +111,12 @@ def cpu_has_bfloat16() -> bool:
     return any(facts.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def cpu_is_fast_in_bfloat16() -> bool:
+    """Whether bfloat16 is faster than float32: 4x on an AMD EPYC, 0.65x on an Intel Xeon that has it without AMX."""
+    facts = torch.cpu.get_capabilities()
+    return cpu_has_bfloat16() and ("Intel" not in facts.get("cpu_name", "") or facts.get("amx_bf16", False))
+
+
 def set_device(device: str, local_rank: int) -> torch.device:
     """The torch.device of this process, made the current one; of `cuda` without a number the GPU `local_rank`."""
     device = torch.device(device)
@@ -280,6 +286,18 @@ def gradient_scaler(layout: Layout) -> torch.amp.GradScaler:
 
         return ShardedGradScaler(layout.device.type, process_group=dist.group.WORLD)
     return torch.amp.GradScaler(layout.device.type, enabled=enabled)
+
+
+def step_optimizer(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, learning_rate: float, is_finite: bool
+) -> None:
+    """Update the weights by their unscaled gradients, or not where all ranks agree that one is not finite."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    if is_finite:
+        optimizer.step()  # scaler.step would look for what all ranks have just agreed on
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def seed_of(*numbers: int) -> int:

@@ -26,6 +26,11 @@ def translate_old_keys(keys: dict) -> dict:
     return kept | {"sync": "+".join([name, *rivals])}
 
 
+def complete_config(keys: dict) -> dict:
+    """config.json of an export with the keys of today. Raises ValueError as translate_old_keys does."""
+    return {"qkv_bias": False, "qk_norm": False} | translate_old_keys(keys)
+
+
 def with_rules(result: dict, n_layer: int | None) -> dict:
     """A result of bench.py, its candidates spelled as they are now. In older ones grouped:3 is 3 layers a group."""
     for entry in [result, *result.get("patterns", [])]:

@@ -171,13 +171,10 @@ def dropped_rows(path: Path, keys: dict, syncs: int) -> dict[str, str]:
         log = read_drop_log(path.parent / "log.txt")
         distilled, finetuned = log.tokens.get("distil", 0), log.tokens.get("finetune", 0)
         trained = f"{distilled:,} tokens block to block, {finetuned:,} tokens towards the model with all syncs"
-        of_this = [perplexities for _, n, _, perplexities in log.perplexities if n == syncs]
-        cells = [
-            (table_cell(name), beside_dense(value, log.perplexities[0][3][name]))
-            for perplexities in of_this[-1:]
-            for name, value in perplexities.items()
-        ]
-        texts = ", ".join(map(" ".join, cells)) or texts
+        dense = log.perplexities[0][3] if log.perplexities else {}
+        last = next((found for _, n, _, found in reversed(log.perplexities) if n == syncs), {})
+        cells = [f"{table_cell(name)} {beside_dense(value, dense[name])}" for name, value in last.items()]
+        texts = ", ".join(cells) or texts
     return {
         "data": f"calibrated on {table_cell(keys['calibration']) or 'the data of the run'}",
         "trained": trained,

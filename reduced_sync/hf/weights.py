@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from reduced_sync.cli import one_line
 from reduced_sync.hf.families import FAMILIES, MODEL_TYPE, TENSORS, fields_of_hf
-from reduced_sync.old_keys import translate_old_keys
+from reduced_sync.old_keys import complete_config
 from reduced_sync_model import GPT, GPTConfig, is_sharded, role_of, shard_tensor
 
 # OpenAI's models: n_layer, n_head, n_embd. All have 1024 positions, 50257 tokens and biases.
@@ -173,7 +173,7 @@ def pretrained_fields(name: str) -> tuple[str, dict]:
         family = keys.get("model_type")
         if family == MODEL_TYPE:
             names = {field.name for field in dataclasses.fields(GPTConfig)} - {"dropout"}
-            keys = dict(qkv_bias=False, qk_norm=False) | translate_old_keys(keys)  # older exports do not say so
+            keys = complete_config(keys)
             if missing := sorted(names - keys.keys()):
                 raise ValueError(f"config.json has no {missing[0]}")
             fields = {key: keys[key] for key in names}
@@ -254,12 +254,12 @@ def stored_tensors(name: str, family: str, config: GPTConfig) -> dict[str, tuple
     if is_tied:
         expected[head] = expected[embedding]
     # buffers that older versions of transformers wrote, and none reads
-    buffers = set()
+    buffers = {"model.rotary_emb.inv_freq"} if family not in ("gpt2", MODEL_TYPE) else set()
     for i in range(config.n_layer):
         if family == "gpt2":
             buffers |= {f"transformer.h.{i}.attn.bias", f"transformer.h.{i}.attn.masked_bias"}
         elif family != MODEL_TYPE:
-            buffers |= {"model.rotary_emb.inv_freq", f"model.layers.{i}.self_attn.rotary_emb.inv_freq"}
+            buffers.add(f"model.layers.{i}.self_attn.rotary_emb.inv_freq")
     for key in sorted((stored.keys() | expected.keys()) - buffers):
         if key not in stored:
             raise ValueError(f"{source}: its safetensors have no {key}")

@@ -1,7 +1,7 @@
 """Measure vLLM with and without the plugin: rows of serving/load.py in measured.txt, the tables of `make results`.
 
 $ python -m results.serving.measure                           # an hour, on an idle machine; goes on where it stopped
-$ python -m results.serving.measure --rounds 1 --seconds 1 --out=/tmp/rehearsal.txt
+$ python -m results.serving.measure --rounds 1 --seconds 1 --out=rehearsal.txt
 
 GPT-2's and Llama's block, 12 layers x 768, each by vLLM's own class (`vllm`) and by the plugin with all syncs
 (`baseline`, as many shards as ranks), `spd` and `grouped-4` (two shards), of the same weights, which are those of one

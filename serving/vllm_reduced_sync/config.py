@@ -6,7 +6,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from vllm_reduced_sync.old_keys import translate_old_keys  # a link, as the next one, to what the training uses
+from vllm_reduced_sync.old_keys import complete_config  # a link, as the next one, to what the training uses
 from vllm_reduced_sync.reduced_sync_model import SyncRule
 
 SERVED = ("", "parallel", "desync", "tracks")  # rivals; the others hide all-reduces, and vLLM's waits for its result
@@ -26,8 +26,7 @@ class ReducedSyncConfig(PretrainedConfig):
     }
 
     def __init__(self, **keys):
-        missing = {"qkv_bias": False, "qk_norm": False}  # in older exports
-        super().__init__(**missing | translate_old_keys(keys))
+        super().__init__(**complete_config(keys))
 
     @property
     def rule(self):
