@@ -296,6 +296,10 @@ class Norm(nn.Module):
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (S, B, T, in) times weight (S, in, out), plus bias (S, out) or None -> (S, B, T, out)."""
     rows = x.flatten(1, 2)  # (S, B*T, in)
+    if len(weight) == 1:  # a plain product is faster than a batch of one
+        rows, weight = rows.squeeze(0), weight.squeeze(0)
+        y = rows @ weight if bias is None else torch.addmm(bias.squeeze(0), rows, weight)
+        return y.unflatten(0, (1, *x.shape[1:3]))
     y = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias[:, None], rows, weight)
     return y.unflatten(1, x.shape[1:3])
 
