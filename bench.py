@@ -14,9 +14,10 @@ decode prints, with times in milliseconds:
     TPOT        the time of each token after it
     syncs       blocking syncs; with hidden ones both, as in 1+23
     run, bytes  the all-reduces that really ran in a decode step, and the size of each
-    in-syncs    the time spent in them
+    in-syncs    the time spent in them; on a GPU, where they are part of a CUDA graph, TPOT less no-syncs
     no-syncs    TPOT of the same model if its all-reduces send nothing: the bound without communication
     bound/TPOT  bound: the time a rank needs to read its weights and cache once, at the rate at which it sums them
+                (a GPU: at that of one large read)
     line        how far TPOT = compute + syncs x all_reduce is off, with both constants measured, as no-syncs and
                 in-syncs, over the models of the first one's size without hidden syncs
     model       how far cost_model.py is off
@@ -150,11 +151,11 @@ class Machine(NamedTuple):
     link: Link | None
 
 
-def summarize(rounds: list[list[Round]], condition: Condition, n_forwards: int) -> Times:
+def summarize(rounds: list[list[Round]], condition: Condition) -> Times:
     """One condition in figures, of [round][rank]: medians, of the slowest rank; all-reduces over all ranks."""
     ranks = [[ranks[i].generations[condition] for ranks in rounds] for i in range(len(rounds[0]))]
     calls = [one.all_reduces for rank in ranks for one in rank]
-    count = len(calls[0]) // n_forwards  # the first so many are the prefill's
+    count = len(calls[0]) // ranks[0][0].n_metered  # the first so many are the prefill's
     per_token = [
         sum(c.seconds for c in one[i : i + count]) for one in calls for i in range(count, len(one), count or 1)
     ]
@@ -163,7 +164,7 @@ def summarize(rounds: list[list[Round]], condition: Condition, n_forwards: int) 
         tpot_s=max(statistics.median(step for one in rank for step in one.steps) for rank in ranks),
         all_reduces=count,
         bytes=calls[0][-1].bytes if count else 0,
-        in_all_reduces_s=statistics.median(per_token) if count else 0.0,
+        in_all_reduces_s=statistics.median(per_token) if per_token else None if count else 0.0,
     )
 
 
@@ -235,18 +236,20 @@ def decode(args: "Decode") -> list[Case]:
 def case_of(ours: Candidate, measured: dict[str, list], work: Workload, condition: Condition, itemsize: int) -> Case:
     """The figures of one tp_size, and of the batch size, prompt and added delay of `condition`, the reference's."""
     _, _, B, T, delay_us = condition
-    n_forwards, delay = work.new_tokens + 1, delay_us / 1e6
+    delay = delay_us / 1e6
     machine = machine_of(measured["rows"], B, T, ours.config.n_embd)
     # of the tokens decoded one in the middle
     token = cost_model.Forward(ours.tp_size, B, 1, T + work.new_tokens // 2, itemsize)
     prefill = cost_model.Forward(ours.tp_size, B, T, T, itemsize)
     rows = []
     for name, config in work.configs.items():
-        times = summarize(measured["rows"], condition._replace(model=name), n_forwards)
+        times = summarize(measured["rows"], condition._replace(model=name))
         row = Row(candidate=name, **describe(config), **vars(times))
         if ours.tp_size > 1:
-            silent = summarize(measured["rows"], Condition(name, False, B, T), n_forwards)
+            silent = summarize(measured["rows"], Condition(name, False, B, T))
             row.silent_ttft_s, row.silent_tpot_s = silent.ttft_s, silent.tpot_s
+            if row.in_all_reduces_s is None:  # inside a graph: what they add
+                row.in_all_reduces_s = max(0.0, row.tpot_s - row.silent_tpot_s)
         add_model(row, config, machine, prefill, token, delay)
         rows.append(row)
     case = Case(
@@ -260,11 +263,11 @@ def case_of(ours: Candidate, measured: dict[str, list], work: Workload, conditio
         accelerator=vars(machine.accelerator),
         link=machine.link and vars(machine.link),
         bound_s=rows[0].bound_s,
-        reference_times=summarize(measured["reference_times"], condition, n_forwards),
+        reference_times=summarize(measured["reference_times"], condition),
     )
     for kind, sent in (("compiled", True), ("compiled_silent", False)):
         if kind in measured and not delay:  # a compiled all-reduce is not held up
-            times = summarize(measured[kind], Condition(rows[0].candidate, sent, B, T), n_forwards)
+            times = summarize(measured[kind], Condition(rows[0].candidate, sent, B, T))
             read_rate = statistics.median(rank.read_rate for ranks in measured[kind] for rank in ranks)
             times.bound_s = case.bound_s * case.read_rate / read_rate
             setattr(case, kind, times)

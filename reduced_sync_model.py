@@ -367,8 +367,9 @@ class CausalSelfAttention(nn.Module):
     def forward(self, h: Tensor, rope=None, past=None, mask: Tensor | None = None) -> Tensor:
         """h (S, B, T, C) -> (S, B, T, C).
 
-        rope: for rotate(). past: this layer's (keys, values, past_length) of a KVCache. mask (S*B, 1, T, positions):
-        what each token sees; None: itself and all before it.
+        rope: for rotate(). past: this layer's (keys, values) of a KVCache, and the places (T,) in it that these tokens
+        take. mask (S*B or 1, 1, T, places), as scaled_dot_product_attention has it: what each token sees of the
+        cache's first places, or of h; None: of h, itself and all before.
         """
         S, B, T, _ = h.shape
         qkv = self.c_attn(h).unflatten(-1, (-1, self.head_size))  # (S, B, T, H+2K, D)
@@ -379,11 +380,12 @@ class CausalSelfAttention(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if past is not None:
-            keys, values, start = past  # (S*B, K, block_size, D) twice
-            keys[:, :, start : start + T], values[:, :, start : start + T] = k, v
-            k, v = keys[:, :, : start + T], values[:, :, : start + T]
-        is_causal = True if mask is None and T > 1 else False  # a single token sees all; torch.compile wants a bool
-        options = dict(attn_mask=mask, is_causal=is_causal, dropout_p=self.dropout if self.training else 0.0)
+            keys, values, places = past  # (S*B, K, length, D) twice
+            keys.index_copy_(2, places, k.to(keys.dtype))
+            values.index_copy_(2, places, v.to(values.dtype))
+            if mask is not None:
+                k, v = keys[:, :, : mask.size(-1)], values[:, :, : mask.size(-1)]
+        options = dict(attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0)
         y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.n_local_kv_head < self.n_local_head, **options)
         y = y.transpose(1, 2).reshape(S, B, T, -1)  # (S, B, T, H*D)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
@@ -716,22 +718,23 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens that a model has seen, for this rank's shards, allocated once.
+    """Keys and values of the tokens that a model has seen, for this rank's shards, allocated once for `places` tokens.
 
     model(idx, cache=cache) adds those of idx: a whole prompt to an empty cache (prefill), then one token at a time
-    (decode). Setting `length` to 0 empties it.
+    (decode). Setting `length`, of the tokens in it, to 0 empties it. places: None for block_size.
     """
 
-    def __init__(self, model: "GPT", batch_size: int):
+    def __init__(self, model: "GPT", batch_size: int, places: int | None = None):
         c, wte = model.config, model.transformer.wte.weight
         n_local_shard = c.n_shard // model.tp_size
         shape = (
             n_local_shard * batch_size,
             max(1, c.n_kv_head // c.n_shard),
-            c.block_size,
+            c.block_size if places is None else places,
             c.head_size,
-        )  # (S*B, K, T, D)
-        self.layers = [(wte.new_empty(shape), wte.new_empty(shape)) for _ in range(c.n_layer)]
+        )  # (S*B, K, places, D)
+        # zeros: what a step sees but does not attend to must be finite
+        self.layers = [(wte.new_zeros(shape), wte.new_zeros(shape)) for _ in range(c.n_layer)]
         self.length = 0
 
 
@@ -805,34 +808,56 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens behind the {past_length} in the cache: decoding takes one at a time")
         if mask is not None:
             mask = mask.repeat(self.config.n_shard // self.tp_size, 1, 1)[:, None]  # (S*B, 1, T, past_length+T)
-        x = self.transformer.drop(self.embed(idx, past_length, positions))
-        x = self.run_blocks(x, cache=cache, mask=mask)
+        elif past_length:
+            mask = idx.new_ones(1, 1, 1, length, dtype=torch.bool)
+        places = None if cache is None else torch.arange(past_length, length, device=idx.device)
+        x = self.transformer.drop(self.embed(idx, places if positions is None else positions))
+        x = self.run_blocks(x, places=places, cache=cache, mask=mask)
         if cache is not None:
-            cache.length += T
+            cache.length = length
         return x
 
-    def embed(self, idx: Tensor, past_length: int = 0, positions: Tensor | None = None) -> Tensor:
-        """Token ids (B, T) behind `past_length` others -> x (B, T, C)."""
+    def decode_step(self, idx: Tensor, place: Tensor, cache: KVCache, n_seen: int) -> Tensor:
+        """Token ids (B, 1), whose place in the cache is `place` (1,), on their device -> logits (B, 1, vocab_size).
+
+        Its operations depend on n_seen alone, so that a CUDA graph can repeat them: the tokens see as much of the
+        cache's first n_seen places as is filled. cache.length is neither read nor changed.
+        """
+        x = self.embed(idx, place)
+        mask = x.new_zeros(n_seen).masked_fill_(torch.arange(n_seen, device=x.device) > place, -torch.inf)
+        x = self.run_blocks(x, places=place, cache=cache, mask=mask[None, None, None])
+        return self.lm_head(self.transformer.ln_f(x))
+
+    def embed(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Token ids (B, T) at positions (B or 1, T) or (T,), None for the first ones -> x (B, T, C)."""
         x = self.transformer.wte(idx)
         if self.config.position == "rope":  # the attention's
             return x
-        rows = slice(past_length, past_length + idx.size(1)) if positions is None else positions
-        return x + self.transformer.wpe.weight[rows]
+        return x + self.transformer.wpe.weight[slice(idx.size(1)) if positions is None else positions]
 
     def run_blocks(
-        self, x: Tensor, layers: range | None = None, cache: KVCache | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        layers: range | None = None,
+        places: Tensor | None = None,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """x (B, T, C), a synced stream, through all layers, or through `layers`, the last of which syncs; (B, T, C)."""
-        rope = self.rope_cos_sin(0 if cache is None else cache.length, x.size(1))  # only differences of positions count
+        """x (B, T, C), a synced stream, through all layers, or through `layers`, the last of which syncs; (B, T, C).
+
+        places (T,): those of the tokens in the cache; None: the first ones.
+        """
+        places = torch.arange(x.size(1), device=x.device) if places is None else places
+        rope = self.rope_cos_sin(places)  # only differences of positions count
         stream = self.config.rule.parts.stream(x, self.config, self.tp_group)
         syncs_after = self.config.rule.syncs_after()
         for i in range(self.config.n_layer) if layers is None else layers:
-            past = None if cache is None else (*cache.layers[i], cache.length)
+            past = None if cache is None else (*cache.layers[i], places)
             self.transformer.h[i](stream, *syncs_after[i], rope, past, mask)
         return stream.end()
 
-    def rope_cos_sin(self, first: int, T: int) -> tuple[Tensor, Tensor] | None:
-        """cos and sin, each (T, D/2), of inv_freq times position, of the T positions from `first` on; None: learned."""
+    def rope_cos_sin(self, places: Tensor) -> tuple[Tensor, Tensor] | None:
+        """cos and sin, each (T, D/2), of inv_freq times position, for the positions `places` (T,); None: learned."""
         c, weight = self.config, self.transformer.wte.weight
         if c.position == "learned":
             return None
@@ -841,7 +866,7 @@ class GPT(nn.Module):
             inv_freq = torch.tensor(c.rope_inv_freq, **exact)
         else:
             inv_freq = 1.0 / c.rope_theta ** (torch.arange(0, c.head_size, 2, **exact) / c.head_size)
-        angles = torch.arange(first, first + T, **exact)[:, None] * inv_freq
+        angles = places.to(**exact)[:, None] * inv_freq
         return angles.cos(), angles.sin()
 
     def with_sync(self, sync: str) -> "GPT":

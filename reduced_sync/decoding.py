@@ -1,6 +1,7 @@
 """Decoding: choose tokens from logits, and generate them one after the other with a KV cache."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -36,6 +37,60 @@ def sample_tokens(
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)
 
 
+def graphed(run: Callable, device: torch.device) -> Callable:
+    """On CUDA `run` as one CUDA graph: the same kernels on the same memory, started at once. On a CPU `run` itself.
+
+    What it returns is overwritten by the next call. `run` may wait for nothing on the host.
+    """
+    if device.type == "cpu":
+        return run
+    run()  # what happens the first time, such as compiling, belongs in no graph
+    torch.clear_autocast_cache()  # a graph must not read what is freed behind it
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog is another thread
+        result = run()
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay
+
+
+class Decoder:
+    """A model with a KVCache of `places` tokens for batches of B."""
+
+    SHORTEST = 128  # places that a step sees at least; then twice as many, and so on, with a graph for each
+
+    def __init__(self, model: nn.Module, B: int, places: int):
+        self.model, self.cache, self.places, self.steps = model, KVCache(model, B, places), places, {}
+        self.device = self.cache.layers[0][0].device
+        self.idx = torch.zeros(B, 1, dtype=torch.long, device=self.device)
+        self.place = torch.zeros(1, dtype=torch.long, device=self.device)
+
+    def prefill(self, idx: torch.Tensor) -> torch.Tensor:
+        """Forget all tokens, and see those of idx (B, T): the logits (B, 1, vocab_size) of the last ones."""
+        self.cache.length = 0
+        logits, _ = self.model(idx, cache=self.cache)
+        self.place.fill_(self.cache.length)
+        return logits
+
+    def step(self, new: torch.Tensor) -> torch.Tensor:
+        """The logits (B, 1, vocab_size) behind the next tokens (B,), until the next step overwrites them."""
+        self.cache.length += 1
+        n_seen = self.SHORTEST
+        while n_seen < self.cache.length:
+            n_seen *= 2
+        n_seen = min(n_seen, self.places)
+        if n_seen not in self.steps:
+            run = partial(self.model.decode_step, self.idx, self.place, self.cache, n_seen)
+            self.steps[n_seen] = graphed(run, self.device)
+        self.idx.copy_(new[:, None])
+        logits = self.steps[n_seen]()
+        self.place += 1
+        return logits
+
+
 @torch.inference_mode()
 def generate(
     model: nn.Module, idx: torch.Tensor, max_new_tokens: int, pick: Callable, autocast: Callable
@@ -49,17 +104,17 @@ def generate(
     if idx.size(1) == 0:
         raise ValueError("the prompt is empty: it needs at least one token")
     block_size = model.config.block_size
-    window, cache = idx[:, -block_size:], KVCache(model, len(idx))
-    unseen = window
+    window, new = idx[:, -block_size:], None
+    decoder = Decoder(model, len(idx), min(block_size, window.size(1) + max_new_tokens))
     for _ in range(max_new_tokens):
         with autocast():
-            logits, _ = model(unseen, cache=cache)
+            if new is None or decoder.cache.length == block_size:
+                logits = decoder.prefill(window)
+            else:
+                logits = decoder.step(new)
         new = pick(logits[:, -1])
         yield new
-        unseen = new[:, None]
-        window = torch.cat((window, unseen), 1)[:, -block_size:]
-        if cache.length == block_size:
-            unseen, cache.length = window, 0
+        window = torch.cat((window, new[:, None]), 1)[:, -block_size:]
 
 
 def cast_matrices(model: nn.Module, dtype: torch.dtype) -> None:
@@ -114,7 +169,7 @@ class FewRows(nn.Module):
 
 
 def for_decoding(model: nn.Module, compile: bool = False) -> nn.Module:
-    """The model made ready to decode with: on a CPU its products become FewRows; with `compile`, torch.compile.
+    """The model made ready to decode with: on a CPU its products become FewRows; with `compile`, decode_step compiled.
 
     To be called last, once weights are loaded and cast. Compiled, the first tokens take a minute.
     """
@@ -125,7 +180,7 @@ def for_decoding(model: nn.Module, compile: bool = False) -> nn.Module:
                     layer.weight.data = layer.weight.data.mT.contiguous().mT  # (S, in, out), consecutive along in
                 if isinstance(layer, LINEAR):
                     setattr(parent, name, FewRows(layer))
-    if not compile:
-        return model
-    # no look at every module before each token: they do not change
-    return torch.compile(model, options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
+    if compile:  # no look at every module before each token: they do not change
+        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        model.decode_step = torch.compile(model.decode_step, options=options)
+    return model

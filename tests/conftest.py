@@ -27,6 +27,8 @@ def pytest_configure(config):
     """All but what `pytest -m gpu` asks for is about the CPU, on a machine with a GPU, too."""
     if "not gpu" in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        config.option.verbose = 1  # a line a test: a GPU is often lent for minutes
 
 
 def english():

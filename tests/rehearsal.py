@@ -12,6 +12,7 @@ process group is torch's "fake" one, of WORLD_SIZE ranks of which this is rank 0
     graphs      [graphs compiled for training, graphs compiled for evaluation]
     on_cpu      whether all tensors of the checkpoint were on the CPU
     tokens      how many tokens sample.py's prefill and decode gave
+    decoding    [CUDA graphs of its decode steps, how often Python waits for a number while they are captured]
 
 or, where it has `drop`, the most GB that a GPU holds in each stage of drop_syncs.py, or, where it has n_embd, of the
 124M model with these keys and no compilation:
@@ -47,6 +48,7 @@ import sample
 import train_reduced_sync as script
 from reduced_sync import checkpoint, distributed, preparing
 from reduced_sync.configurator import configure
+from reduced_sync.decoding import Decoder
 
 host_waits = 0
 SHAPE = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, batch_size=2, gradient_accumulation_steps=4)
@@ -81,12 +83,33 @@ def pretend_cuda():
 
     # the kernel that a GPU takes; fake tensors would take the one that makes the whole matrix of scores
     def attention(q, k, v, attn_mask=None, is_causal=False, dropout_p=0.0, enable_gqa=False):
-        assert attn_mask is None  # the flash kernel takes none: training and sampling need none
         assert q.dtype == k.dtype == v.dtype == torch.bfloat16, (q.dtype, k.dtype, v.dtype)
         assert enable_gqa == (q.size(1) > k.size(1))
+        if attn_mask is not None:  # the flash kernel takes none: only a decode step has one
+            assert not is_causal and attn_mask.shape == (1, 1, 1, k.size(2)) and q.size(2) == 1
+            return torch.empty_like(q)
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
 
     F.scaled_dot_product_attention = attention
+    torch.cuda.CUDAGraph, torch.cuda.graph = Graph, capture
+
+
+class Graph:
+    """A CUDAGraph."""
+
+    captured = waits = 0
+
+    def replay(self):
+        """Nothing: the numbers of fake tensors are always there."""
+
+
+@contextlib.contextmanager
+def capture(graph, capture_error_mode):
+    """torch.cuda.graph."""
+    before = host_waits
+    yield
+    Graph.captured += 1
+    Graph.waits += host_waits - before
 
 
 def pretend_ranks():
@@ -161,7 +184,11 @@ def generate(state, n_tokens):
     dtypes = {p.dtype for name, p in model.named_parameters() if ".ln_" not in name}
     assert dtypes == {torch.bfloat16}, dtypes
     cpu_generator = torch.Generator()
-    with replaced(torch, Generator=lambda device: cpu_generator), contextlib.redirect_stdout(io.StringIO()) as printed:
+    with (
+        replaced(torch, Generator=lambda device: cpu_generator),
+        replaced(Decoder, SHORTEST=4),
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
         sample.sample(config, model, sample.Tokens(state["data"]), state["data"]["vocab_size"], layout)
     return printed.getvalue().count(state["data"]["chars"][1])
 
@@ -181,10 +208,12 @@ def rehearse(keys):
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
     if dist.is_initialized():
         dist.destroy_process_group()
-    tokens = generate(state, SHAPE["block_size"] + 4)
+    Graph.captured = Graph.waits = 0
+    tokens, decoding = generate(state, SHAPE["block_size"] + 4), [Graph.captured, Graph.waits]
     if dist.is_initialized():
         dist.destroy_process_group()
-    return {"host_waits": counts, "graphs": [graphs[True], graphs[False]], "on_cpu": on_cpu, "tokens": tokens}
+    found = {"host_waits": counts, "graphs": [graphs[True], graphs[False]], "on_cpu": on_cpu}
+    return found | {"tokens": tokens, "decoding": decoding}
 
 
 class Memory(TorchDispatchMode):

@@ -162,6 +162,11 @@ def our_times(model: torch.nn.Module, idx: torch.Tensor, n_tokens: int, layout: 
     return times
 
 
+def sum_each(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The sum of each tensor."""
+    return [tensor.sum() for tensor in tensors]
+
+
 def seconds_of(function: Callable, device: torch.device, repeats: int = 5) -> float:
     """Median seconds of a call."""
     taken = []
@@ -196,11 +201,12 @@ class Condition(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """Seconds to the first token, of each further one, and the all-reduces of all."""
+    """Seconds to the first token and of each further one, and the all-reduces of n_metered forward passes."""
 
     ttft: float
     steps: list[float]
     all_reduces: list[AllReduce]
+    n_metered: int
 
 
 class Constants(NamedTuple):
@@ -283,8 +289,9 @@ class Decoding:
         generations = {}
         first, *others = self.models.items()
         self.models = dict([*others, first])
+        on_cuda, compiled = self.layout.device.type == "cuda", self.candidate.compile
         for (name, sent), model in self.models.items():
-            metered = not self.candidate.compile  # else its graph would break at each all-reduce
+            metered = not compiled and not on_cuda  # a graph would break, or hold the meter's events
             delays = self.work.delays_us if metered and sent and self.candidate.tp_size > 1 else (0,)
             for (B, T), delay in itertools.product(self.prompts, delays):
                 if self.candidate.tp_size > 1:
@@ -296,17 +303,23 @@ class Decoding:
                         times = gpt2_times(model, self.prompts[B, T], n_tokens)
                     else:
                         times = our_times(model, self.prompts[B, T], n_tokens, self.layout)
+                if on_cuda and not compiled:  # in a graph they are not seen: one forward pass without
+                    with torch.inference_mode(), self.layout.autocast(), self.meter:
+                        model(self.prompts[B, T][:, :1])
                 steps = [b - a for a, b in itertools.pairwise(times)]
                 condition = Condition(name, sent, B, T, delay)
-                generations[condition] = Generation(times[0] - begin, steps, self.meter.take())
+                n_metered = n_tokens if metered else 1
+                generations[condition] = Generation(times[0] - begin, steps, self.meter.take(), n_metered)
         self.meter.added_delay = 0.0
         if self.candidate.is_gpt2:
             return Round(generations)
         with torch.inference_mode(), self.layout.autocast():
             weights = [decoding.matrix(m) for m in self.silent.modules() if isinstance(m, decoding.LINEAR)]
-            # the very memory that is read: how fast that is differs from place to place on a virtual machine
-            seconds = seconds_of(lambda: [w.sum() for w in weights], self.layout.device)
-            read_rate = sum(w.nbytes for w in weights) / seconds
+            # the very memory that is read: how fast that is differs from place to place on a virtual machine; not so on
+            # a GPU, where many small reads take the time of starting their kernels
+            memory = [weights[0].new_zeros(2**30)] if on_cuda else weights
+            seconds = seconds_of(partial(sum_each, memory), self.layout.device)
+            read_rate = sum(w.nbytes for w in memory) / seconds
             if self.candidate.compile:
                 return Round(generations, read_rate)
             return Round(generations, read_rate, {(B, T): self.constants(weights, B, T) for B, T in self.prompts})
@@ -323,17 +336,25 @@ class Decoding:
                 x = inputs[len(w), B, w.size(2)]
                 decoding.multiply_few(x, w) if few else torch.bmm(x, w.mT)
 
-        bandwidth = sum(w.nbytes for w in weights) / seconds_of(multiply_all, device)
+        bandwidth = sum(w.nbytes for w in weights) / seconds_of(decoding.graphed(multiply_all, device), device)
         flops = sum(n for _, n in cost_model.sublayers(config, cost_model.Forward(tp_size, B, T, T)))
         peak = config.n_layer * flops / seconds_of(partial(self.run_blocks, B, T), device, repeats=3)
         times = our_times(self.small, self.prompts[B, T] % 64, 21, self.layout)
-        overhead = (times[-1] - times[0]) / 20 / config.n_layer
+        overhead = statistics.median(b - a for a, b in itertools.pairwise(times)) / config.n_layer
         if tp_size == 1:
             return Constants(bandwidth, peak, overhead)
         return Constants(bandwidth, peak, overhead, *(self.all_reduce_seconds(B, t) for t in (1, T)))
 
     def all_reduce_seconds(self, B: int, t: int) -> float:
-        """The median over passes of the mean time of the all-reduces behind blocks that run on t tokens."""
+        """The median over passes of the mean time of the all-reduces behind blocks that run on t tokens.
+
+        On CUDA of as many in one graph, without blocks between: the meter's events would time their starts.
+        """
+        device, n_layer = self.layout.device, self.silent.config.n_layer
+        if device.type == "cuda":
+            x = torch.zeros(B, t, self.silent.config.n_embd, device=device)
+            one = partial(dist.all_reduce, x, group=self.layout.tp_group)
+            return seconds_of(decoding.graphed(lambda: [one() for _ in range(n_layer)], device), device) / n_layer
         passes = []
         for _ in range(7):
             self.run_blocks(B, t, self.layout.tp_group)

@@ -3,8 +3,6 @@
 `batches` are as in distillation.py.
 """
 
-import copy
-import dataclasses
 from collections.abc import Iterable
 
 import torch
@@ -44,9 +42,6 @@ def agreed_length(model: GPT, teacher: GPT, batches: Iterable[Tensor], layout: L
     for idx in batches:
         texts = []
         for one in (teacher, model):
-            one = copy.copy(one)  # whose KV cache is no longer than needed
-            fitting = min(one.config.block_size, idx.size(1) + CONTINUED)
-            one.config = dataclasses.replace(one.config, block_size=fitting)
             greedy = generate(one, idx, CONTINUED, lambda logits: sample_tokens(logits, temperature=0), layout.autocast)
             texts.append(torch.stack(list(greedy), dim=1))  # (B, CONTINUED)
         total += (texts[0] == texts[1]).long().cumprod(1).sum().item()

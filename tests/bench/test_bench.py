@@ -99,7 +99,7 @@ def test_every_candidate_decodes(fake_group, modern):
     for name, config in work.configs.items():
         syncs = config.rule.syncs
         for sent, us in ((True, 0), (True, 1000), (False, 0)):
-            ttft, steps, calls = found[name, sent, 1, 5, us]
+            ttft, steps, calls, _ = found[name, sent, 1, 5, us]
             assert len(steps) == 2 and len(calls) == 3 * syncs
             assert min(steps) > syncs * us / 1e6 and ttft > syncs * us / 1e6
         assert config.mlp == ("swiglu" if modern else "gelu")
@@ -157,10 +157,13 @@ def test_the_figures_of_a_case():
     calls = [(640, 9.0), (640, 9.0), (128, 0.01), (128, 0.03), (128, 0.02), (128, 0.04)]  # two in a forward pass
     calls = list(itertools.starmap(AllReduce, calls))
     times = [[(1.0, [0.1, 0.2]), (3.0, [0.3, 0.1])], [(2.0, [0.2, 0.2]), (1.0, [0.3, 0.5])]]  # [round][rank]
-    rounds = [[Round({condition: Generation(*one, calls)}) for one in ranks] for ranks in times]
-    found = bench.summarize(rounds, condition, n_forwards=3)
+    rounds = [[Round({condition: Generation(*one, calls, 3)}) for one in ranks] for ranks in times]
+    found = bench.summarize(rounds, condition)
     expected = Times(ttft_s=2.0, tpot_s=0.3, all_reduces=2, bytes=128)
     assert found == dataclasses.replace(expected, in_all_reduces_s=pytest.approx(0.05))
+    for one in (one for ranks in rounds for one in ranks):  # on CUDA, of a forward pass that is not timed
+        one.generations[condition] = one.generations[condition]._replace(all_reduces=calls[2:4], n_metered=1)
+    assert bench.summarize(rounds, condition) == expected
 
 
 def test_exposed_syncs_of_slower_links(monkeypatch, capsys):
@@ -179,7 +182,7 @@ def test_exposed_syncs_of_slower_links(monkeypatch, capsys):
                 all_reduce = max(0.5e-3, us / 1e6)
                 exposed = 4 * all_reduce if name == "baseline" else all_reduce + 3 * max(0, all_reduce - 0.002)
                 steps, calls = [silent + sent * exposed] * 2, [AllReduce(128, all_reduce)] * 12
-                cases[name, sent, 1, 5, us] = Generation(0.1, steps, calls)
+                cases[name, sent, 1, 5, us] = Generation(0.1, steps, calls, 3)
             yield [[Round(cases, 7e9, constants)] * 2]
 
     monkeypatch.setattr(bench, "measure", measure)

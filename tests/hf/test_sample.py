@@ -44,17 +44,18 @@ def prompt(B, T=16):
 # --- invariant 7: decoding token by token is the full forward
 
 
-def assert_decoding(model, B, run=None):
-    """Logits of a prefill of 5 tokens and of 11 decode steps against those of one forward pass."""
-    idx, run = prompt(B), model if run is None else run
+def assert_decoding(model, B):
+    """Logits of a prefill of 5 tokens and of 11 decode steps, static and not, against those of one forward pass."""
+    idx, decoder, cache = prompt(B), decoding.Decoder(model, B, 16), KVCache(model, B)
+    memory = [t.data_ptr() for pair in cache.layers for t in pair]
     with torch.no_grad():
         expected = model(idx, targets=idx)[0]  # (B, 16, V)
-        cache = KVCache(model, B)
-        memory = [t.data_ptr() for pair in cache.layers for t in pair]
         for unseen, last in [(idx[:, :5], 4), *((idx[:, t : t + 1], t) for t in range(5, 16))]:
-            logits, loss = run(unseen, cache=cache)
-            assert loss is None and logits.shape == (B, 1, 64) and cache.length == last + 1
-            torch.testing.assert_close(logits[:, 0], expected[:, last], rtol=0, atol=1e-5)
+            logits, loss = model(unseen, cache=cache)
+            static = decoder.prefill(unseen) if last == 4 else decoder.step(unseen[:, 0])
+            assert loss is None and cache.length == decoder.cache.length == decoder.place.item() == last + 1
+            for found in (logits, static):
+                torch.testing.assert_close(found, expected[:, last : last + 1], rtol=0, atol=1e-5)
     assert [t.data_ptr() for pair in cache.layers for t in pair] == memory
 
 
@@ -84,7 +85,21 @@ def test_decoding_on_two_ranks():
 @pytest.mark.timeout(300)
 def test_compiled_decoding():
     model = build("01", 2, n_layer=2)
-    assert_decoding(model, 2, decoding.for_decoding(model, compile=True))
+    assert_decoding(decoding.for_decoding(model, compile=True), 2)
+
+
+def test_a_step_sees_a_few_lengths_of_the_cache(monkeypatch):
+    """Each is a graph on CUDA; a second generation takes the same ones."""
+    monkeypatch.setattr(decoding.Decoder, "SHORTEST", 4)
+    model, idx = rough(build()), prompt(2)
+    decoder = decoding.Decoder(model, 2, 13)
+    with torch.no_grad():
+        expected = model(idx, targets=idx)[0]
+        for _ in range(2):
+            decoder.prefill(idx[:, :2])
+            for t in range(2, 13):
+                torch.testing.assert_close(decoder.step(idx[:, t])[:, 0], expected[:, t], rtol=0, atol=1e-5)
+            assert list(decoder.steps) == [4, 8, 13]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
