@@ -49,7 +49,7 @@ from reduced_sync.train.experiment import cosine_schedule
 from reduced_sync.train.log import RunLog
 from reduced_sync.train.recorder import conditions
 
-MAY_CHANGE = "out_dir init_from tp_size device checkpoint_minutes".split()  # at a resume
+MAY_CHANGE = "out_dir init_from tp_size device compile checkpoint_minutes".split()  # at a resume
 TIMEOUT_S = 1800  # that ranks wait for one another: rank 0 writes the whole model
 
 
@@ -82,6 +82,7 @@ class Config:
     checkpoint_minutes: float = option(10.0, "minutes between checkpoints inside a stage", least=0)
     device: str | None = option(None, "cuda, cuda:N or cpu; None: cuda where there is one")
     dtype: str | None = option(None, "float32, bfloat16 or float16; None: bfloat16 on CUDA, float32 on CPU")
+    compile: bool | None = option(None, "torch.compile for finetuning; None: on CUDA")
 
 
 @dataclass
@@ -339,7 +340,8 @@ def distil(run: Run) -> int:
 
 def finetune(run: Run) -> int:
     """All weights learn to give the teacher's distributions."""
-    return train(run, distillation.divergence, [run.model], "finetuned")
+    compile = run.layout.device.type == "cuda" if run.config.compile is None else run.config.compile
+    return train(run, distillation.divergences(compile), [run.model], "finetuned")
 
 
 def report(run: Run) -> int:

@@ -5,7 +5,7 @@ what takes them.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -107,8 +107,18 @@ def log_probs(model: GPT, idx: Tensor, layout: Layout) -> Tensor:
     return F.log_softmax(logits.float().flatten(0, 1), dim=-1)
 
 
-def divergence(model: GPT, teacher: GPT, idx: Tensor, layout: Layout) -> Iterator[Tensor]:
-    """Yield the mean over tokens of KL(teacher || model) of their next-token distributions, in nats, on idx (B, T)."""
-    with torch.no_grad():
-        expected = log_probs(teacher, idx, layout)
-    yield F.kl_div(log_probs(model, idx, layout), expected, reduction="batchmean", log_target=True)
+def divergence(model: GPT, idx: Tensor, expected: Tensor, layout: Layout) -> Tensor:
+    """The mean over tokens of KL(expected || model) in nats, on idx (B, T); expected: as log_probs gives them."""
+    return F.kl_div(log_probs(model, idx, layout), expected, reduction="batchmean", log_target=True)
+
+
+def divergences(compile: bool) -> Callable:
+    """The function from (model, teacher, idx, layout) to an iterator over one loss, KL(teacher || model)."""
+    expect, diverge = map(torch.compile, (log_probs, divergence)) if compile else (log_probs, divergence)
+
+    def losses(model, teacher, idx, layout):
+        with torch.no_grad():
+            expected = expect(teacher, idx, layout)
+        yield diverge(model, idx, expected, layout)
+
+    return losses

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -344,6 +345,20 @@ def test_errors_of_groups_are_those_of_whole_models(pattern):
             exact, found = (one.run_blocks(x, layers) for one in (teacher, student))
         expected = ((found - exact).norm(dim=-1) ** 2 / exact.norm(dim=-1) ** 2).mean()
         assert error.item() == pytest.approx(expected.item(), rel=1e-4) and error > 0
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_divergence_of_finetuning_and_its_gradients(monkeypatch, compile):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))  # no C++
+    base = model().eval()
+    one = base.with_sync("1111")
+    (loss,) = distillation.divergences(compile)(one, base, windows(), LAYOUT)
+    loss.backward()
+    p, q = (each(windows(), windows())[0].softmax(-1) for each in (base, one))
+    expected = (p.detach() * (p.detach() / q).log()).sum(-1).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3) and loss > 0
+    for found, exact in zip(base.parameters(), torch.autograd.grad(expected, base.parameters()), strict=True):
+        torch.testing.assert_close(found.grad, exact, rtol=1e-3, atol=1e-6)
 
 
 def test_agreement_and_greedy_text_against_plain_computations():
