@@ -735,6 +735,7 @@ class KVCache:
         )  # (S*B, K, places, D)
         # zeros: what a step sees but does not attend to must be finite
         self.layers = [(wte.new_zeros(shape), wte.new_zeros(shape)) for _ in range(c.n_layer)]
+        self.rope = model.rope_cos_sin(shape[2])
         self.length = 0
 
 
@@ -845,10 +846,12 @@ class GPT(nn.Module):
     ) -> Tensor:
         """x (B, T, C), a synced stream, through all layers, or through `layers`, the last of which syncs; (B, T, C).
 
-        places (T,): those of the tokens in the cache; None: the first ones.
+        places (T,): those of the tokens in the cache, where there is one.
         """
-        places = torch.arange(x.size(1), device=x.device) if places is None else places
-        rope = self.rope_cos_sin(places)  # only differences of positions count
+        if cache is None:
+            rope = self.rope_cos_sin(x.size(1))
+        else:  # only differences of positions count
+            rope = cache.rope and tuple(table[places] for table in cache.rope)
         stream = self.config.rule.parts.stream(x, self.config, self.tp_group)
         syncs_after = self.config.rule.syncs_after()
         for i in range(self.config.n_layer) if layers is None else layers:
@@ -856,8 +859,8 @@ class GPT(nn.Module):
             self.transformer.h[i](stream, *syncs_after[i], rope, past, mask)
         return stream.end()
 
-    def rope_cos_sin(self, places: Tensor) -> tuple[Tensor, Tensor] | None:
-        """cos and sin, each (T, D/2), of inv_freq times position, for the positions `places` (T,); None: learned."""
+    def rope_cos_sin(self, T: int) -> tuple[Tensor, Tensor] | None:
+        """cos and sin, each (T, D/2), of inv_freq times position, of the first T positions; None: learned."""
         c, weight = self.config, self.transformer.wte.weight
         if c.position == "learned":
             return None
@@ -866,7 +869,7 @@ class GPT(nn.Module):
             inv_freq = torch.tensor(c.rope_inv_freq, **exact)
         else:
             inv_freq = 1.0 / c.rope_theta ** (torch.arange(0, c.head_size, 2, **exact) / c.head_size)
-        angles = places.to(**exact)[:, None] * inv_freq
+        angles = torch.arange(T, **exact)[:, None] * inv_freq
         return angles.cos(), angles.sin()
 
     def with_sync(self, sync: str) -> "GPT":

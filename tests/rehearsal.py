@@ -22,6 +22,7 @@ or, where it has `drop`, the most GB that a GPU holds in each stage of drop_sync
 
 import contextlib
 import ctypes
+import dataclasses
 import io
 import json
 import sys
@@ -105,9 +106,14 @@ class Graph:
 
 @contextlib.contextmanager
 def capture(graph, capture_error_mode):
-    """torch.cuda.graph."""
+    """torch.cuda.graph, in which nothing may be copied from the host."""
+
+    def tensor(*_, **__):
+        raise AssertionError("torch.tensor in a CUDA graph")
+
     before = host_waits
-    yield
+    with replaced(torch, tensor=tensor):
+        yield
     Graph.captured += 1
     Graph.waits += host_waits - before
 
@@ -180,7 +186,10 @@ def generate(state, n_tokens):
     """Prefill and decode with the model of a checkpoint, over all ranks; returns the number of tokens printed."""
     config = sample.Config(start="ab", max_new_tokens=n_tokens, num_samples=2, device="cuda")
     layout = distributed.start(*distributed.choose_device("cuda"), tp_size=distributed.WORLD_SIZE, timeout_s=60)
-    model = sample.build(config, state, rsm.GPTConfig(**state["model_args"]), layout)
+    gpt = rsm.GPTConfig(**state["model_args"])
+    if gpt.position == "rope":  # as Llama 3 has it
+        gpt = dataclasses.replace(gpt, rope_inv_freq=(1.0,) * (gpt.head_size // 2))
+    model = sample.build(config, state, gpt, layout)
     dtypes = {p.dtype for name, p in model.named_parameters() if ".ln_" not in name}
     assert dtypes == {torch.bfloat16}, dtypes
     cpu_generator = torch.Generator()

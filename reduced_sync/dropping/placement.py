@@ -71,7 +71,7 @@ def arrange(model: GPT, i: int, batches: list[torch.Tensor], by: str, layout: La
 
     batches: x (B, T, C), what the layer reads. Returns both orders.
     """
-    config, dense, rope = model.config, dense_block(model, i), model.rope_cos_sin(torch.arange(batches[0].size(1)))
+    config, dense, rope = model.config, dense_block(model, i), model.rope_cos_sin(batches[0].size(1))
     as_they_are, neurons = list(range(config.n_kv_head)), list(range(config.n_hidden))
     groups = place_groups(dense, config, batches, rope, by, layout)
     dense = permuted(dense, config, groups, neurons)

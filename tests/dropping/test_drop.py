@@ -264,7 +264,7 @@ def test_affinity_finds_neurons_that_were_shuffled():
         dense, base.config, groups, torch.randperm(96, generator=torch.Generator().manual_seed(5)).tolist()
     )
     x = base.embed(windows())
-    rope = base.rope_cos_sin(torch.arange(x.size(1)))
+    rope = base.rope_cos_sin(x.size(1))
     found = placement.place_neurons(shuffled, base.config, [x.detach()], rope, LAYOUT)
     assert sorted(found) == everywhere
     errors = []
@@ -282,7 +282,7 @@ def test_places_of_groups_are_the_best_of_all_pairs(by):
     """Four groups on two shards have three partitions: the one that is found has the least cost of the three."""
     base = model()
     dense = placement.dense_block(base, 0)
-    x, rope = base.embed(windows()).detach(), base.rope_cos_sin(torch.arange(windows().size(1)))
+    x, rope = base.embed(windows()).detach(), base.rope_cos_sin(windows().size(1))
     order = placement.place_groups(dense, base.config, [x], rope, by, LAYOUT)
     assert sorted(order) == [0, 1, 2, 3]
     groups = placement.whole_block(dense, dataclasses.replace(base.config, n_shard=4), "cpu")
