@@ -14,8 +14,9 @@ process group is torch's "fake" one, of WORLD_SIZE ranks of which this is rank 0
     tokens      how many tokens sample.py's prefill and decode gave
     decoding    [CUDA graphs of its decode steps, how often Python waits for a number while they are captured]
 
-or, where it has `drop`, the most GB that a GPU holds in each stage of drop_syncs.py, or, where it has n_embd, of the
-124M model with these keys and no compilation:
+or, where it has `candidates`, the all-reduces that bench.py decode counts in a decode step of each, and the graphs that
+it makes; where it has `drop`, the most GB that a GPU holds in each stage of drop_syncs.py; or, where it has n_embd, of
+the 124M model with these keys and no compilation:
 
     peak        bytes that the GPU holds at most: parameters, gradients, moments, activations, and an evaluation's
 """
@@ -30,6 +31,7 @@ import tempfile
 import weakref
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 ctypes.CDLL(sys.argv[1])
 
@@ -43,11 +45,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
 import drop_syncs
 import reduced_sync_model as rsm
 import sample
 import train_reduced_sync as script
 from reduced_sync import checkpoint, distributed, preparing
+from reduced_sync.bench import timing
+from reduced_sync.bench.candidates import Candidate
 from reduced_sync.configurator import configure
 from reduced_sync.decoding import Decoder
 
@@ -309,6 +314,20 @@ def drop_peaks(keys):
     return peaks
 
 
+def bench_decode(candidates):
+    """What bench.py decode finds of its candidates of two layers, as rank 0 of two."""
+    args = bench.Decode(n_layer=2, n_embd=32, n_head=4, vocab_size=64, block_size=32)
+    work = timing.Workload({name: args.config(name, 2) for name in candidates}, (1,), (5,), new_tokens=2)
+    layout = distributed.start(*distributed.choose_device("cuda"), tp_size=2, timeout_s=60)
+    event = SimpleNamespace(record=lambda: None, elapsed_time=lambda other: 1.0)
+    idle = dict(Event=lambda enable_timing: event, synchronize=lambda *_: None)
+    with replaced(torch.cuda, **idle), replaced(dist, barrier=lambda: None):
+        found = timing.Decoding(Candidate("ours", args.config("baseline", 2), tp_size=2), layout, work)()
+    times = {name: bench.summarize([[found]], timing.Condition(name, True, 1, 5)) for name in candidates}
+    counts = {name: one.all_reduces for name, one in times.items()}
+    return {"all_reduces": counts, "timed": [one.in_all_reduces_s for one in times.values()], "graphs": Graph.captured}
+
+
 def memory_table():
     """Peak GB by variant and n_shard, and the largest batches that fit 24 and 80 GB."""
     rows = {
@@ -338,9 +357,12 @@ def main(cases):
             memory_table()
         else:
             for case in map(json.loads, cases):
-                result = (
-                    drop_peaks(case) if "drop" in case else {"peak": peak(case)} if "n_embd" in case else rehearse(case)
-                )
+                if "candidates" in case:
+                    result = bench_decode(**case)
+                elif "drop" in case:
+                    result = drop_peaks(case)
+                else:
+                    result = {"peak": peak(case)} if "n_embd" in case else rehearse(case)
                 print(json.dumps(result), flush=True)
 
 

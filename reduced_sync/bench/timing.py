@@ -282,7 +282,9 @@ class Decoding:
         self.silent = decoding.for_decoding(sharing(base, base.config, silent_group))
         c = base.config
         small = dataclasses.replace(c, n_embd=4 * c.n_head, head_size=0, n_hidden=0, vocab_size=64)
-        self.small = decoding.for_decoding(rsm.GPT(small, silent_group).to(layout.device).eval())
+        self.small = rsm.GPT(small, silent_group).to(layout.device).eval()
+        decoding.cast_matrices(self.small, layout.dtype)
+        decoding.for_decoding(self.small)
 
     def __call__(self) -> Round:
         """Generate under every condition once, in another order each time, since some moments are slow for all."""

@@ -98,6 +98,13 @@ def test_dropping_syncs_of_a_large_llama_on_fake_cuda(library):
     assert trained / 1e9 < peaks["distil"] < trained / 1e9 + 3
 
 
+def test_bench_decodes_in_graphs_on_fake_cuda(library):
+    """A graph a candidate, whether its all-reduces are sent or not; two of the model's constants, two of the link's."""
+    (found,) = rehearse(library, [dict(candidates=["baseline", "spd", "baseline+ladder"])], world_size=2)
+    counts = {"baseline": 4, "spd": 2, "baseline+ladder": 4}
+    assert found == {"all_reduces": counts, "timed": [None] * 3, "graphs": 3 * 2 + 2 + 2}
+
+
 # --- choosing a device
 
 
