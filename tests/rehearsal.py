@@ -286,11 +286,8 @@ def drop_peaks(keys):
     """GB held at most in each stage of drop_syncs.py, which a Llama in eight shards goes through."""
     llama = Llama(keys.get("n_layer", 32))
     keys = {key: value for key, value in keys.items() if key != "n_layer"}
-    keys = (
-        dict(n_shard=8, arrange="as_is", block_size=2048, batch_size=1, step_windows=2, device="cuda", compile=False)
-        | keys
-    )
-    config = drop_syncs.Config(**dict(distil_tokens=8192, finetune_tokens=8192) | keys)
+    keys = dict(n_shard=8, arrange="as_is", block_size=2048, batch_size=1, step_windows=2, device="cuda") | keys
+    config = drop_syncs.Config(**dict(distil_tokens=8192, finetune_tokens=8192, compile=False) | keys)
     window = torch.zeros(1, config.block_size, dtype=torch.long)
     prepared = drop_syncs.Prepared(distributed.choose_device("cuda"), llama, None, {}, window, {"text": window})
     peaks = {}

@@ -162,11 +162,6 @@ def our_times(model: torch.nn.Module, idx: torch.Tensor, n_tokens: int, layout: 
     return times
 
 
-def sum_each(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The sum of each tensor."""
-    return [tensor.sum() for tensor in tensors]
-
-
 def seconds_of(function: Callable, device: torch.device, repeats: int = 5) -> float:
     """Median seconds of a call."""
     taken = []
@@ -320,7 +315,7 @@ class Decoding:
             # the very memory that is read: how fast that is differs from place to place on a virtual machine; not so on
             # a GPU, where many small reads take the time of starting their kernels
             memory = [weights[0].new_zeros(2**30)] if on_cuda else weights
-            seconds = seconds_of(partial(sum_each, memory), self.layout.device)
+            seconds = seconds_of(lambda: [w.sum() for w in memory], self.layout.device)
             read_rate = sum(w.nbytes for w in memory) / seconds
             if self.candidate.compile:
                 return Round(generations, read_rate)
