@@ -168,14 +168,14 @@ def summarize(rounds: list[list[Round]], condition: Condition) -> Times:
     )
 
 
-def machine_of(rounds: list[list[Round]], B: int, T: int, n_embd: int) -> Machine:
+def machine_of(rounds: list[list[Round]], prefill: cost_model.Forward, n_embd: int) -> Machine:
     """Medians of what all ranks measured of themselves; the link is the line through two all-reduces' times."""
-    ranks = [rank for ranks in rounds for rank in ranks]
-    middle = Constants(*map(statistics.median, zip(*(rank.constants[B, T] for rank in ranks), strict=True)))
+    ranks, at = [rank for ranks in rounds for rank in ranks], (prefill.batch_size, prefill.tokens)
+    middle = Constants(*map(statistics.median, zip(*(rank.constants[at] for rank in ranks), strict=True)))
     accelerator = Accelerator(middle.bandwidth, middle.peak, middle.overhead, "measured")
     link, n = None, len(rounds[0])
     if n > 1:
-        small, large = (4 * B * t * n_embd for t in (1, T))
+        small, large = (dataclasses.replace(prefill, tokens=t).payload(n_embd) for t in (1, prefill.tokens))
         per_byte = (middle.prompt_all_reduce - middle.token_all_reduce) / max(1, large - small)
         link = Link(middle.token_all_reduce - small * per_byte, 0.0, 2 * (n - 1) / n / per_byte, "measured")
     return Machine(statistics.median(rank.read_rate for rank in ranks), accelerator, link)
@@ -237,10 +237,10 @@ def case_of(ours: Candidate, measured: dict[str, list], work: Workload, conditio
     """The figures of one tp_size, and of the batch size, prompt and added delay of `condition`, the reference's."""
     _, _, B, T, delay_us = condition
     delay = delay_us / 1e6
-    machine = machine_of(measured["rows"], B, T, ours.config.n_embd)
-    # of the tokens decoded one in the middle
-    token = cost_model.Forward(ours.tp_size, B, 1, T + work.new_tokens // 2, itemsize)
     prefill = cost_model.Forward(ours.tp_size, B, T, T, itemsize)
+    # of the tokens decoded one in the middle
+    token = dataclasses.replace(prefill, tokens=1, context=T + work.new_tokens // 2)
+    machine = machine_of(measured["rows"], prefill, ours.config.n_embd)
     rows = []
     for name, config in work.configs.items():
         times = summarize(measured["rows"], condition._replace(model=name))
@@ -291,8 +291,7 @@ def add_model(
         return
     row.exposed_s, row.model_exposed_s = row.tpot_s - row.silent_tpot_s, row.model_tpot_s - model(None, token)
     if row.hidden:
-        payload = 4 * token.batch_size * config.n_embd
-        blocking = max(machine.link.all_reduce(payload, token.tp_size), added_delay)  # the last one
+        blocking = max(machine.link.all_reduce(token.payload(config.n_embd), token.tp_size), added_delay)  # the last one
         row.hidden_exposed_s = (row.exposed_s - blocking) / row.hidden
         row.hidden_model_exposed_s = (row.model_exposed_s - blocking) / row.hidden
 

@@ -5,7 +5,7 @@ One forward pass of B sequences with T new tokens each, behind a context of toke
     n_layer * overhead  +  max(bytes / bandwidth, flops / peak)  +  syncs * (alpha + payload * beta)
 
 bytes: this rank's weights and its part of the cache, read once. flops: two per weight and token, and attention.
-payload: B * T * n_embd float32 numbers. alpha and beta of an all-reduce over n ranks are those of a ring, as in NCCL's
+payload: B * T * n_embd numbers of the weights' type. alpha and beta of an all-reduce over n ranks are those of a ring, as in NCCL's
 own cost model: alpha = base + 2 (n - 1) * step, beta = 2 (n - 1) / n / bus bandwidth. Of a sync that is hidden, what
 the sublayer that runs meanwhile leaves: max(0, all-reduce - sublayer). Seconds, bytes and flops throughout.
 
@@ -27,7 +27,11 @@ class Forward:
     batch_size: int
     tokens: int  # new ones of each sequence
     context: int  # and with those in the cache before them
-    itemsize: int = 4  # bytes of a weight and of a number in the cache
+    itemsize: int = 4  # bytes of a weight, of a number in the cache, and of one that is sent
+
+    def payload(self, n_embd: int) -> int:
+        """Bytes of an all-reduce."""
+        return self.itemsize * self.batch_size * self.tokens * n_embd
 
 
 def sublayers(config: GPTConfig, forward: Forward) -> list[tuple[float, float]]:
@@ -70,8 +74,7 @@ def forward_seconds(
     seconds = config.n_layer * accelerator.overhead + max(memory, compute)
     if link is None or forward.tp_size == 1:
         return seconds
-    payload = 4 * forward.batch_size * forward.tokens * config.n_embd
-    all_reduce = max(added_delay, link.all_reduce(payload, forward.tp_size))
+    all_reduce = max(added_delay, link.all_reduce(forward.payload(config.n_embd), forward.tp_size))
     rule = config.rule
     if not rule.hidden:
         return seconds + rule.syncs * all_reduce

@@ -349,7 +349,7 @@ class Decoding:
         """
         device, n_layer = self.layout.device, self.silent.config.n_layer
         if device.type == "cuda":
-            x = torch.zeros(B, t, self.silent.config.n_embd, device=device)
+            x = self.zeros(B, t)
             one = partial(dist.all_reduce, x, group=self.layout.tp_group)
             return seconds_of(decoding.graphed(lambda: [one() for _ in range(n_layer)], device), device) / n_layer
         passes = []
@@ -358,11 +358,14 @@ class Decoding:
             passes.append(statistics.mean(one.seconds for one in self.meter.take()))
         return statistics.median(passes)
 
+    def zeros(self, B: int, T: int) -> torch.Tensor:
+        """A stream (B, T, C) of the number type that is sent in decoding, the embedding's."""
+        return self.silent.transformer.wte.weight.new_zeros(B, T, self.silent.config.n_embd)
+
     def run_blocks(self, B: int, T: int, group: dist.ProcessGroup | None = None) -> None:
         """All blocks on T tokens; with a group, a real all-reduce behind each."""
-        config = self.silent.config
-        x = torch.zeros(B, T, config.n_embd, device=self.layout.device)
-        for i in range(config.n_layer):
+        x = self.zeros(B, T)
+        for i in range(self.silent.config.n_layer):
             x = self.silent.run_blocks(x, range(i, i + 1))
             if group is not None:
                 with self.meter:

@@ -91,7 +91,8 @@ def test_every_candidate_decodes(fake_group, modern):
     names += ["1x48+ladder", "spd@4"]
     args = bench.Decode(n_layer=2, n_embd=32, n_head=4, vocab_size=64, block_size=32, modern=modern, n_kv_head=2)
     work = Workload({name: args.config(name, 2) for name in names}, (1,), (5,), new_tokens=2, delays_us=(0, 1000))
-    layout = distributed.Layout(torch.device("cpu"), torch.float32, tp_size=2, tp_group=fake_group)
+    dtype = torch.bfloat16 if modern else torch.float32
+    layout = distributed.Layout(torch.device("cpu"), dtype, tp_size=2, tp_group=fake_group)
     measured = Decoding(candidates.Candidate("ours", args.config("baseline", 2), tp_size=2), layout, work)
     found, read_rate, constants = measured()
     assert math.isfinite(read_rate) and constants.keys() == {(1, 5)} and all(map(math.isfinite, constants[1, 5]))
@@ -101,6 +102,7 @@ def test_every_candidate_decodes(fake_group, modern):
         for sent, us in ((True, 0), (True, 1000), (False, 0)):
             ttft, steps, calls, _ = found[name, sent, 1, 5, us]
             assert len(steps) == 2 and len(calls) == 3 * syncs
+            assert calls[-1].bytes == cost_model.Forward(2, 1, 1, 6, dtype.itemsize).payload(config.n_embd)
             assert min(steps) > syncs * us / 1e6 and ttft > syncs * us / 1e6
         assert config.mlp == ("swiglu" if modern else "gelu")
         embeddings = {measured.models[name, sent].transformer.wte.weight.data_ptr() for sent in (True, False)}
@@ -208,10 +210,11 @@ def test_the_link_that_was_measured_takes_the_times_that_were_measured():
     B, T, constants = 2, 5, (3.0, 4.0, 5.0, 1e-5, 1.5e-5)
     found = Round({}, 7.0, {(B, T): Constants(*constants)})
     slow = Round({}, 700.0, {(B, T): Constants(*(100 * one for one in constants))})
-    read_rate, accelerator, link = bench.machine_of([[found, found], [found, slow]], B, T, 32)
+    prefill = cost_model.Forward(2, B, T, T)
+    read_rate, accelerator, link = bench.machine_of([[found, found], [found, slow]], prefill, 32)
     assert (read_rate, accelerator.bandwidth, accelerator.peak, accelerator.overhead) == (7.0, 3.0, 4.0, 5.0)
     assert [link.all_reduce(4 * B * t * 32, 2) for t in (1, T)] == pytest.approx([1e-5, 1.5e-5])
-    assert bench.machine_of([[found]], B, T, 32).link is None
+    assert bench.machine_of([[found]], prefill, 32).link is None
 
 
 def test_predict(tmp_path, capsys):
@@ -222,8 +225,8 @@ def test_predict(tmp_path, capsys):
     rows = read_json(tmp_path / "predict.json")["results"]
     tpot = {(row["link"], row["syncs"]): row["tpot_s"] for row in rows}
     per_sync = {link: (tpot[link, 24] - tpot[link, 4]) / 20 for link in ("nvlink", "10gbe")}
-    assert per_sync["nvlink"] == pytest.approx(15.03e-6, rel=1e-3)  # 6.6 + 14 x 0.6 us, and 3 KiB
-    assert per_sync["10gbe"] == pytest.approx(14 * (40e-6 + 384 / 1.25e9))
+    assert per_sync["nvlink"] == pytest.approx(15.015e-6, rel=1e-4)  # 6.6 + 14 x 0.6 us, and 1.5 KiB
+    assert per_sync["10gbe"] == pytest.approx(14 * (40e-6 + 192 / 1.25e9))
 
 
 @pytest.mark.parametrize(
