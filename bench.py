@@ -172,7 +172,7 @@ def machine_of(rounds: list[list[Round]], prefill: cost_model.Forward, n_embd: i
     """Medians of what all ranks measured of themselves; the link is the line through two all-reduces' times."""
     ranks, at = [rank for ranks in rounds for rank in ranks], (prefill.batch_size, prefill.tokens)
     middle = Constants(*map(statistics.median, zip(*(rank.constants[at] for rank in ranks), strict=True)))
-    accelerator = Accelerator(middle.bandwidth, middle.peak, middle.overhead, "measured")
+    accelerator = Accelerator(middle.bandwidth, middle.peak_flops, middle.overhead, "measured")
     link, n = None, len(rounds[0])
     if n > 1:
         small, large = (dataclasses.replace(prefill, tokens=t).payload(n_embd) for t in (1, prefill.tokens))
@@ -291,7 +291,8 @@ def add_model(
         return
     row.exposed_s, row.model_exposed_s = row.tpot_s - row.silent_tpot_s, row.model_tpot_s - model(None, token)
     if row.hidden:
-        blocking = max(machine.link.all_reduce(token.payload(config.n_embd), token.tp_size), added_delay)  # the last one
+        # of the last one
+        blocking = max(machine.link.all_reduce(token.payload(config.n_embd), token.tp_size), added_delay)
         row.hidden_exposed_s = (row.exposed_s - blocking) / row.hidden
         row.hidden_model_exposed_s = (row.model_exposed_s - blocking) / row.hidden
 

@@ -68,7 +68,7 @@ class Config:
     batch_size: int = option(8, "windows computed at once", least=1)
     # stages
     arrange: str = option("affinity", "how heads and neurons stand on shards", allowed=("as_is", "affinity", "scatter"))
-    measure_windows: int = option(32, "calibration windows to arrange by, and to choose the syncs by", least=1)
+    calibration_windows: int = option(32, "calibration windows to arrange by, and to choose the syncs by", least=1)
     drop: int | None = option(None, "syncs to drop, those after attention first; None: all of those", least=0)
     sync: str | None = option(None, "instead of `drop`: the pattern to drop to, as of the training script")
     distil_tokens: int = option(131072, "tokens to distil on; 0: leave it out", least=0)
@@ -103,7 +103,7 @@ class Prepared(NamedTuple):
     source: Source
     saved: dict | None  # the checkpoint to go on from
     calibration: dict  # {name: token ids} of the texts to calibrate on,
-    measured: torch.Tensor  # and the windows of them to arrange and to choose by
+    windows: torch.Tensor  # and those of them to arrange and to choose by
     evaluation: dict  # {name: windows} of the texts to evaluate on
 
 
@@ -147,9 +147,9 @@ def prepare(config: Config) -> Prepared:
     hardware = distributed.choose_device(config.device, config.dtype)
     calibration, evaluation = source.texts(config)
     T = config.block_size
-    measured = texts.spread_windows(calibration, config.measure_windows, T, "measure_windows")
+    windows = texts.spread_windows(calibration, config.calibration_windows, T, "calibration_windows")
     evaluation = {name: texts.first_windows(ids, config.evaluation_tokens, T, name) for name, ids in evaluation.items()}
-    return Prepared(hardware, source, saved, calibration, measured, evaluation)
+    return Prepared(hardware, source, saved, calibration, windows, evaluation)
 
 
 class Stopped(Exception):
@@ -161,7 +161,7 @@ class Run:
 
     def __init__(self, config, prepared):
         self.config = config
-        hardware, self.source, saved, self.calibration, self.measured, self.evaluation = prepared
+        hardware, self.source, saved, self.calibration, self.windows, self.evaluation = prepared
         self.layout = distributed.start(*hardware, config.tp_size, TIMEOUT_S)
         self.stop, self.last_save = StopSignal(), time.monotonic()
         self.progress = Progress(**saved["progress"]) if saved else Progress()
@@ -294,8 +294,8 @@ def arrange(run: Run) -> int:
     config, model, progress = run.config, run.model, run.progress
     if config.arrange == "as_is" or config.n_shard == 1:
         return 0
-    batches = [model.embed(idx.to(run.layout.device)) for idx in run.measured.split(config.batch_size)]
-    with run.bar(model.config.n_layer * run.measured.numel()) as bar:
+    batches = [model.embed(idx.to(run.layout.device)) for idx in run.windows.split(config.batch_size)]
+    with run.bar(model.config.n_layer * run.windows.numel()) as bar:
         for i in range(model.config.n_layer):
             if i >= progress.done:
                 groups, neurons = placement.arrange(model, i, batches, config.arrange, run.layout)
@@ -304,8 +304,8 @@ def arrange(run: Run) -> int:
                 run.step_done()
             with run.layout.autocast():
                 batches = [model.run_blocks(x, range(i, i + 1)) for x in batches]
-            bar.update(run.measured.numel())
-    return run.measured.numel()
+            bar.update(run.windows.numel())
+    return run.windows.numel()
 
 
 def drop(run: Run) -> int:
@@ -319,12 +319,12 @@ def drop(run: Run) -> int:
         n, n_layers = (n, L) if n <= L else (n - L, L - 1)  # of so many layers, n lose the sync in question
         order = list(range(n_layers))
         if 0 < n < n_layers:
-            batches = run.batches(run.measured, "sensitivity")
+            batches = run.batches(run.windows, "sensitivity")
             s, perplexities = distillation.sensitivities(run.model.with_sync(before), after, batches, run.layout)
             for i in range(n_layers):
-                run.say(sensitivity_line("block" if before[0] == "2" else "MLP", i, s[i], perplexities[i]))
+                run.say(sensitivity_line("attention" if before[0] == "2" else "MLP", i, s[i], perplexities[i]))
             order.sort(key=lambda i: (s[i], i))
-            n_tokens = run.measured.numel()
+            n_tokens = run.windows.numel()
         run.progress.sync = "".join(after[i] if i in order[:n] else before[i] for i in range(L))
     run.say(f"pattern: {run.student.config.rule.pattern}")
     run.evaluate("dropped", run.progress.sync)

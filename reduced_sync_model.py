@@ -250,8 +250,8 @@ def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 class _Arrived(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, total):
-        return total.view_as(total)
+    def forward(ctx, x, arrived):
+        return arrived.view_as(arrived)
 
     @staticmethod
     def backward(ctx, grad):
@@ -266,9 +266,9 @@ def start_sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Te
     return x, None if group is None else torch.ops._c10d_functional.all_reduce(x.detach(), "sum", group.group_name)
 
 
-def finish_sum_over_ranks(x: Tensor, total: Tensor | None) -> Tensor:
+def finish_sum_over_ranks(x: Tensor, pending: Tensor | None) -> Tensor:
     """Wait for the sum of `x` over the ranks. Its backward is g's: identity."""
-    return x if total is None else _Arrived.apply(x, torch.ops._c10d_functional.wait_tensor(total))
+    return x if pending is None else _Arrived.apply(x, torch.ops._c10d_functional.wait_tensor(pending))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -513,8 +513,8 @@ class DelayedLayer(Stream):
             return
         self.h = self.h + y
         if self.modules > 4:
-            before, sum_of_all = self.in_flight.pop(0)
-            self.h = self.h + copy_to_ranks(finish_sum_over_ranks(*sum_of_all), self.tp_group) - before
+            before, pending = self.in_flight.pop(0)
+            self.h = self.h + copy_to_ranks(finish_sum_over_ranks(*pending), self.tp_group) - before
         if self.modules <= 2 * self.n_layer - 2:
             self.in_flight.append((y, start_sum_over_ranks(y.sum(0, dtype=self.x.dtype), self.tp_group)))
 

@@ -1,7 +1,7 @@
 """Overlay for config/spd_smollm2.py: 20 of the 30 syncs after attention, and a quarter of its tokens to finetune on."""
 
 out_dir = out_dir + "-in-minutes"
-measure_windows = 8
+calibration_windows = 8
 evaluation_tokens = 4096
 drop = 20
 distil_tokens = 8192

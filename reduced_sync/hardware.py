@@ -8,7 +8,7 @@ class Accelerator:
     """What one rank computes with: bytes/s of its memory, flops/s, seconds of a layer that moves next to no data."""
 
     bandwidth: float
-    peak: float
+    peak_flops: float
     overhead: float
     source: str = ""
 

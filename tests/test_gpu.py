@@ -100,7 +100,7 @@ def test_sampling_and_export(gpus, trained, tmp_path):
 
 def test_dropping_syncs(gpus, trained, tmp_path):
     argv = [f"--init_from={trained}", f"--out_dir={tmp_path}", "--n_shard=4", "--block_size=32", "--batch_size=4"]
-    argv += ["--distil_tokens=1024", "--finetune_tokens=2048", "--evaluation_tokens=1024", "--measure_windows=8"]
+    argv += ["--distil_tokens=1024", "--finetune_tokens=2048", "--evaluation_tokens=1024", "--calibration_windows=8"]
     out = succeeded(run_script([ROOT / "drop_syncs.py", *argv]))
     dropped, distilled, finetuned = map(float, re.findall(r"ed: 2 of 4 syncs, \S+ (\S+)", out))
     assert finetuned < dropped and distilled < dropped

@@ -5,9 +5,9 @@ One forward pass of B sequences with T new tokens each, behind a context of toke
     n_layer * overhead  +  max(bytes / bandwidth, flops / peak)  +  syncs * (alpha + payload * beta)
 
 bytes: this rank's weights and its part of the cache, read once. flops: two per weight and token, and attention.
-payload: B * T * n_embd numbers of the weights' type. alpha and beta of an all-reduce over n ranks are those of a ring, as in NCCL's
-own cost model: alpha = base + 2 (n - 1) * step, beta = 2 (n - 1) / n / bus bandwidth. Of a sync that is hidden, what
-the sublayer that runs meanwhile leaves: max(0, all-reduce - sublayer). Seconds, bytes and flops throughout.
+payload: B * T * n_embd numbers of the weights' type. alpha and beta of an all-reduce over n ranks are those of a ring,
+as in NCCL's own cost model: alpha = base + 2 (n - 1) * step, beta = 2 (n - 1) / n / bus bandwidth. Of a sync that is
+hidden, what the sublayer that runs meanwhile leaves: max(0, all-reduce - sublayer). Seconds, bytes, flops throughout.
 
 Communication takes none of the processor's time. So it does not hold on a CPU, where gloo works on the core that should
 compute meanwhile: hidden syncs cost more than this says, TPOT is up to a third too low (results/decode-all).
@@ -70,7 +70,8 @@ def forward_seconds(
 
     link: None where all-reduces send nothing. added_delay: seconds that an all-reduce takes at least.
     """
-    compute, memory = flops(config, forward) / accelerator.peak, bytes_read(config, forward) / accelerator.bandwidth
+    compute = flops(config, forward) / accelerator.peak_flops
+    memory = bytes_read(config, forward) / accelerator.bandwidth
     seconds = config.n_layer * accelerator.overhead + max(memory, compute)
     if link is None or forward.tp_size == 1:
         return seconds
@@ -79,7 +80,7 @@ def forward_seconds(
     if not rule.hidden:
         return seconds + rule.syncs * all_reduce
     attention, mlp = (
-        accelerator.overhead / 2 + max(n_bytes / accelerator.bandwidth, n_flops / accelerator.peak)
+        accelerator.overhead / 2 + max(n_bytes / accelerator.bandwidth, n_flops / accelerator.peak_flops)
         for n_bytes, n_flops in sublayers(config, forward)
     )
     if rule.parts.delays_a_layer:

@@ -208,7 +208,7 @@ class Constants(NamedTuple):
     """What the cost model needs to know of a rank at one batch size and prompt."""
 
     bandwidth: float  # bytes/s at which the products of a decode step read their weights
-    peak: float  # flops/s of a prefill
+    peak_flops: float  # flops/s of a prefill
     overhead: float  # seconds of a layer that moves next to no data
     token_all_reduce: float = 0.0  # seconds of one in a decode step
     prompt_all_reduce: float = 0.0

@@ -15,11 +15,10 @@ def draw_dropping(log: DropLog, path: str | Path) -> None:
 
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     worth, loss = figure.subplots(1, 2)
-    for name, measured in (("attention", log.sensitivities), ("MLP", log.mlp_sensitivities)):
-        if measured:
-            layers, s, _ = zip(*measured, strict=True)
-            worth.plot(layers, s, "o-", markersize=4)
-            worth.set_title(f"What the sync after a layer's {name} is worth")
+    for sublayer, measured in log.sensitivities.items():
+        layers, s, _ = zip(*measured, strict=True)
+        worth.plot(layers, s, "o-", markersize=4)
+        worth.set_title(f"What the sync after a layer's {sublayer} is worth")
     worth.set_yscale("symlog", linthresh=0.1)
     worth.set(xlabel="layer", ylabel="sensitivity (perplexity)")
     dense = log.perplexities[0][3]

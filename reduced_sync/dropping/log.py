@@ -1,7 +1,7 @@
 """The lines that drop_syncs.py adds to its log.txt, and their parser.
 
     perplexity distilled: 32 of 60 syncs, manual 25.101, shakespeare 41.203
-    sensitivity: block 3 0.0123, perplexity 24.61
+    sensitivity: attention 3 0.0123, perplexity 24.61
     sensitivity: MLP 3 0.0123, perplexity 24.61
     agreement manual: KL 0.0312, top-1 92.31 %, greedy 41.2 of 64
     distil: 251.3 s, 131072 tokens
@@ -18,7 +18,7 @@ from pathlib import Path
 WORD = re.compile(r"[\w./+@=-]+")
 VALUE = re.compile(r'("(?:[^"\\]|\\.)*"|[^"].*?) (\d+\.\d+|nan|inf)(?:, |$)')
 PERPLEXITY = re.compile(r"perplexity (.+?): (\d+) of (\d+) syncs, (.+)$")
-SENSITIVITY = re.compile(r"sensitivity: (block|MLP) (\d+) (\S+), perplexity (\S+)$")
+SENSITIVITY = re.compile(r"sensitivity: (attention|block|MLP) (\d+) (\S+), perplexity (\S+)$")
 TOKENS = re.compile(r"(\w+): \d+\.\d s, (\d+) tokens$")
 AGREEMENT = re.compile(r'agreement ("(?:[^"\\]|\\.)*"|\S+): (KL \S+, top-1 \S+ %, greedy \S+ of \d+)$')
 
@@ -35,7 +35,7 @@ def perplexity_line(stage: str, syncs: int, most: int, perplexities: dict[str, f
 
 
 def sensitivity_line(sublayer: str, layer: int, sensitivity: float, perplexity: float) -> str:
-    """s of the sync after a layer's attention (`block`) or `MLP`, and the perplexity with it and all behind dropped."""
+    """s of the sync after a layer's `attention` or `MLP`, and the perplexity with it and all behind it dropped."""
     return f"sensitivity: {sublayer} {layer} {sensitivity:.6g}, perplexity {perplexity:.6g}"
 
 
@@ -50,8 +50,7 @@ class DropLog:
 
     config: dict = field(default_factory=dict)
     perplexities: list = field(default_factory=list)  # (stage, syncs, most syncs, {text: perplexity}), in order
-    sensitivities: list = field(default_factory=list)  # (layer, s, perplexity) of the syncs after attention, in order,
-    mlp_sensitivities: list = field(default_factory=list)  # and of those after MLPs
+    sensitivities: dict = field(default_factory=dict)  # {attention or MLP: [(layer, s, perplexity)]}, in order
     agreements: dict = field(default_factory=dict)  # {text: what its line says}
     tokens: dict = field(default_factory=dict)  # {stage that has ended: how many it used}
 
@@ -81,7 +80,8 @@ def _read_line(log, line):
         entry = (match[1], int(match[2]), int(match[3]), perplexities)
         log.perplexities = [old for old in log.perplexities if old[:2] != entry[:2]] + [entry]
     elif match := SENSITIVITY.match(line):
-        measured = log.sensitivities if match[1] == "block" else log.mlp_sensitivities
+        sublayer = match[1].replace("block", "attention")  # as older logs call it
+        measured = log.sensitivities.setdefault(sublayer, [])
         entry = (int(match[2]), float(match[3]), float(match[4]))
         measured[:] = [old for old in measured if old[0] != entry[0]] + [entry]
     elif match := TOKENS.match(line):

@@ -105,7 +105,7 @@ def model_flops_utilization(model: rsm.GPT, sequences: float, seconds: float, de
     sequences: those of block_size that this rank's TP group trains on in so many seconds. Flops as in PaLM (arXiv
     2204.02311, appendix B).
     """
-    peak = next((a.peak for name, a in ACCELERATORS.items() if name in device_name), None)
+    peak = next((a.peak_flops for name, a in ACCELERATORS.items() if name in device_name), None)
     if peak is None:
         return None
     c = model.config

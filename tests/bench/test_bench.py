@@ -212,7 +212,7 @@ def test_the_link_that_was_measured_takes_the_times_that_were_measured():
     slow = Round({}, 700.0, {(B, T): Constants(*(100 * one for one in constants))})
     prefill = cost_model.Forward(2, B, T, T)
     read_rate, accelerator, link = bench.machine_of([[found, found], [found, slow]], prefill, 32)
-    assert (read_rate, accelerator.bandwidth, accelerator.peak, accelerator.overhead) == (7.0, 3.0, 4.0, 5.0)
+    assert (read_rate, accelerator.bandwidth, accelerator.peak_flops, accelerator.overhead) == (7.0, 3.0, 4.0, 5.0)
     assert [link.all_reduce(4 * B * t * 32, 2) for t in (1, T)] == pytest.approx([1e-5, 1.5e-5])
     assert bench.machine_of([[found]], prefill, 32).link is None
 
@@ -375,7 +375,7 @@ def test_flops_are_those_of_the_model(T, block):
 def test_a_hidden_sync_takes_what_its_sublayer_leaves():
     """On a machine where only bytes count: an attention takes as long as 4 C^2 weights, an MLP as 8 C^2."""
     C = 32
-    accelerator = Accelerator(bandwidth=4.0, peak=1e30, overhead=0.0)
+    accelerator = Accelerator(bandwidth=4.0, peak_flops=1e30, overhead=0.0)
     shape = dict(vocab_size=1, n_layer=3, n_head=2, n_embd=C, n_shard=1)
 
     def exposed(all_reduce, added_delay=0.0, **keys):

@@ -69,7 +69,7 @@ def arguments(llama, out_dir, **keys):
     if llama:
         keys = dict(init_from=llama / "model", calibration=llama / "one.calibration.txt") | keys
     keys = dict(out_dir=out_dir, evaluation=f"{llama}/*.evaluation.txt", block_size=32, device="cpu") | keys
-    keys = dict(evaluation_tokens=512, measure_windows=8, step_windows=4, batch_size=2) | keys
+    keys = dict(evaluation_tokens=512, calibration_windows=8, step_windows=4, batch_size=2) | keys
     keys = dict(distil_tokens=12 * 128, distil_learning_rate=1e-3) | keys
     keys = dict(finetune_tokens=11 * 128, finetune_learning_rate=1e-3) | keys
     return [f"--{key}={value}" for key, value in keys.items()]
@@ -119,7 +119,7 @@ def test_every_stage_leaves_its_line(whole):
     stages = [("dense", 8, 8), ("dropped", 3, 8), ("distilled", 3, 8), ("finetuned", 3, 8)]
     assert [(stage, syncs, most) for stage, syncs, most, _ in log.perplexities] == stages
     assert all(values.keys() == {"one", "two"} for *_, values in log.perplexities)
-    assert log.sensitivities == [] and [layer for layer, *_ in log.mlp_sensitivities] == [0, 1, 2]
+    assert [layer for layer, *_ in log.sensitivities.pop("MLP")] == [0, 1, 2] and not log.sensitivities
     assert not (whole / "progress.pt").exists()
 
 
@@ -389,16 +389,16 @@ def test_what_needs_no_order_is_not_measured(llama, tmp_path, drop, pattern):
     drop_syncs.main(arguments(llama, tmp_path / "out", **UNTRAINED, drop=drop))
     assert ckpt.load(tmp_path / "out/ckpt.pt")["model_args"]["sync"] == str(SyncRule(pattern))
     log = read_drop_log(tmp_path / "out/log.txt")
-    assert log.sensitivities == log.mlp_sensitivities == [] and bool(log.agreements) == (pattern != "2222")
+    assert not log.sensitivities and bool(log.agreements) == (pattern != "2222")
 
 
 @pytest.mark.parametrize("drop", [1, 3, 6])
 def test_the_least_sensitive_are_dropped_first(llama, tmp_path, drop):
     drop_syncs.main(arguments(llama, tmp_path / "out", **UNTRAINED, drop=drop))
     log = read_drop_log(tmp_path / "out/log.txt")
-    measured, kept, dropped, n = (log.sensitivities, "2", "1", drop)
-    if drop > 4:
-        measured, kept, dropped, n = (log.mlp_sensitivities, "1", "0", drop - 4)
+    sublayer, kept, dropped, n = ("attention", "2", "1", drop) if drop < 4 else ("MLP", "1", "0", drop - 4)
+    ((found, measured),) = log.sensitivities.items()
+    assert found == sublayer
     first = [layer for _, layer in sorted((s, layer) for layer, s, _ in measured)[:n]]
     pattern = "".join(dropped if i in first else kept for i in range(4))
     assert ckpt.load(tmp_path / "out/ckpt.pt")["model_args"]["sync"] == str(SyncRule(pattern))
@@ -512,7 +512,7 @@ def test_texts_of_one_name_are_told_apart(llama, tmp_path):
         (dict(tp_size=2), "tp_size=2"),
         (dict(calibration="/no/such/text.txt"), "calibration='/no/such/text.txt': there is no such file"),
         (dict(calibration=""), "calibration is empty"),
-        (dict(measure_windows=5000), "measure_windows: one has 6008 tokens; 5000 windows of 32 need 160000"),
+        (dict(calibration_windows=5000), "calibration_windows: one has 6008 tokens; 5000 windows of 32 need 160000"),
         (dict(block_size=64), "block_size=64 is above the 32 positions"),
         (dict(drop=8), "drop=8: of the model's 8 syncs all but the last, 7, can be dropped"),
         (dict(drop=0, sync="spd"), "alternatives"),
@@ -552,7 +552,7 @@ def test_an_out_dir_is_used_once_and_resumed_with_the_same_keys(llama, whole, tm
     torch.save(saved, tmp_path / "progress.pt")
     one_line_error(run_script([DROP, *arguments(llama, tmp_path, init_from="resume")]), "was started with")
     capsys.readouterr()
-    del saved["config"]["measure_windows"]  # of another version
+    del saved["config"]["calibration_windows"]  # of another version
     torch.save(saved, tmp_path / "progress.pt")
     assert status(drop_syncs.main, [f"--out_dir={tmp_path}", "--init_from=resume"]) == 1
     assert "progress.pt was written by another version: choose another out_dir" in capsys.readouterr().err

@@ -184,7 +184,7 @@ def test_its_syncs_are_dropped_and_the_result_exported(tmp_path, modules, family
     (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 40)
     keys = dict(init_from=tmp_path / "model", n_shard=2, block_size=24, device="cpu", out_dir=tmp_path / "out")
     keys |= dict(calibration=tmp_path / "text", evaluation=tmp_path / "text")
-    keys |= dict(measure_windows=4, evaluation_tokens=256, distil_tokens=256, finetune_tokens=256)
+    keys |= dict(calibration_windows=4, evaluation_tokens=256, distil_tokens=256, finetune_tokens=256)
     drop_syncs.main([f"--{key}={value}" for key, value in keys.items()])
     export.main([str(tmp_path / "out"), f"--to={tmp_path / 'export'}"])
     ours = weights.from_pretrained(tmp_path / "export")

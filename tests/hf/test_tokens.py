@@ -98,7 +98,7 @@ def dropping(folder, out_dir, **keys):
     if not text.exists():
         text.write_text(english()[:3000], encoding="utf-8")
     keys = dict(init_from=folder, calibration=text, evaluation=text) | keys
-    keys |= dict(out_dir=out_dir, block_size=32, measure_windows=2, distil_tokens=0, finetune_tokens=0)
+    keys |= dict(out_dir=out_dir, block_size=32, calibration_windows=2, distil_tokens=0, finetune_tokens=0)
     keys |= dict(arrange="as_is", evaluation_tokens=64, device="cpu")
     return [f"--{key}={value}" for key, value in keys.items()]
 
