@@ -54,7 +54,7 @@ from reduced_sync import distributed
 from reduced_sync.bench import cost_model
 from reduced_sync.bench.candidates import Candidate, build, keys_of, measure, synchronize
 from reduced_sync.bench.figures import draw_decoding
-from reduced_sync.bench.results import Case, Prediction, Row, Times, Training, describe, to_json
+from reduced_sync.bench.results import Case, Prediction, Row, Times, Training, describe
 from reduced_sync.bench.timing import Condition, Constants, Decoding, Round, Workload
 from reduced_sync.cli import check_figure, check_target, one_line_errors
 from reduced_sync.configurator import option, parse
@@ -498,7 +498,7 @@ def main(argv: list[str]) -> None:
         if args.json:
             with open(args.json, "w", encoding="utf-8") as file:
                 keys = {"command": command} | dataclasses.asdict(args)  # vars would have what is no key
-                json.dump({"settings": keys, "results": list(map(to_json, results))}, file, indent=1)
+                json.dump({"settings": keys, "results": results}, file, indent=1, default=dataclasses.asdict)
 
 
 if __name__ == "__main__":

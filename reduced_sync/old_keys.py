@@ -1,8 +1,13 @@
-"""What said where shards synchronized before there was one key `sync`. The one place that still knows."""
+"""Names of earlier versions: of the keys that said where shards synchronize, and of bench.py's results.
+
+The one place that still knows them.
+"""
 
 import re
 
 OLD = "architecture layers_per_group sync_pattern parallel_block merge overlap".split()
+RESULT = {"patterns": "rows", "variant": "candidate", "stream": "read_rate", "rival": "reference"}
+TIMES = {"rival_": "reference_times", "compiled_silent_": "compiled_silent", "compiled_": "compiled"}  # prefixes
 
 
 def translate_old_keys(keys: dict) -> dict:
@@ -31,13 +36,20 @@ def complete_config(keys: dict) -> dict:
     return {"qkv_bias": False, "qk_norm": False} | translate_old_keys(keys)
 
 
-def with_rules(result: dict, n_layer: int | None) -> dict:
-    """A result of bench.py, its candidates spelled as they are now. In older ones grouped:3 is 3 layers a group."""
-    for entry in [result, *result.get("patterns", [])]:
-        for key in ("candidate", "variant"):
-            if match := re.search(r"grouped:(\d+)", str(entry.get(key))):
-                layers = len(entry.get("pattern", "")) or n_layer
-                entry[key] = entry[key].replace(match[0], f"grouped-{layers // int(match[1])}")
-        if isinstance(entry.get("model"), dict):
-            entry["model"] = translate_old_keys(entry["model"])
-    return result
+def translate_old_result(result: dict, n_layer: int | None) -> dict:
+    """A result of bench.py, or a row of one, with the names of today. In older ones grouped:3 is 3 layers a group."""
+    new = {}
+    for key, value in result.items():
+        prefix = next((prefix for prefix in TIMES if key.startswith(prefix)), "") if "patterns" in result else ""
+        if prefix:
+            new.setdefault(TIMES[prefix], {})[key.removeprefix(prefix)] = value
+        else:
+            new[RESULT.get(key, key)] = value
+    if match := re.search(r"grouped:(\d+)", str(new.get("candidate"))):
+        layers = len(new.get("pattern", "")) or n_layer
+        new["candidate"] = new["candidate"].replace(match[0], f"grouped-{layers // int(match[1])}")
+    if isinstance(new.get("model"), dict):
+        new["model"] = translate_old_keys(new["model"])
+    if isinstance(new.get("rows"), list):
+        new["rows"] = [translate_old_result(row, n_layer) for row in new["rows"]]
+    return new

@@ -71,6 +71,6 @@ def write_latency(folder, *rows, **others):
     """A file of bench.py decode's with one case more."""
     path = folder / "decode.json"
     cases = json.loads(path.read_text())["results"] if path.exists() else []
-    cases.append({"tp_size": 2, "batch_size": 1, "prompt": 128, "patterns": rows} | others)
+    cases.append({"tp_size": 2, "batch_size": 1, "prompt": 128, "rows": rows} | others)
     path.write_text(json.dumps({"results": cases}))
     return path

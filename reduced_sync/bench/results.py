@@ -1,16 +1,11 @@
-"""What bench.py finds, the JSON that it writes with --json, and the one place that reads that again.
-
-A field's metadata say what it is in JSON: its `key`, where that is an older name, or the `prefix` of the keys of Times,
-which stand in the Case itself.
-"""
+"""What bench.py finds and writes as JSON with --json, and the one place that reads that again."""
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from reduced_sync.old_keys import with_rules
+from reduced_sync.old_keys import translate_old_result
 from reduced_sync_model import GPTConfig
 
 
@@ -42,7 +37,7 @@ class Times:
 class Model:
     """Which model a row is about."""
 
-    candidate: str = field(default="", metadata={"key": "variant"})
+    candidate: str = ""
     pattern: str = ""
     syncs: int = 0  # all-reduces of a forward pass
     hidden: int = 0  # those of them in flight while the next sublayer runs
@@ -78,17 +73,16 @@ class Case:
     tp_size: int
     batch_size: int
     prompt: int
-    rows: list[Row] = field(metadata={"key": "patterns"})
+    rows: list[Row]
     added_delay_s: float = 0.0
-    # bytes/s at which a rank sums its weights
-    read_rate: float | None = field(default=None, metadata={"key": "stream"})
-    reference: str = field(default="", metadata={"key": "rival"})
+    read_rate: float | None = None  # bytes/s at which a rank sums its weights
+    reference: str = ""
     accelerator: dict | None = None
     link: dict | None = None
     bound_s: float | None = None  # the first candidate's
-    reference_times: Times | None = field(default=None, metadata={"prefix": "rival_"})
-    compiled: Times | None = field(default=None, metadata={"prefix": "compiled_"})  # the first candidate
-    compiled_silent: Times | None = field(default=None, metadata={"prefix": "compiled_silent_"})
+    reference_times: Times | None = None
+    compiled: Times | None = None  # the first candidate
+    compiled_silent: Times | None = None
     compute_s: float | None = None  # TPOT on the line: compute_s + syncs x all_reduce_s
     all_reduce_s: float | None = None
 
@@ -104,7 +98,8 @@ class Prediction(Model):
 
 
 RESULTS = {"train": Training, "decode": Case, "predict": Prediction}
-REQUIRED = {"train": ["tokens_per_s", "peak_bytes"], "decode": ["tp_size", "batch_size", "prompt"], "predict": []}
+REQUIRED = {Training: ["tokens_per_s", "peak_bytes"], Case: ["tp_size", "batch_size", "prompt"], Prediction: []}
+REQUIRED |= {Row: ["tpot_s"], Times: ["tpot_s"]}
 
 
 def describe(config: GPTConfig) -> dict:
@@ -113,28 +108,19 @@ def describe(config: GPTConfig) -> dict:
     return {"pattern": config.rule.pattern, "syncs": config.rule.syncs, "hidden": config.rule.hidden, "model": model}
 
 
-def to_json(result: Any) -> dict:
-    """A result as JSON has it: what is None is left out."""
-    entry = {}
-    for one in dataclasses.fields(result):
-        value, names = getattr(result, one.name), one.metadata
-        if value is not None and "prefix" in names:
-            entry |= {names["prefix"] + key: part for key, part in to_json(value).items()}
-        elif value is not None:
-            entry[names.get("key", one.name)] = list(map(to_json, value)) if one.name == "rows" else value
-    return entry
-
-
-def _from_json(cls, entry):
-    """The result of class `cls` that `entry` describes."""
-    keys = {}
-    for one in dataclasses.fields(cls):
-        key, prefix = one.metadata.get("key", one.name), one.metadata.get("prefix")
-        if prefix and f"{prefix}tpot_s" in entry:
-            own = {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)}
-            keys[one.name] = _from_json(Times, own)
-        elif not prefix and key in entry:
-            keys[one.name] = [_from_json(Row, row) for row in entry[key]] if one.name == "rows" else entry[key]
+def _from_json(cls, place, entry):
+    """The result of class `cls` that `entry` describes, which stands at `place`. Raises ValueError, naming that."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place} is not what bench.py writes")
+    keys = {one.name: entry[one.name] for one in dataclasses.fields(cls) if one.name in entry}
+    _check_numbers(place, keys, REQUIRED[cls])
+    if cls is Case:
+        if not isinstance(keys.get("rows"), list):
+            raise ValueError(f"{place} is not what bench.py writes")
+        keys["rows"] = [_from_json(Row, f"{place}.rows[{j}]", row) for j, row in enumerate(keys["rows"])]
+        for name in ("reference_times", "compiled", "compiled_silent"):
+            if keys.get(name) is not None:
+                keys[name] = _from_json(Times, f"{place}.{name}", keys[name])
     return cls(**keys)
 
 
@@ -154,22 +140,16 @@ def read_results(path: str | Path) -> tuple[dict, list]:
     command = options.get("command", "decode")
     if command not in list(RESULTS):
         raise ValueError(f"{path}: not what bench.py writes: its command is {command!r}")
-    for i, one in enumerate(results):
-        rows = one.get("patterns", None if command == "decode" else []) if isinstance(one, dict) else None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"{path}: results[{i}] is not what bench.py writes")
-        _check_numbers(f"{path}: results[{i}]", one, REQUIRED[command])
-        for j, row in enumerate(rows):
-            _check_numbers(f"{path}: results[{i}].patterns[{j}]", row, ["tpot_s"])
     try:
-        return options, [_from_json(RESULTS[command], with_rules(one, options.get("n_layer"))) for one in results]
+        entries = [translate_old_result(one, options.get("n_layer")) for one in results]
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not what bench.py writes: {error}") from None
+    return options, [_from_json(RESULTS[command], f"{path}: results[{i}]", one) for i, one in enumerate(entries)]
 
 
 def _check_numbers(place, entry, required):
     """Raise ValueError unless `entry` has the keys that are required, and a possible value for each time and size."""
-    for key in dict.fromkeys([*required, *entry]):
+    for key in dict.fromkeys([*required, *(key for key, value in entry.items() if value is not None)]):
         if key in ("tp_size", "batch_size", "prompt"):
             kinds, least, wanted = (int,), 1, "a positive integer"
         elif key == "added_delay_s":

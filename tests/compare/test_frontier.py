@@ -153,23 +153,23 @@ TIMES = [0, 0.0, -0.1, float("nan"), float("inf"), 10**400, True, "0.1", None, [
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        *((dict(patterns=[{"tpot_s": one}]), f"results[1].patterns[0].tpot_s is {one!r}, it must be") for one in TIMES),
+        *((dict(rows=[{"tpot_s": one}]), f"results[1].rows[0].tpot_s is {one!r}, it must be") for one in TIMES),
         (dict(tp_size="2"), "results[1].tp_size is '2', it must be a positive integer"),
         (dict(batch_size=0), "results[1].batch_size is 0, it must be a positive integer"),
         (dict(prompt=1.5), "results[1].prompt is 1.5, it must be a positive integer"),
         (dict(added_delay_s=float("nan")), "results[1].added_delay_s is nan, it must be a number of at least 0"),
-        (dict(rival_ttft_s="1"), "results[1].rival_ttft_s is '1', it must be a positive number"),
-        (dict(patterns=[{}]), "results[1].patterns[0].tpot_s is missing, it must be a positive number"),
-        (dict(patterns=[[]]), "results[1] is not what bench.py writes"),
-        (dict(tp_size=2, patterns=[{"tpot_s": 0.1, "model": 3}]), "not what bench.py decode writes: 'int' object"),
-        (dict(patterns={}), "results[1] is not what bench.py writes"),
+        (dict(compiled={"tpot_s": 1, "ttft_s": "1"}), "results[1].compiled.ttft_s is '1', it must be a positive"),
+        (dict(rows=[{}]), "results[1].rows[0].tpot_s is missing, it must be a positive number"),
+        (dict(rows=[[]]), "not what bench.py writes: 'list' object"),
+        (dict(tp_size=2, rows=[{"tpot_s": 0.1, "model": 3}]), "not what bench.py decode writes: 'int' object"),
+        (dict(rows={}), "results[1] is not what bench.py writes"),
     ],
     ids=lambda one: str(one)[:60],
 )
 def test_an_impossible_case_is_refused(runs, changes, line):
     """Also one that is none of the runs'."""
     write_latency(runs, row(0.1, "1" * 12))
-    path = write_latency(runs, **{"tp_size": 1, "patterns": []} | changes)
+    path = write_latency(runs, **{"tp_size": 1, "rows": []} | changes)
     with pytest.raises(ValueError, match=re.escape(f"{path}: {line}")):
         add_measured(load(runs), path, None, None)
 
@@ -179,7 +179,7 @@ def test_an_impossible_case_is_refused(runs, changes, line):
     [
         ("[]", "not what bench.py writes: an object with a list of results"),
         ('{"results": {}}', "not what bench.py writes: an object with a list of results"),
-        ('{"results": [3]}', "results[0] is not what bench.py writes"),
+        ('{"results": [3]}', "not what bench.py writes: 'int' object"),
         ('{"results": [], "settings": 3}', "not what bench.py writes: an object with a list of results"),
         ('{"results": [' + "9" * 5000 + "]}", "not what bench.py writes: Exceeds the limit"),
         ('{"results": [{"tpot_s": 0.1}', "not what bench.py writes: Expecting"),
