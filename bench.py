@@ -185,7 +185,7 @@ def check_decode(args: "Decode", configs: dict[str, rsm.GPTConfig], device: str)
     """Raise ValueError for what cannot be decoded or drawn."""
     for tp_size, (name, config) in itertools.product(args.tp_sizes, configs.items()):
         config.check_tp_size(tp_size, name)
-    if max(args.prompts) + args.new_tokens >= args.block_size:
+    if max(args.prompts) + args.new_tokens > args.block_size:
         raise ValueError(f"prompts of {max(args.prompts)} and {args.new_tokens} new tokens exceed --block_size")
     if args.png and max(args.tp_sizes) < 2:
         raise ValueError("--png draws TPOT against sync count at tp_size 2 or more; --tp_sizes names none")

@@ -1,6 +1,6 @@
 """A GPT whose tensor-parallel shards synchronize less often than after every sublayer. The whole model in one file.
 
-The transformer is cut into `n_shard` shards, each with n_head/n_shard heads and 4*n_embd/n_shard MLP neurons of every
+The transformer is cut into `n_shard` shards, each with n_head/n_shard heads and n_hidden/n_shard MLP neurons of every
 layer. Standard tensor parallelism (TP, Megatron-LM, arXiv 1909.08053) all-reduces the shards' outputs after every
 attention and every MLP. Here a SyncRule says where: `baseline`, `spd`, `grouped-4`, or one character per layer,
 
@@ -876,6 +876,8 @@ class GPT(nn.Module):
         """This model under another pattern of syncs. It shares all weights. Raises ValueError for an impossible one."""
         model = copy.copy(self)
         model.config = replace(self.config, sync=sync)
+        if model.config.rule.parts.block is not self.config.rule.parts.block:
+            raise ValueError(f"sync={sync!r} has other layers than this model's {self.config.sync!r}")
         return model
 
     def get_num_params(self, non_embedding: bool = True) -> int:

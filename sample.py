@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import reduced_sync_model as rsm
 from reduced_sync import checkpoint as ckpt
@@ -107,7 +106,7 @@ def read_prompt(start: str) -> str:
 
 def prompt_ids(config: Config, tokens: Tokens, block_size: int) -> list[int]:
     """The prompt's token ids, the same on every rank: rank 0 reads it. Raises ValueError on all where there is none."""
-    answer = [None]
+    answer = None
     if RANK == 0:
         try:
             ids = tokens.encode(read_prompt(config.start))
@@ -115,14 +114,13 @@ def prompt_ids(config: Config, tokens: Tokens, block_size: int) -> list[int]:
                 raise ValueError(f"start={config.start!r}: the prompt is empty")
             if len(ids) > block_size:
                 print(f"the prompt has {len(ids)} tokens: its last {block_size}, a block, are used", file=sys.stderr)
-            answer = [ids[-block_size:]]
+            answer = ids[-block_size:]
         except ValueError as error:
-            answer = [str(error)]
-    if WORLD_SIZE > 1:
-        dist.broadcast_object_list(answer)
-    if isinstance(answer[0], str):
-        raise distributed.SameOnAllRanks(answer[0])
-    return answer[0]
+            answer = str(error)
+    answer = distributed.from_rank_0(answer)
+    if isinstance(answer, str):
+        raise distributed.SameOnAllRanks(answer)
+    return answer
 
 
 def sample(config: Config, model: rsm.GPT, tokens: Tokens, vocab_size: int, layout: distributed.Layout) -> None:

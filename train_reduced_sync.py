@@ -315,7 +315,8 @@ def train(config: Config, prepared: Prepared) -> None:
         if stopping:
             return save_and_end()
         if is_due:
-            trainer.save()
+            with record.pause():
+                trainer.save()
     record.close()
 
 

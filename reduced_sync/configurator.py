@@ -130,7 +130,8 @@ def describe(cls: type) -> str:
     for field in dataclasses.fields(cls):
         allowed = field.metadata["allowed"]
         choices = f": {', '.join(allowed)}" if allowed else ""
-        lines.append(f"  --{field.name}={field.default!s:<12} {field.metadata['meaning']}{choices}")
+        default = str(field.default).replace("\n", r"\n")
+        lines.append(f"  --{field.name}={default:<12} {field.metadata['meaning']}{choices}")
     return "\n".join(lines)
 
 

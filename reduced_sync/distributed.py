@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,10 +58,7 @@ class Layout:
 def choose_device(
     device: str | None = None, dtype: str | None = None, backend: str | None = None
 ) -> tuple[str, torch.dtype, str]:
-    """Device type, torch dtype and backend, each chosen where it is None. Raises ValueError for what is not there.
-
-    The one place where CUDA and CPU part.
-    """
+    """Device type, torch dtype and backend, each chosen where it is None. Raises ValueError for what is not there."""
     has_cuda = torch.cuda.is_available()
     if device is None and not has_cuda and torch.version.cuda and RANK == 0:
         print(f"no GPU is used, though torch is built for CUDA {torch.version.cuda}: {_no_cuda()}", file=sys.stderr)
@@ -230,6 +228,14 @@ def until_stopped(batches: Iterable, n_windows: int, batch_size: int, layout: La
             stop.agreed = True
             return
         yield batch
+
+
+def from_rank_0(value: Any) -> Any:
+    """What rank 0 has, on every rank: any value that can be pickled."""
+    answer = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    return answer[0]
 
 
 def agree(numbers: list[float], questions: list[bool], device: torch.device | str) -> tuple[list[float], list[bool]]:

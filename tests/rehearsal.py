@@ -4,9 +4,10 @@
     python tests/rehearsal.py LIBRARY memory        the memory table of docs/memory.md, in three minutes
     python tests/rehearsal.py LIBRARY '{"drop": 24, "tp_size": 1}'     drop_syncs.py's keys: an 8 B Llama
 
-LIBRARY is fake_cuda.cpp, compiled; it has to be loaded before torch. Fake tensors have shapes, types and devices but no
-numbers: what shows are wrong devices and types, graph breaks, recompilations, host synchronizations and memory. The
-process group is torch's "fake" one, of WORLD_SIZE ranks of which this is rank 0. A case prints a line of JSON:
+LIBRARY is fake_cuda.cpp, compiled as below; it has to be loaded before torch. Fake tensors have shapes, types and
+devices but no numbers: what shows are wrong devices and types, graph breaks, recompilations, host synchronizations and
+memory. The process group is torch's "fake" one, of WORLD_SIZE ranks of which this is rank 0. A case prints a line of
+JSON:
 
     host_waits  of each update: how often Python waits for a number on the GPU
     graphs      [graphs compiled for training, graphs compiled for evaluation]
@@ -19,6 +20,11 @@ it makes; where it has `drop`, the most GB that a GPU holds in each stage of dro
 the 124M model with these keys and no compilation:
 
     peak        bytes that the GPU holds at most: parameters, gradients, moments, activations, and an evaluation's
+
+    T=$(python -c "import torch; print(torch.__path__[0])")
+    P=$(python -c "import sysconfig; print(sysconfig.get_path('include'))")
+    L="-L$T/lib -lc10 -ltorch_cpu -Wl,-rpath,$T/lib"
+    g++ -shared -fPIC -std=c++20 -I$T/include -I$P tests/fake_cuda.cpp -o LIBRARY $L
 """
 
 import contextlib

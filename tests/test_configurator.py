@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from launch import ROOT, TRAIN, run_script, succeeded
 
 import drop_syncs
+import sample
 from reduced_sync.configurator import configure, describe, option, parse
 from reduced_sync.train.experiment import Config
 
@@ -378,9 +379,10 @@ def test_only_value_errors_come_out(tmp_path, text, argv):
 
 
 def test_describe_has_a_line_for_every_key():
-    lines = describe(Config).splitlines()
-    for field, line in zip(dataclasses.fields(Config), lines, strict=True):
-        assert line.strip().startswith(f"--{field.name}={field.default}") and field.metadata["meaning"] in line
+    for cls in (Config, sample.Config):
+        for field, line in zip(dataclasses.fields(cls), describe(cls).splitlines(), strict=True):
+            default = str(field.default).replace("\n", r"\n")
+            assert line.strip().startswith(f"--{field.name}={default}") and field.metadata["meaning"] in line
 
 
 def test_help_of_the_script_lists_every_key(tmp_path):

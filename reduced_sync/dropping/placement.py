@@ -13,7 +13,7 @@ from scipy import sparse
 from scipy.optimize import linprog
 
 from reduced_sync.checkpoint import gather_tensor
-from reduced_sync.distributed import Layout
+from reduced_sync.distributed import Layout, from_rank_0
 from reduced_sync.hf.weights import unshard_tensor
 from reduced_sync_model import GPT, Block, GPTConfig, shard_tensor
 
@@ -73,10 +73,11 @@ def arrange(model: GPT, i: int, batches: list[torch.Tensor], by: str, layout: La
     """
     config, dense, rope = model.config, dense_block(model, i), model.rope_cos_sin(batches[0].size(1))
     as_they_are, neurons = list(range(config.n_kv_head)), list(range(config.n_hidden))
-    groups = place_groups(dense, config, batches, rope, by, layout)
+    # of rank 0: a rounding error more or less may change them, and ranks hold shards of one order
+    groups = from_rank_0(place_groups(dense, config, batches, rope, by, layout))
     dense = permuted(dense, config, groups, neurons)
     if by == "affinity":
-        neurons = place_neurons(dense, config, batches, rope, layout)
+        neurons = from_rank_0(place_neurons(dense, config, batches, rope, layout))
     set_dense_block(model, i, permuted(dense, config, as_they_are, neurons))
     return groups, neurons
 

@@ -11,7 +11,7 @@ from reduced_sync_model import GPTConfig
 
 @dataclass
 class Config:
-    """Every key. The defaults are the 124M experiment on eight GPUs; names and meanings are nanoGPT's."""
+    """Every key. The defaults are the 124M experiment on eight GPUs; names that nanoGPT has mean the same."""
 
     # files and logging
     out_dir: str = option("out", "folder of log.txt and the checkpoints", is_path=True)

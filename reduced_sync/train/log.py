@@ -1,4 +1,4 @@
-"""log.txt: the one place that writes it and the one place that parses it.
+"""The training script's log.txt: the one place that writes it and the one place that parses it.
 
 A log opens with a header of `# key: value` lines that describes the run; `# config:` is JSON. Then come lines of two
 fixed forms that grep finds:

@@ -234,7 +234,7 @@ def test_predict(tmp_path, capsys):
     ("argv", "words"),
     [
         (["decode", "--tp_sizes", "3"], ["n_shard=2 of baseline is not divisible by tp_size=3"]),
-        (["decode", "--prompts", "250"], ["prompts of 250 and 16 new tokens exceed --block_size"]),
+        (["decode", "--prompts", "241"], ["prompts of 241 and 16 new tokens exceed --block_size"]),
         (["decode", "1111"], ["sync='1111' has 4 characters; it needs n_layer=12"]),
         (["decode", "grouped-5"], ["grouped-5 does not divide n_layer=12"]),
         (["decode", "--tp_sizes", "1", "--png=x.png"], ["--png", "tp_size 2 or more"]),

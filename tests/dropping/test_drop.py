@@ -10,8 +10,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import english
 from launch import ROOT, one_line_error, run_script, status, succeeded
+from spawn import run_ranks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from variants import rough
@@ -275,6 +277,25 @@ def test_affinity_finds_neurons_that_were_shuffled():
         errors.append(distillation.relative_error(dropped, exact).item())
     made, mixed, arranged = errors
     assert arranged < made < mixed, errors
+
+
+def arrange_on_a_rank(rank):
+    """Rank 1 finds everything the other way round."""
+    if rank == 1:
+        for name in ("place_groups", "place_neurons"):
+            order_of = getattr(placement, name)
+            setattr(placement, name, lambda *arguments, order_of=order_of: order_of(*arguments)[::-1])
+    torch.manual_seed(1)
+    base = GPT(SMALL, dist.group.WORLD)
+    found = placement.arrange(base, 0, [base.embed(windows()).detach()], "affinity", LAYOUT)
+    everywhere = [None, None]
+    dist.all_gather_object(everywhere, found)
+    assert everywhere[0] == everywhere[1]
+
+
+def test_all_ranks_take_one_order():
+    """A rounding error may change what a rank finds; the shards would then be those of two orders."""
+    run_ranks(2, arrange_on_a_rank)
 
 
 @pytest.mark.parametrize("by", ["affinity", "scatter"])

@@ -117,6 +117,8 @@ def test_a_pattern_is_chosen_without_copying_weights(pattern):
     assert all(p is q for p, q in zip(chosen.parameters(), base.parameters(), strict=True))
     with pytest.raises(ValueError, match="sync="):
         base.with_sync(pattern + "1")
+    with pytest.raises(ValueError, match="has other layers than this model's 'baseline'"):
+        base.with_sync("spd+parallel")
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

@@ -2,11 +2,13 @@
 
 import math
 import subprocess
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import train_reduced_sync
 from reduced_sync.dropping.log import read_drop_log, table_of
 from reduced_sync.train.log import RunLog, changes, drop_lines_after, iter_line, read_log, step_line
 
@@ -16,6 +18,16 @@ def test_the_forms_people_grep():
     line = iter_line(20000, 3.269, 0.1312, 491520, 0.42131, 0.412)
     assert line == "iter 20000: loss 3.2690, time 131.20ms, tok/s 3746341, mfu 41.20%, grad norm 0.4213"
     assert iter_line(7, 3.0, 1.0, 1024, 1.0) == "iter 7: loss 3.0000, time 1000.00ms, tok/s 1024, grad norm 1.0000"
+
+
+def test_saving_is_no_part_of_a_steps_time(small_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_reduced_sync.ckpt, "save", lambda *_: time.sleep(0.5))
+    keys = dict(dataset=small_dataset, out_dir=tmp_path / "out", device="cpu", max_iters=6, log_interval=1)
+    keys |= dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=2, gradient_accumulation_steps=1)
+    keys |= dict(eval_interval=6, eval_iters=1, warmup_iters=1, checkpoint_minutes=1e-9)
+    train_reduced_sync.main([f"--{key}={value}" for key, value in keys.items()])
+    times = [ms for _, _, ms, *_ in read_log(tmp_path / "out" / "log.txt").iterations]
+    assert len(times) == 6 and sorted(times)[3] < 500
 
 
 def write(path, lines, header=None):
