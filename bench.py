@@ -16,11 +16,11 @@ decode prints, with times in milliseconds:
     run, bytes  the all-reduces that really ran in a decode step, and the size of each
     in-syncs    the time spent in them; on a GPU, where they are part of a CUDA graph, TPOT less no-syncs
     no-syncs    TPOT of the same model if its all-reduces send nothing: the bound without communication
-    bound/TPOT  bound: the time a rank needs to read its weights and cache once, at the rate at which it sums them
-                (a GPU: at that of one large read)
-    line        how far TPOT = compute + syncs x all_reduce is off, with both constants measured, as no-syncs and
-                in-syncs, over the models of the first one's size without hidden syncs
-    model       how far cost_model.py is off
+    bound/TPOT  bound: the time to read a rank's weights and cache once, at the speed measured for summing them
+                (on a GPU, for one large read)
+    line        the error of compute + syncs x all_reduce, which are no-syncs and in-syncs, averaged over the models of
+                the first one's size without hidden syncs
+    model       the error of cost_model.py
     exposed     what a hidden sync still costs: TPOT less no-syncs and the blocking syncs, and the model's figure
 
 With --added_delay_us every all-reduce takes at least that long from its start until its result is used: real ranks and
@@ -58,7 +58,7 @@ from reduced_sync.bench.results import Case, Prediction, Row, Times, Training, d
 from reduced_sync.bench.timing import Condition, Constants, Decoding, Round, Workload
 from reduced_sync.cli import check_figure, check_target, one_line_errors
 from reduced_sync.configurator import option, parse
-from reduced_sync.hardware import LINKS, NAMED, Accelerator, Link
+from reduced_sync.hardware import GPUS, LINKS, Accelerator, Link
 from reduced_sync.train.experiment import MODERN, model_keys
 
 
@@ -380,7 +380,7 @@ def print_exposed(cases: list[Case]) -> None:
 def predict(args: "Predict") -> list[Prediction]:
     """PREDICTED time per token and to the first one on named links, in bfloat16, by the model of cost_model.py."""
     configs = {name: args.config(name, args.n_shard) for name in args.candidates}
-    accelerator = NAMED[args.accelerator]
+    accelerator = GPUS[args.accelerator]
     for name, config in configs.items():
         if config.n_shard != args.n_shard:
             raise ValueError(f"{name}: predict has a rank a shard, here n_shard={args.n_shard}")
@@ -462,7 +462,7 @@ class Decode(Timed):
     batch_sizes: tuple[int, ...] = option((1,), "sequences decoded at once", least=1)
     prompts: tuple[int, ...] = option((128,), "tokens of the prompts", least=1)
     new_tokens: int = option(16, "tokens decoded after the first one", least=1)
-    compile: bool = option(False, "also the first candidate compiled; on several ranks without communication, too")
+    compile: bool = option(False, "also time the first candidate compiled; on several ranks also without communication")
     added_delay_us: tuple[int, ...] = option((0,), "microseconds that an all-reduce takes at least; CPU only", least=0)
     png: str | None = option(None, "file for a figure of TPOT against syncs: .png, .pdf or .svg", is_path=True)
 
@@ -475,7 +475,7 @@ class Predict(Options):
     n_head: int = option(32, "attention heads", least=1)
     n_shard: int = option(8, "shards, and ranks", least=1)
     links: tuple[str, ...] = option((), "links between ranks; default: all", allowed=tuple(LINKS))
-    accelerator: str = option("h100", "what a rank computes on", allowed=tuple(NAMED))
+    accelerator: str = option("h100", "what a rank computes on", allowed=tuple(GPUS))
     batch_size: int = option(1, "sequences decoded at once", least=1)
     prompt: int = option(512, "tokens of the prompt", least=1)
 

@@ -12,9 +12,9 @@ one. A dense model of fewer layers is a control, not a baseline. +- is half of t
 Student's t and the standard deviation of a gap over seeds, pooled over all arms of the size with several seeds.
 
 The verdict on an arm is `within` or `outside` if the whole interval lies on one side of the tolerance, otherwise
-`open`, with the number of seeds that would settle it. There is none where a learning rate is `not bracketed`: the arm
-and its baseline need a worse rate on either side of the best, at most twofold away (study.py finds them). Nor is there
-with `one seed`. Then, and below 10 tokens per parameter, the last line says what has been seen so far.
+`open`, with the number of seeds that would settle it. An arm has no verdict if its learning rate or its baseline's is
+`not bracketed` by worse rates on either side, at most twofold away (study.py finds them), or if it has only `one seed`.
+Then, and below 10 tokens per parameter, the last line says what has been seen so far.
 
 A warning names everything else in which runs of one size differ. Runs on other data, or evaluated on other windows,
 have no gap.
@@ -48,7 +48,7 @@ from reduced_sync.compare.prediction import predict
 from reduced_sync.compare.report import report, write_csv
 from reduced_sync.compare.runs import load_runs
 from reduced_sync.configurator import option, parse
-from reduced_sync.hardware import LINKS, NAMED
+from reduced_sync.hardware import GPUS, LINKS
 
 
 @dataclass
@@ -61,8 +61,8 @@ class Options:
     csv: str | None = option(None, "file for the table as CSV", is_path=True)
     latency: str | None = option(None, "measured times per token: what bench.py decode wrote with --json", is_path=True)
     link: str | None = option(None, "predict the times per token, with this link between ranks", allowed=tuple(LINKS))
-    accelerator: str | None = option(None, "with link: what a rank computes on; default: h100", allowed=tuple(NAMED))
-    tp_size: int | None = option(None, "with latency or link: ranks; with latency, default: the most in it", least=1)
+    accelerator: str | None = option(None, "with link: what a rank computes on; default: h100", allowed=tuple(GPUS))
+    tp_size: int | None = option(None, "with latency or link: ranks; default: the most in the file of latency", least=1)
     batch: int | None = option(None, "with latency or link: sequences; default: the fewest in the file, or 1", least=1)
     predict: str | None = option(None, "extrapolate the gaps to this size, LAYERSxWIDTH")
 

@@ -47,7 +47,7 @@ from reduced_sync.files import lock_folder, replace_file
 from reduced_sync.hf.tokenizer import write_pretrained
 from reduced_sync.train.experiment import cosine_schedule
 from reduced_sync.train.log import RunLog
-from reduced_sync.train.recorder import conditions
+from reduced_sync.train.recorder import environment
 
 MAY_CHANGE = "out_dir init_from tp_size device compile checkpoint_minutes".split()  # at a resume
 TIMEOUT_S = 1800  # that ranks wait for one another: rank 0 writes the whole model
@@ -67,10 +67,10 @@ class Config:
     evaluation_tokens: int = option(20480, "tokens of each evaluation text; 0: all", least=0)
     batch_size: int = option(8, "windows computed at once", least=1)
     # stages
-    arrange: str = option("affinity", "how heads and neurons stand on shards", allowed=("as_is", "affinity", "scatter"))
-    calibration_windows: int = option(32, "calibration windows to arrange by, and to choose the syncs by", least=1)
-    drop: int | None = option(None, "syncs to drop, those after attention first; None: all of those", least=0)
-    sync: str | None = option(None, "instead of `drop`: the pattern to drop to, as of the training script")
+    arrange: str = option("affinity", "how heads and neurons get to shards", allowed=("as_is", "affinity", "scatter"))
+    calibration_windows: int = option(32, "windows by which heads, neurons and syncs are chosen", least=1)
+    drop: int | None = option(None, "syncs to drop, those after attention first; None: all after attention", least=0)
+    sync: str | None = option(None, "instead of `drop`: the pattern to end with, spelled as in training")
     distil_tokens: int = option(131072, "tokens to distil on; 0: leave it out", least=0)
     distil_learning_rate: float = option(3e-4, "peak", least=0)
     finetune_tokens: int = option(262144, "tokens to finetune on; 0: leave it out", least=0)
@@ -99,7 +99,7 @@ class Progress:
 class Prepared(NamedTuple):
     """What a run starts from."""
 
-    hardware: tuple  # of distributed.choose_device
+    device_choice: tuple  # of distributed.choose_device
     source: Source
     saved: dict | None  # the checkpoint to go on from
     calibration: dict  # {name: token ids} of the texts to calibrate on,
@@ -144,12 +144,12 @@ def prepare(config: Config) -> Prepared:
         raise ValueError(f"tp_size={config.tp_size} must divide {WORLD_SIZE} processes")
     if config.step_windows % dp_size:
         raise ValueError(f"step_windows={config.step_windows} is not divisible by the {dp_size} replicas")
-    hardware = distributed.choose_device(config.device, config.dtype)
+    device_choice = distributed.choose_device(config.device, config.dtype)
     calibration, evaluation = source.texts(config)
     T = config.block_size
     windows = texts.spread_windows(calibration, config.calibration_windows, T, "calibration_windows")
     evaluation = {name: texts.first_windows(ids, config.evaluation_tokens, T, name) for name, ids in evaluation.items()}
-    return Prepared(hardware, source, saved, calibration, windows, evaluation)
+    return Prepared(device_choice, source, saved, calibration, windows, evaluation)
 
 
 class Stopped(Exception):
@@ -161,8 +161,8 @@ class Run:
 
     def __init__(self, config, prepared):
         self.config = config
-        hardware, self.source, saved, self.calibration, self.windows, self.evaluation = prepared
-        self.layout = distributed.start(*hardware, config.tp_size, TIMEOUT_S)
+        device_choice, self.source, saved, self.calibration, self.windows, self.evaluation = prepared
+        self.layout = distributed.start(*device_choice, config.tp_size, TIMEOUT_S)
         self.stop, self.last_save = StopSignal(), time.monotonic()
         self.progress = Progress(**saved["progress"]) if saved else Progress()
         self.model, self.teacher = self.build(), None
@@ -180,7 +180,7 @@ class Run:
                 "model": self.source.name,
                 "parameters": f"{n / 1e6:.2f}M ({n})",
                 "layout": f"dp {self.layout.dp_size} x tp {self.layout.tp_size}",
-                **conditions(self.layout),
+                **environment(self.layout),
                 "calibration tokens": {name: len(ids) for name, ids in self.calibration.items()},
                 "evaluation tokens": {name: windows.numel() for name, windows in self.evaluation.items()},
                 "config": dataclasses.asdict(config),

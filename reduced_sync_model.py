@@ -63,7 +63,7 @@ def selective(n_layer: int, pattern: str) -> str:
     return pattern
 
 
-NAMES = {"baseline": baseline, "spd": spd}
+NAMED_PATTERNS = {"baseline": baseline, "spd": spd}
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ class SyncRule:
         name, plus, rival = text.partition("+")
         if plus and rival not in RIVALS:
             raise ValueError(f"sync={text!r}: what follows the + is one of {', '.join(RIVALS)}")
-        if name in NAMES:
-            pattern = NAMES[name](n_layer)
+        if name in NAMED_PATTERNS:
+            pattern = NAMED_PATTERNS[name](n_layer)
         elif re.fullmatch(r"grouped-[0-9]{1,4}", name):
             pattern = grouped(n_layer, int(name.removeprefix("grouped-")))
         elif name and set(name) <= set("210a"):
             pattern = selective(n_layer, name)
         else:
-            known = f"{', '.join(NAMES)}, grouped-N (N syncs in all) and one of 2 1 0 a per layer"
+            known = f"{', '.join(NAMED_PATTERNS)}, grouped-N (N syncs in all) and one of 2 1 0 a per layer"
             raise ValueError(f"sync={text!r}: allowed are {known}, each with or without +{', +'.join(RIVALS)}")
         rule = cls(pattern, rival)
         if rival == "parallel" and set(pattern) - set("10"):
@@ -102,7 +102,7 @@ class SyncRule:
 
     def __str__(self):
         n_layer = len(self.pattern)
-        names = {pattern(n_layer): name for name, pattern in NAMES.items()}
+        names = {pattern(n_layer): name for name, pattern in NAMED_PATTERNS.items()}
         if n_layer % self.syncs == 0:
             names.setdefault(grouped(n_layer, self.syncs), f"grouped-{self.syncs}")
         return "+".join(filter(None, (names.get(self.pattern, self.pattern), self.rival)))
@@ -380,7 +380,7 @@ class CausalSelfAttention(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if past is not None:
-            keys, values, places = past  # (S*B, K, length, D) twice
+            keys, values, places = past  # (S*B, K, capacity, D) twice
             keys.index_copy_(2, places, k.to(keys.dtype))
             values.index_copy_(2, places, v.to(values.dtype))
             if mask is not None:
@@ -718,21 +718,21 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens that a model has seen, for this rank's shards, allocated once for `places` tokens.
+    """Keys and values of the tokens that a model has seen, for this rank's shards, allocated for `capacity` tokens.
 
     model(idx, cache=cache) adds those of idx: a whole prompt to an empty cache (prefill), then one token at a time
-    (decode). Setting `length`, of the tokens in it, to 0 empties it. places: None for block_size.
+    (decode). Setting `length`, of the tokens in it, to 0 empties it. capacity: None for block_size.
     """
 
-    def __init__(self, model: "GPT", batch_size: int, places: int | None = None):
+    def __init__(self, model: "GPT", batch_size: int, capacity: int | None = None):
         c, wte = model.config, model.transformer.wte.weight
         n_local_shard = c.n_shard // model.tp_size
         shape = (
             n_local_shard * batch_size,
             max(1, c.n_kv_head // c.n_shard),
-            c.block_size if places is None else places,
+            c.block_size if capacity is None else capacity,
             c.head_size,
-        )  # (S*B, K, places, D)
+        )  # (S*B, K, capacity, D)
         # zeros: what a step sees but does not attend to must be finite
         self.layers = [(wte.new_zeros(shape), wte.new_zeros(shape)) for _ in range(c.n_layer)]
         self.rope = model.rope_cos_sin(shape[2])

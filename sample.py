@@ -52,7 +52,7 @@ class Config:
     seed: int = option(1337, "for the random choices", least=0)
     device: str | None = option(None, "cuda, cuda:N or cpu; None: cuda where there is one")
     dtype: str | None = option(None, "float32, bfloat16 or float16; None: bfloat16 on CUDA, float32 on CPU")
-    compile: bool = option(False, "torch.compile: takes a minute to start, then is faster; worth it for many tokens")
+    compile: bool = option(False, "torch.compile: takes a minute to start, and then is faster on some machines")
     backend: str | None = option(None, "nccl or gloo; None: nccl on CUDA")
 
 

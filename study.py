@@ -9,8 +9,8 @@ rate is at the edge, another one follows beyond it; then the other seeds are tra
 
 Each run is an ordinary train_reduced_sync.py run in its own folder, out_dir/SIZE-ARM-lrRATE-seedSEED. The first sizes
 and arms come first, as many runs at once as there are cores (or GPUs, times runs_per_gpu) for `processes` each.
-Finished runs are left alone and started ones continue from their checkpoint, so the same command continues after any
-stop: Ctrl-C (twice ends at once), a closed terminal, a kill, or another study.py that is training some of the runs.
+Ctrl-C stops all runs after their step, a second one at once. After any stop, continue with the same command: finished
+runs are left alone, and started ones continue from their checkpoint. Several study.py may share the runs of a study.
 """
 
 from reduced_sync.cli import set_up
@@ -56,7 +56,7 @@ class Study:
     out_dir: str = option("out-study", "folder for the runs and the comparison", is_path=True)
     common: dict | None = option(None, "training keys of all runs")
     sizes: dict | None = option(None, "name -> training keys of a size: n_layer, n_embd, max_iters ...")
-    arms: dict | None = option(None, "name -> training keys of an arm; with `sizes`, the names of those it has")
+    arms: dict | None = option(None, "name -> training keys of an arm; its key `sizes` lists those to train")
     seeds: int = option(1, "number of seeds: seed 1 chooses the learning rate, the others use it", least=1)
     tune: bool = option(True, "find each arm's learning rate; else train at the one given")
     processes: int = option(1, "processes per run; above 1, torchrun starts each run", least=1)
@@ -85,9 +85,9 @@ class Sweep:
         for key in ("out_dir", "seed", "min_lr"):
             if key in keys:
                 raise ValueError(f"{name}: {key} is the study's own")
-        self.run(keys["learning_rate"], 1)
+        self.run_at(keys["learning_rate"], 1)
 
-    def run(self, rate: float, seed: int) -> "Run":
+    def run_at(self, rate: float, seed: int) -> "Run":
         """The run at this learning rate, which falls to a tenth, with this seed."""
         if (rate, seed) not in self.runs:
             keys = self.keys | dict(learning_rate=rate, min_lr=rate / 10, seed=seed)
@@ -99,14 +99,14 @@ class Sweep:
         first = float(self.keys["learning_rate"])
         rates, seeds = [first, first / 2, 2 * first] if self.study.tune else [first], range(2, self.study.seeds + 1)
         while True:
-            runs = [self.run(rate, 1) for rate in rates]
+            runs = [self.run_at(rate, 1) for rate in rates]
             if not all(run.finished or run.diverged for run in runs):
                 return Plan(runs, len(seeds))
             best, bracketed = best_rate({rate: {1: run.loss} for rate, run in zip(rates, runs, strict=True)})
             if len(rates) >= 8 and not any(run.finished for run in runs):
                 return Plan(runs, 0)  # all diverge
             if bracketed or not self.study.tune:
-                return Plan(runs + [self.run(best, seed) for seed in seeds], 0)
+                return Plan(runs + [self.run_at(best, seed) for seed in seeds], 0)
             rates.append(2 * best if best == max(rates) else best / 2)
 
 

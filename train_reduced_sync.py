@@ -74,7 +74,7 @@ def vocabulary_warning(config: Config, meta: dict) -> str:
 class Prepared(NamedTuple):
     """What a run starts from."""
 
-    hardware: tuple  # of distributed.choose_device
+    device_choice: tuple  # of distributed.choose_device
     corpus: Corpus
     notes: dict  # for the log
     model_config: rsm.GPTConfig
@@ -93,7 +93,7 @@ def prepare(config: Config) -> Prepared:
         raise ValueError(
             f"out_dir={config.out_dir!r} holds a run already: go on with --init_from=resume, or choose another out_dir"
         )
-    saved = ckpt.load(path, ckpt.KINDS) if config.init_from == "resume" else None
+    saved = ckpt.load(path, ckpt.TRAINING_KEYS) if config.init_from == "resume" else None
     origin = saved["config"]["init_from"] if saved else config.init_from
     shape, notes = {}, {}
     if origin not in ("scratch", "resume"):  # what the user does not write is the pretrained model's
@@ -110,7 +110,7 @@ def prepare(config: Config) -> Prepared:
     model_config = rsm.GPTConfig(**shape)
     model_config.check_tp_size(config.tp_size)
     corpus = Corpus(config.dataset, config.block_size)
-    hardware = distributed.choose_device(config.device, config.dtype, config.backend)
+    device_choice = distributed.choose_device(config.device, config.dtype, config.backend)
     if "vocab_size" not in shape:  # a multiple of 64 is fast on GPUs: GPT-2's 50257 tokens become 50304
         model_config.vocab_size = -(-corpus.meta["vocab_size"] // 64) * 64
     if corpus.meta["vocab_size"] > model_config.vocab_size:
@@ -128,7 +128,7 @@ def prepare(config: Config) -> Prepared:
     if RANK == 0:
         for key, note in notes.items():
             print(f"{key}: {note}", file=sys.stderr)
-    return Prepared(hardware, corpus, notes, model_config, saved)
+    return Prepared(device_choice, corpus, notes, model_config, saved)
 
 
 @dataclass
@@ -265,7 +265,7 @@ class Trainer:
 
 def train(config: Config, prepared: Prepared) -> None:
     """The loop, on every rank."""
-    layout = distributed.start(*prepared.hardware, config.tp_size, config.timeout_s)
+    layout = distributed.start(*prepared.device_choice, config.tp_size, config.timeout_s)
     stop = StopSignal()
     trainer = Trainer(config, layout, prepared)
     progress = trainer.progress

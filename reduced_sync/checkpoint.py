@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 
 from reduced_sync.cli import one_line
-from reduced_sync.files import link_file, replace_file, sync_folder
+from reduced_sync.files import fsync_folder, link_file, replace_file
 from reduced_sync.old_keys import translate_old_keys
 from reduced_sync_model import GPT, GPTConfig, is_sharded
 
 # the keys of a checkpoint and their types: of a run of the training script, and of the result of drop_syncs.py
-DROPPED = dict.fromkeys("model optimizer model_args config data progress".split(), dict)
-KINDS = dict.fromkeys("model optimizer model_args config data scaler".split(), dict)
-KINDS |= dict.fromkeys("step evaluated skipped bad_steps".split(), int) | {"best_val_loss": float}
+DROPPING_KEYS = dict.fromkeys("model optimizer model_args config data progress".split(), dict)
+TRAINING_KEYS = dict.fromkeys("model optimizer model_args config data scaler".split(), dict)
+TRAINING_KEYS |= dict.fromkeys("step evaluated skipped bad_steps".split(), int) | {"best_val_loss": float}
 TOKENIZER_FOLDER = "tokenizer"  # of an out_dir: its model's own tokenizer and generation_config.json
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of AdamW; none before its first update
 
@@ -87,7 +87,7 @@ def save(checkpoint: dict, out_dir: str | Path, is_best: bool) -> None:
     replace_file(out_dir / "ckpt.pt", write, keep=out_dir / "ckpt_previous.pt")
     if is_best:
         link_file(out_dir / "ckpt.pt", out_dir / "ckpt_best.pt")
-    sync_folder(out_dir)
+    fsync_folder(out_dir)
 
 
 @contextlib.contextmanager
@@ -105,7 +105,7 @@ def _usable(path):
 def load(path: str | Path, kinds: dict | None = None) -> dict:
     """The checkpoint in `path`, read without running anything in it. Raises ValueError with one clear line.
 
-    kinds: {key that it must have: type}; None: KINDS, or DROPPED where it has a key of those alone.
+    kinds: {key that it must have: type}; None: TRAINING_KEYS, or DROPPING_KEYS where it has a key of those alone.
     """
     if not Path(path).exists():
         raise ValueError(f"no checkpoint {path}")
@@ -116,7 +116,7 @@ def load(path: str | Path, kinds: dict | None = None) -> dict:
             raise ValueError(f"{damaged} in it is damaged")
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if kinds is None:
-            kinds = DROPPED if isinstance(checkpoint, dict) and "progress" in checkpoint else KINDS
+            kinds = DROPPING_KEYS if isinstance(checkpoint, dict) and "progress" in checkpoint else TRAINING_KEYS
         for key, kind in kinds.items():
             if not isinstance(checkpoint, dict) or key not in checkpoint:
                 raise ValueError(f"it is not a checkpoint of this project, or not one of this kind: no {key}")

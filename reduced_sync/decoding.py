@@ -58,12 +58,12 @@ def graphed(run: Callable, device: torch.device) -> Callable:
 
 
 class Decoder:
-    """A model with a KVCache of `places` tokens for batches of B."""
+    """A model with a KVCache for `capacity` tokens of batches of B."""
 
     SHORTEST = 128  # places that a step sees at least; then twice as many, and so on, with a graph for each
 
-    def __init__(self, model: nn.Module, B: int, places: int):
-        self.model, self.cache, self.places, self.steps = model, KVCache(model, B, places), places, {}
+    def __init__(self, model: nn.Module, B: int, capacity: int):
+        self.model, self.cache, self.capacity, self.steps = model, KVCache(model, B, capacity), capacity, {}
         self.device = self.cache.layers[0][0].device
         self.idx = torch.zeros(B, 1, dtype=torch.long, device=self.device)
         self.place = torch.zeros(1, dtype=torch.long, device=self.device)
@@ -81,7 +81,7 @@ class Decoder:
         n_seen = self.SHORTEST
         while n_seen < self.cache.length:
             n_seen *= 2
-        n_seen = min(n_seen, self.places)
+        n_seen = min(n_seen, self.capacity)
         if n_seen not in self.steps:
             run = partial(self.model.decode_step, self.idx, self.place, self.cache, n_seen)
             self.steps[n_seen] = graphed(run, self.device)

@@ -43,7 +43,7 @@ def link_file(source: Path, target: Path) -> None:
         temporary.unlink(missing_ok=True)  # a failure's, or where both were one file already: then replace does nothing
 
 
-def sync_folder(folder: str | Path) -> None:
+def fsync_folder(folder: str | Path) -> None:
     """Wait until the folder's entries are on the disk: a new name outlives a loss of power only then."""
     directory = os.open(folder, os.O_RDONLY)
     try:

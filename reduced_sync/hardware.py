@@ -24,7 +24,7 @@ ACCELERATORS = {
     "B200": Accelerator(8.0e12, 2250e12, OVERHEAD, DATA_SHEET),
     "A100": Accelerator(2.0e12, 312e12, OVERHEAD, DATA_SHEET),
 }
-NAMED = {name.lower(): accelerator for name, accelerator in ACCELERATORS.items()}  # as options name them
+GPUS = {name.lower(): accelerator for name, accelerator in ACCELERATORS.items()}  # as options name them
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch
 from reduced_sync.bench.cost_model import Forward, forward_seconds
 from reduced_sync.bench.results import read_results
 from reduced_sync.compare.runs import Arm, comparable, gap_between
-from reduced_sync.hardware import LINKS, NAMED
+from reduced_sync.hardware import GPUS, LINKS
 from reduced_sync.train.experiment import model_keys
 from reduced_sync_model import GPT, GPTConfig, SyncRule
 
@@ -119,7 +119,7 @@ def add_predicted(arms: list[Arm], link: str, accelerator: str, tp_size: int, ba
                 continue
         if config.n_shard % tp_size == 0:
             token = Forward(tp_size, batch_size, 1, config.block_size, itemsize=2)
-            arm.tpots[condition] = forward_seconds(config, NAMED[accelerator], LINKS[link], token)
+            arm.tpots[condition] = forward_seconds(config, GPUS[accelerator], LINKS[link], token)
     if not conditions_of(arms):
         raise ValueError(f"tp_size={tp_size} divides the n_shard of none of the runs")
 

@@ -12,7 +12,7 @@ import torch
 from reduced_sync import checkpoint as ckpt
 from reduced_sync import preparing
 from reduced_sync.dropping.log import beside_dense, read_drop_log, table_cell
-from reduced_sync.files import sync_folder, temporary_folder
+from reduced_sync.files import fsync_folder, temporary_folder
 from reduced_sync.hf.families import MODEL_TYPE, hf_config
 from reduced_sync.hf.tokenizer import Tokens, write_pretrained
 from reduced_sync.hf.weights import hf_tensors, shards_to_dense
@@ -59,7 +59,7 @@ def export(path: Path, target: Path) -> str:
             (temporary / "README.md").write_text(text, encoding="utf-8")
             for file in code:
                 shutil.copy(file, temporary)
-            sync_folder(temporary)
+            fsync_folder(temporary)
             temporary.rename(target)
     except OSError as error:
         raise OSError(f"to={str(target)!r} cannot be written: {error.strerror or error}") from None

@@ -31,7 +31,7 @@ def _git(*arguments):
         return ""
 
 
-def conditions(layout: distributed.Layout) -> dict:
+def environment(layout: distributed.Layout) -> dict:
     """What a run's numbers depend on besides its config, for the header of its log: code, device and float type."""
     commit = _git("rev-parse", "--verify", "-q", "HEAD") or "unknown"
     dirty = _git("status", "--porcelain", "-uno")
@@ -61,7 +61,7 @@ def header_of(config: Config, model: rsm.GPT, layout: distributed.Layout, meta: 
         "layout": f"dp {layout.dp_size} x tp {layout.tp_size}, {config.n_shard // layout.tp_size} shards per rank",
         "sync payload": f"float32, {payload} bytes"
         + (" (one rank holds all shards: nothing is sent)" if layout.tp_size == 1 else ""),
-        **conditions(layout),
+        **environment(layout),
         "train data": f"sha256 {meta.get('train_sha256', 'unknown')}",
         "val data": f"sha256 {meta.get('val_sha256', 'unknown')}",
         "tokens a step": config.gradient_accumulation_steps * config.batch_size * config.block_size,

@@ -13,7 +13,7 @@ from reduced_sync.bench.cost_model import Forward, forward_seconds
 from reduced_sync.compare.frontier import add_measured, add_predicted, on_frontier
 from reduced_sync.compare.report import fastest, table, warnings
 from reduced_sync.compare.runs import load_runs
-from reduced_sync.hardware import LINKS, NAMED
+from reduced_sync.hardware import GPUS, LINKS
 from reduced_sync.train.experiment import MODERN, model_keys
 from reduced_sync_model import GPT, GPTConfig
 
@@ -208,7 +208,7 @@ def test_predictions_are_the_cost_models_and_labelled(timed, capsys, monkeypatch
     assert times.keys() == {"out-spd4", "out-ladder4", "out-base", "out-control"}  # those that 4 ranks can hold
     for name, sync in (("out-spd4", "spd"), ("out-ladder4", "baseline+ladder"), ("out-base", "baseline")):
         model = GPTConfig(8, 128, 12, 4, 64, n_shard=4, sync=sync)
-        assert times[name] == forward_seconds(model, NAMED["h100"], LINKS["nvlink"], Forward(4, 3, 1, 8, itemsize=2))
+        assert times[name] == forward_seconds(model, GPUS["h100"], LINKS["nvlink"], Forward(4, 3, 1, 8, itemsize=2))
     argv = [*map(str, timed.glob("out*")), "--link=nvlink", "--tp_size=4", f"--png={timed}/figure.png"]
     assert status(compare.main, argv) == 0
     out = capsys.readouterr().out
@@ -247,7 +247,7 @@ def test_a_prediction_is_of_the_models_own_shape(tmp_path, shape, pattern, old):
         add_predicted(arms, "nvlink", "h100", tp_size, 3)
         cut = dataclasses.replace(config, n_shard=tp_size, sync=pattern)
         token = Forward(tp_size, 3, 1, cut.block_size, itemsize=2)
-        expected = forward_seconds(cut, NAMED["h100"], LINKS["nvlink"], token)
+        expected = forward_seconds(cut, GPUS["h100"], LINKS["nvlink"], token)
         assert list(arms[0].tpots.values()) == [expected]
 
 

@@ -219,7 +219,7 @@ def test_no_file(tmp_path):
     assert refused(tmp_path / "ckpt.pt") == f"no checkpoint {tmp_path / 'ckpt.pt'}"
 
 
-@pytest.mark.parametrize("key", ckpt.KINDS)
+@pytest.mark.parametrize("key", ckpt.TRAINING_KEYS)
 def test_a_missing_key(path, state, key):
     del state[key]
     torch.save(state, path)
