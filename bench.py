@@ -119,7 +119,7 @@ def training(
 def train(args: "Train") -> list[Training]:
     """Tokens/s and peak memory per rank of every candidate, with the ratios to the first."""
     device, _, _ = distributed.choose_device(args.device, args.dtype)
-    compiled = device.startswith("cuda") if args.compile is None else args.compile
+    compiled = distributed.should_compile(args.compile, device)
     candidates = [
         Candidate(text, args.config("baseline@1"), is_gpt2=True, compile=compiled)
         if text == "gpt2"

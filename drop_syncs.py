@@ -340,7 +340,7 @@ def distil(run: Run) -> int:
 
 def finetune(run: Run) -> int:
     """All weights learn to give the teacher's distributions."""
-    compile = run.layout.device.type == "cuda" if run.config.compile is None else run.config.compile
+    compile = distributed.should_compile(run.config.compile, run.layout.device.type)
     return train(run, distillation.divergences(compile), [run.model], "finetuned")
 
 

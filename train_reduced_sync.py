@@ -172,8 +172,7 @@ class Trainer:
         def loss_of(x, y):  # without the logits: as an output of a compiled graph they would get a gradient, all zeros
             return model(x, y)[1]  # not self.model: in a circle the process group would outlive the run
 
-        compiled = device_type == "cuda" if config.compile is None else config.compile
-        self.loss_of = torch.compile(loss_of) if compiled else loss_of
+        self.loss_of = torch.compile(loss_of) if distributed.should_compile(config.compile, device_type) else loss_of
 
     def resume(self, saved: dict) -> None:
         """Go on from a checkpoint."""

@@ -85,6 +85,11 @@ def choose_device(
     return device, dtypes[dtype], backend
 
 
+def should_compile(compile: bool | None, device: str) -> bool:
+    """Whether torch.compile is used: as the key `compile` says, and where that is None on CUDA."""
+    return device.startswith("cuda") if compile is None else compile
+
+
 def _no_cuda():
     """Why torch can use no CUDA device, in its own words."""
     try:
