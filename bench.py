@@ -39,6 +39,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import statistics
 import sys
 import time
@@ -419,7 +420,7 @@ PATTERNS = ("baseline", "spd", "110111011101", "grouped-6", "grouped-4", "groupe
 class Options:
     """Keys of every command: the model, here GPT-2's of 124M parameters, and where results go."""
 
-    n_layer: int = option(12, "layers", least=1)
+    n_layer: int = option(12, "layers", least=1, below=2**16 + 1)
     n_embd: int = option(768, "width of the residual stream", least=1)
     n_head: int = option(12, "attention heads", least=1)
     vocab_size: int = option(50304, "tokens of the vocabulary", least=1)
@@ -470,7 +471,7 @@ class Decode(Timed):
 @dataclass
 class Predict(Options):
     candidates: tuple[str, ...] = option(("baseline", "spd", *(f"grouped-{n}" for n in (12, 8, 6, 4, 2))), "RULE")
-    n_layer: int = option(24, "layers", least=1)
+    n_layer: int = option(24, "layers", least=1, below=2**16 + 1)
     n_embd: int = option(2048, "width of the residual stream", least=1)
     n_head: int = option(32, "attention heads", least=1)
     n_shard: int = option(8, "shards, and ranks", least=1)
@@ -492,7 +493,10 @@ def main(argv: list[str]) -> None:
     job, options = COMMANDS[command]
     with one_line_errors():
         args = parse(options, argv[1:], "candidates", job.__doc__, f"{parser.prog} {command}")
-        for path in filter(None, (args.json, getattr(args, "png", None))):
+        targets = list(filter(None, (args.json, getattr(args, "png", None))))
+        if len(set(map(os.path.realpath, targets))) < len(targets):
+            raise ValueError(f"--json and --png are one file: {args.json}")
+        for path in targets:
             check_target(path)
         results = job(args)
         if args.json:

@@ -83,9 +83,16 @@ def main(argv: list[str]) -> None:
                 raise ValueError(f"--{key} goes with --{' or --'.join(others)}")
         if options.csv and os.path.realpath(options.csv) == os.path.realpath(options.png):
             raise ValueError(f"--csv and --png are one file: {options.csv}")
+        if options.latency == "":
+            raise ValueError("--latency is empty: it must name a file")
         paths = options.paths or sorted(Path().glob("out*/log.txt"))
         if not paths:
             raise ValueError("no out*/log.txt here; name the runs' folders")
+        read = [path / "log.txt" if path.is_dir() else path for path in map(Path, paths)]
+        read = set(map(os.path.realpath, filter(None, [*read, options.latency])))
+        for path in filter(None, (options.csv, options.png)):
+            if os.path.realpath(path) in read:
+                raise ValueError(f"{path} is read: choose another file to write")
         arms, skipped = load_runs(paths)
         for line in skipped:
             print(f"skipped: {line}", file=sys.stderr)

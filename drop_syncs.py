@@ -20,6 +20,7 @@ if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends 
 
 import dataclasses
 import datetime
+import hashlib
 import math
 import sys
 import time
@@ -43,7 +44,7 @@ from reduced_sync.dropping import distillation, placement, quality, texts
 from reduced_sync.dropping.figures import draw_dropping
 from reduced_sync.dropping.log import agreement_line, perplexity_line, read_drop_log, sensitivity_line, table_of
 from reduced_sync.dropping.source import Source
-from reduced_sync.files import lock_folder, replace_file
+from reduced_sync.files import lock_folder, replace_file, set_aside
 from reduced_sync.hf.tokenizer import write_pretrained
 from reduced_sync.train.experiment import cosine_schedule
 from reduced_sync.train.log import RunLog
@@ -105,13 +106,16 @@ class Prepared(NamedTuple):
     calibration: dict  # {name: token ids} of the texts to calibrate on,
     windows: torch.Tensor  # and those of them to arrange and to choose by
     evaluation: dict  # {name: windows} of the texts to evaluate on
+    inputs: dict  # {file or text: sha256}, which a resumed run must find again
 
 
 def prepare(config: Config) -> Prepared:
     """Refuse what can be refused before a process group exists. Raises ValueError or OSError."""
     out_dir, saved = Path(config.out_dir), None
     if config.init_from == "resume":
-        kinds = dict.fromkeys(("progress", "config", "model", "optimizer"), dict)
+        if not (out_dir / "progress.pt").exists() and (out_dir / "ckpt.pt").exists():
+            raise ValueError(f"{out_dir} has finished: nothing to do")
+        kinds = dict.fromkeys(("progress", "config", "inputs", "model", "optimizer"), dict)
         saved = ckpt.load(out_dir / "progress.pt", kinds)
         before, now = saved["config"], dataclasses.asdict(config)
         if before.keys() != now.keys():
@@ -146,10 +150,16 @@ def prepare(config: Config) -> Prepared:
         raise ValueError(f"step_windows={config.step_windows} is not divisible by the {dp_size} replicas")
     device_choice = distributed.choose_device(config.device, config.dtype)
     calibration, evaluation = source.texts(config)
+    inputs = source.hashes()
+    for key, ids_of in (("calibration", calibration), ("evaluation", evaluation)):
+        for name, ids in ids_of.items():
+            inputs[f"{key} text {name}"] = hashlib.sha256(np.ascontiguousarray(ids)).hexdigest()
+    if saved and (changed := sorted(dict(inputs.items() ^ saved["inputs"].items()))):
+        raise ValueError(f"{out_dir} was started with other content of {', '.join(changed)}: choose another out_dir")
     T = config.block_size
     windows = texts.spread_windows(calibration, config.calibration_windows, T, "calibration_windows")
     evaluation = {name: texts.first_windows(ids, config.evaluation_tokens, T, name) for name, ids in evaluation.items()}
-    return Prepared(device_choice, source, saved, calibration, windows, evaluation)
+    return Prepared(device_choice, source, saved, calibration, windows, evaluation, inputs)
 
 
 class Stopped(Exception):
@@ -161,7 +171,7 @@ class Run:
 
     def __init__(self, config, prepared):
         self.config = config
-        device_choice, self.source, saved, self.calibration, self.windows, self.evaluation = prepared
+        device_choice, self.source, saved, self.calibration, self.windows, self.evaluation, self.inputs = prepared
         self.layout = distributed.start(*device_choice, config.tp_size, TIMEOUT_S)
         self.stop, self.last_save = StopSignal(), time.monotonic()
         self.progress = Progress(**saved["progress"]) if saved else Progress()
@@ -172,7 +182,7 @@ class Run:
         self.log = None
         if RANK == 0:
             if saved is None:  # what a run left that had not saved
-                (Path(config.out_dir) / "log.txt").unlink(missing_ok=True)
+                set_aside(Path(config.out_dir) / "log.txt")
             self.log = RunLog(Path(config.out_dir) / "log.txt")
             n = self.model.get_num_params(non_embedding=False)
             facts = {
@@ -257,6 +267,7 @@ class Run:
         error, out_dir = "", Path(self.config.out_dir)
         if RANK == 0:
             state |= {"config": dataclasses.asdict(self.config), "progress": dataclasses.asdict(self.progress)}
+            state |= {"inputs": self.inputs}
             try:
                 if final:
                     state |= {"model_args": dataclasses.asdict(self.student.config), "data": self.source.meta}

@@ -95,7 +95,7 @@ def build(config: Config, saved: dict | None, model_config: rsm.GPTConfig, layou
 def read_prompt(start: str) -> str:
     """The text that the key `start` asks for. Raises ValueError where there is none."""
     if not start.startswith("FILE:"):
-        return start
+        return preparing.decode_text(start.encode(errors="surrogateescape"), f"start={start!r}")
     name = start.removeprefix("FILE:")
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(os.path.expanduser(name)).read_bytes()

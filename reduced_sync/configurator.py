@@ -105,8 +105,11 @@ def _config(cls, values):
     """The dataclass of these written values, of the right types. Raises ValueError for one out of its bounds."""
     if old := [key for key in OLD if key in values]:
         keys = {key: values[key] for key in [*old, "n_layer"] if key in values}
-        sync = translate_old_keys(keys).get("sync", "baseline")
-        raise ValueError(f"{', '.join(old)}: this is one key now, {sync=}")
+        try:
+            sync = translate_old_keys(keys).get("sync", "baseline")
+        except (TypeError, AttributeError):  # a value of the wrong type
+            sync = "spd"
+        raise ValueError(f"{', '.join(old)}: this is one key now, such as {sync=}")
     for field in dataclasses.fields(cls):
         if field.metadata["is_path"] and values.get(field.name) is not None:
             values[field.name] = os.path.expanduser(values[field.name])
@@ -144,7 +147,7 @@ def _run_file(cls, path, values):
     namespace = {"__file__": str(source.resolve()), "__builtins__": vars(builtins) | values}
     try:
         exec(compile(source.read_text(encoding="utf-8-sig"), path, "exec"), namespace)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"config file {path}: {type(error).__name__}: {one_line(error)}") from None
     result = {}
     for key, value in namespace.items():

@@ -43,6 +43,12 @@ def link_file(source: Path, target: Path) -> None:
         temporary.unlink(missing_ok=True)  # a failure's, or where both were one file already: then replace does nothing
 
 
+def set_aside(path: Path) -> None:
+    """Rename the file at `path`, if there is one, to NAME_previous.SUFFIX, in the place of one that is called so."""
+    if path.exists():
+        path.replace(path.with_stem(f"{path.stem}_previous"))
+
+
 def fsync_folder(folder: str | Path) -> None:
     """Wait until the folder's entries are on the disk: a new name outlives a loss of power only then."""
     directory = os.open(folder, os.O_RDONLY)

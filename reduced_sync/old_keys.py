@@ -27,7 +27,7 @@ def translate_old_keys(keys: dict) -> dict:
             raise ValueError(f"layers_per_group={size} does not divide n_layer={n_layer}")
         name = f"grouped-{n_layer // size}"
     elif name in (None, "selective"):
-        name = old.get("sync_pattern") or "baseline"
+        name = str(old.get("sync_pattern") or "baseline")  # of digits alone an argument is a number
     return kept | {"sync": "+".join([name, *rivals])}
 
 

@@ -315,6 +315,7 @@ def test_files_that_are_not_there(tmp_path):
         ("n = = 3", "SyntaxError"),
         ("n = 1\n  rate = 2", "IndentationError"),
         ("n = 1 / 0", "ZeroDivisionError: division by zero"),
+        ("import sys; sys.exit()", "SystemExit"),
         ("n = batch", "NameError: name 'batch' is not defined"),
         ("import no_such_module", "no_such_module"),
         ("raise RuntimeError('first line\\nsecond line')", "RuntimeError: first line"),

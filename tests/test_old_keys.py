@@ -11,8 +11,10 @@ from variants import SMALL, batch, rough
 from reduced_sync import checkpoint as ckpt
 from reduced_sync.compare.frontier import read_results
 from reduced_sync.compare.runs import read_run
+from reduced_sync.configurator import configure
 from reduced_sync.hf import export, weights
 from reduced_sync.old_keys import translate_old_keys
+from reduced_sync.train.experiment import Config
 from reduced_sync_model import GPT, GPTConfig
 
 OLD = {
@@ -86,6 +88,14 @@ def test_a_checkpoint_and_an_exported_folder(tmp_path, sync):
 )
 def test_a_log(name, sync):
     assert read_run(ROOT / "results" / name).sync == sync
+
+
+@pytest.mark.parametrize("argument", ["--sync_pattern=110111011101", "--overlap=True", "--merge=5"])
+def test_an_old_key_is_told_the_new_one(argument):
+    """Also where its value is not of the type that it had."""
+    key = argument[2:].partition("=")[0]
+    with pytest.raises(ValueError, match=f"^{key}: this is one key now, such as sync='[\\w+]+'$"):
+        configure(Config, [argument])
 
 
 def test_results_of_bench():

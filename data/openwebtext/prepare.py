@@ -250,6 +250,8 @@ def main():
     for path in args.data_files or []:
         if kind_of(path) is None:
             raise ValueError(f"--data_files has {path}: allowed are {', '.join(KINDS)}")
+        if sum(path.resolve() == other.resolve() for other in args.data_files) > 1:
+            raise ValueError(f"--data_files has {path} twice: documents held out would be in train, too")
 
     source = source_of(args.data_files, args.max_docs, args.val_fraction)
     meta = dict(vocab_size=50257, tokenizer="gpt2", source=source)

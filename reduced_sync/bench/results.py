@@ -121,7 +121,10 @@ def _from_json(cls, place, entry):
         for name in ("reference_times", "compiled", "compiled_silent"):
             if keys.get(name) is not None:
                 keys[name] = _from_json(Times, f"{place}.{name}", keys[name])
-    return cls(**keys)
+    try:
+        return cls(**keys)
+    except TypeError as error:  # a key is missing
+        raise ValueError(f"{place} is not what bench.py writes: {error}") from None
 
 
 def read_results(path: str | Path) -> tuple[dict, list]:
@@ -142,7 +145,7 @@ def read_results(path: str | Path) -> tuple[dict, list]:
         raise ValueError(f"{path}: not what bench.py writes: its command is {command!r}")
     try:
         entries = [translate_old_result(one, options.get("n_layer")) for one in results]
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: not what bench.py writes: {error}") from None
     return options, [_from_json(RESULTS[command], f"{path}: results[{i}]", one) for i, one in enumerate(entries)]
 

@@ -67,11 +67,13 @@ def add_measured(arms: list[Arm], path: str | Path, tp_size: int | None, batch_s
             measured |= {_size(model) for _, model in rows}
             for arm, config in zip(arms, configs, strict=True):
                 times = [seconds for seconds, model in rows if _is_of(model, arm, config)]
+                if len(times) > 1 or (times and condition in arm.tpots):
+                    raise ValueError(f"{path}: several times of {arm.names[0]}'s model for {condition}")
                 if times:
                     arm.tpots[condition] = times[0]
     except KeyError as error:
         raise ValueError(f"{path}: not what bench.py decode writes now: {error} is missing; measure again") from None
-    except (TypeError, ZeroDivisionError) as error:
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: not what bench.py decode writes: {error}") from None
     if not conditions_of(arms):
         line = f"{path}: none of the runs' models was measured at tp_size {tp_size}, batch {batch_size}"
@@ -85,6 +87,8 @@ def _model_of(row, settings):
     if row.model is None:
         raise KeyError("model")
     model = {"head_size": row.model["n_embd"] // row.model["n_head"]} | row.model
+    if type(model["n_layer"]) is not int or not 0 < model["n_layer"] <= 2**16:
+        raise TypeError(f"n_layer={model['n_layer']!r}")
     model["sync"] = str(SyncRule.parse(model["sync"], model["n_layer"]))
     return model if "vocab_size" in model else model | {"vocab_size": settings["vocab_size"]}
 

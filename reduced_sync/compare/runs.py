@@ -168,7 +168,7 @@ def best_rate(losses: dict[float, dict[int, float]]) -> tuple[float, bool]:
     shared = set.intersection(*map(set, losses.values()))
     means = {r: statistics.fmean(ends[seed] for seed in shared or ends) for r, ends in losses.items()}
     best = min(sorted(means), key=means.get)
-    ratios = [rate / best for rate in means]
+    ratios = [rate / best for rate in means] if best else []
     return best, any(0.49 < ratio < 1 for ratio in ratios) and any(1 < ratio < 2.05 for ratio in ratios)
 
 
@@ -258,8 +258,16 @@ def _arm_of(log, name):
         raise ValueError(f"its config has no {', '.join(missing)}")
     config = config | {key: int(header[key]) for key in ("vocab_size", "head_size") if key in header}
     for key in SIZES:
-        if type(config[key]) is not int or config[key] < 1:
+        if type(config[key]) is not int or not 1 <= config[key] <= (2**16 if key == "n_layer" else 2**31):
             raise ValueError(f"{key}={config[key]!r} must be a positive integer")
+    for key in ("learning_rate", "min_lr"):
+        if type(config[key]) not in (int, float) or not 0 <= config[key] < math.inf:
+            raise ValueError(f"{key}={config[key]!r} must be a number of at least 0")
+    for key, default in BLOCK.items():
+        if type(config.get(key, default)) is not type(default):
+            raise ValueError(f"{key}={config[key]!r} must be {type(default).__name__}")
+    if any(loss < 0 for _, *losses in log.evaluations for loss in losses):
+        raise ValueError("a loss is below 0")
     # a config says which dtype was asked for, its header what that came to
     configs = [part["config"] | {"dtype": part.get("dtype")} for part in log.headers.values() if "config" in part]
     own = training_settings(configs[-1])

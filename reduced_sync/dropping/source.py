@@ -13,6 +13,7 @@ from reduced_sync.data import Corpus
 from reduced_sync.dropping import texts
 from reduced_sync.hf.tokenizer import Tokens, pretrained_meta
 from reduced_sync.hf.weights import MODEL_TYPE, from_dense, from_pretrained, pretrained_fields, shards_to_dense
+from reduced_sync.preparing import file_sha256
 
 
 class Source:
@@ -39,6 +40,12 @@ class Source:
             return from_pretrained(self.name, tp_group, n_shard=n_shard)
         config = rsm.GPTConfig(**self.fields | {"n_shard": n_shard})
         return from_dense(config, self.dense.items(), tp_group, self.name)
+
+    def hashes(self) -> dict[str, str]:
+        """{file: sha256} of the weights, of a folder; nothing of a hub name, whose files do not change."""
+        folder = Path(self.name)
+        paths = [folder / "ckpt.pt"] if self.saved else sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+        return {path.name: file_sha256(path) for path in paths}
 
     def texts(self, config: Any) -> tuple[dict, dict]:
         """{name: token ids} to calibrate and to evaluate on, as config says, drop_syncs.py's. Raises ValueError."""

@@ -17,6 +17,7 @@ from tqdm import tqdm
 import reduced_sync_model as rsm
 from reduced_sync import distributed
 from reduced_sync.cli import one_line
+from reduced_sync.files import set_aside
 from reduced_sync.hardware import ACCELERATORS
 from reduced_sync.train.experiment import Config, learning_rate
 from reduced_sync.train.log import RunLog, drop_lines_after, iter_line, step_line
@@ -128,7 +129,7 @@ class Recorder:
             return
         path, step = Path(config.out_dir) / "log.txt", trainer.progress.step
         if path.exists():
-            drop_lines_after(path, step, trainer.progress.evaluated) if step else path.unlink()
+            drop_lines_after(path, step, trainer.progress.evaluated) if step else set_aside(path)
         self.log, self.wandb = RunLog(path), WandB(config)
         self.log.header(header_of(config, model, layout, trainer.corpus.meta, step) | notes)
         if trainer.changed:

@@ -246,6 +246,9 @@ def test_predict(tmp_path, capsys):
         (["train", "spd"], ["'spd': a candidate is RULE@N_SHARD, such as grouped-4@2"]),
         (["train", "--dtype=float8", "--device=cpu"], ["dtype='float8'"]),
         (["decode", "--json=/nowhere/x.json"], ["/nowhere/x.json: No such file or directory"]),
+        (["decode", "--json=x.png", "--png=./x.png"], ["--json and --png are one file: x.png"]),
+        (["predict", "--n_layer=65537"], ["n_layer=65537 must be at least 1, and below 65537"]),
+        (["predict", "9999999x64"], ["'9999999x64': at most 65536 layers and a width of 1048576 are allowed"]),
         (["decode", "spdd"], ["sync='spdd': allowed are baseline, spd, grouped-N"]),
     ],
 )

@@ -161,7 +161,17 @@ TIMES = [0, 0.0, -0.1, float("nan"), float("inf"), 10**400, True, "0.1", None, [
         (dict(compiled={"tpot_s": 1, "ttft_s": "1"}), "results[1].compiled.ttft_s is '1', it must be a positive"),
         (dict(rows=[{}]), "results[1].rows[0].tpot_s is missing, it must be a positive number"),
         (dict(rows=[[]]), "not what bench.py writes: 'list' object"),
-        (dict(tp_size=2, rows=[{"tpot_s": 0.1, "model": 3}]), "not what bench.py decode writes: 'int' object"),
+        (dict(prompt=64, rows=[{"tpot_s": 0.1, "model": 3}]), "not what bench.py decode writes: 'int' object"),
+        (dict(rows=[row(0.2, "1" * 12)]), "several times of out-spd's model for tp_size 2, batch 1, prompt 128"),
+        (dict(prompt=64, rows=[row(0.2, "1" * 12)] * 2), "several times of out-spd's model for tp_size 2, batch 1"),
+        *(
+            (dict(prompt=64, rows=[row(0.1, "1" * 12) | {"model": model}]), "not what bench.py decode writes")
+            for model in (
+                {"n_layer": 10**30, "n_embd": 64, "n_head": 4, "sync": "spd"},
+                {"n_layer": 12, "n_embd": 64, "n_head": 4, "sync": 7},
+            )
+        ),
+        (dict(rows=[{"tpot_s": 0.1, "candidate": "grouped:0"}]), "not what bench.py writes: unsupported"),
         (dict(rows={}), "results[1] is not what bench.py writes"),
     ],
     ids=lambda one: str(one)[:60],
@@ -169,7 +179,7 @@ TIMES = [0, 0.0, -0.1, float("nan"), float("inf"), 10**400, True, "0.1", None, [
 def test_an_impossible_case_is_refused(runs, changes, line):
     """Also one that is none of the runs'."""
     write_latency(runs, row(0.1, "1" * 12))
-    path = write_latency(runs, **{"tp_size": 1, "rows": []} | changes)
+    path = write_latency(runs, **{"rows": []} | changes)
     with pytest.raises(ValueError, match=re.escape(f"{path}: {line}")):
         add_measured(load(runs), path, None, None)
 
@@ -179,6 +189,7 @@ def test_an_impossible_case_is_refused(runs, changes, line):
     [
         ("[]", "not what bench.py writes: an object with a list of results"),
         ('{"results": {}}', "not what bench.py writes: an object with a list of results"),
+        ('{"results": [{}], "settings": {"command": "predict"}}', "results[0] is not what bench.py writes: Prediction"),
         ('{"results": [3]}', "not what bench.py writes: 'int' object"),
         ('{"results": [], "settings": 3}', "not what bench.py writes: an object with a list of results"),
         ('{"results": [' + "9" * 5000 + "]}", "not what bench.py writes: Exceeds the limit"),
@@ -257,7 +268,6 @@ def test_a_prediction_is_of_the_models_own_shape(tmp_path, shape, pattern, old):
         (dict(n_params=609345), "out-one: its log does not say the model's whole shape: add the lines '# vocab_size"),
         (dict(n_params=1000), "out-one: its log does not say the model's whole shape: add the lines '# vocab_size"),
         (dict(init_from="llama"), "out-one: its log does not say the model's whole shape: add the lines '# vocab_size"),
-        (dict(n_hidden="many"), "out-one: its config is not that of a model: "),
         (dict(n_head=3), "out-one: its config is not that of a model: n_embd=64 is not divisible by n_head=3"),
     ],
     ids=str,

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import re
+import shutil
 import signal
 from functools import partial
 
@@ -566,10 +567,30 @@ def test_an_empty_out_dir_is_not_this_folder(tmp_path, monkeypatch, capsys):
     assert "error: out_dir is empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["one.calibration.txt", "two.evaluation.txt", "model/model.safetensors"])
+def test_a_run_goes_on_with_the_same_texts_and_weights(llama, tmp_path, capsys, monkeypatch, name):
+    """Otherwise the table had the perplexities of the old text beside those of the new."""
+    folder, out_dir = tmp_path / "llama", tmp_path / "out"
+    shutil.copytree(llama, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(drop_syncs.Run, "evaluate", lambda run, *_: (run.save(), setattr(run.stop, "agreed", True)))
+        patch.setitem(drop_syncs.STAGES, "arrange", lambda run: (_ for _ in ()).throw(drop_syncs.Stopped))
+        drop_syncs.main(arguments(folder, out_dir))
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[:-4] + b"more")
+    assert status(drop_syncs.main, arguments(folder, out_dir, init_from="resume")) == 1
+    changed = {"one": "calibration text one", "two": "evaluation text two"}.get(name[:3], "model.safetensors")
+    line = f"{out_dir} was started with other content of {changed}: choose another out_dir\n"
+    assert capsys.readouterr().err.endswith(f"error: {line}")
+
+
 def test_an_out_dir_is_used_once_and_resumed_with_the_same_keys(llama, whole, tmp_path, capsys):
     assert status(drop_syncs.main, arguments(llama, whole)) == 1
     assert "holds a run already" in capsys.readouterr().err
-    saved = {"progress": {}, "config": dataclasses.asdict(drop_syncs.Config()), "model": {}, "optimizer": {}}
+    assert status(drop_syncs.main, arguments(llama, whole, init_from="resume")) == 1
+    assert capsys.readouterr().err == f"error: {whole} has finished: nothing to do\n"
+    saved = {key: {} for key in ("progress", "inputs", "model", "optimizer")}
+    saved["config"] = dataclasses.asdict(drop_syncs.Config())
     torch.save(saved, tmp_path / "progress.pt")
     one_line_error(run_script([DROP, *arguments(llama, tmp_path, init_from="resume")]), "was started with")
     capsys.readouterr()
