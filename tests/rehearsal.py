@@ -295,7 +295,7 @@ def drop_peaks(keys):
     keys = dict(n_shard=8, arrange="as_is", block_size=2048, batch_size=1, step_windows=2, device="cuda") | keys
     config = drop_syncs.Config(**dict(distil_tokens=8192, finetune_tokens=8192, compile=False) | keys)
     window = torch.zeros(1, config.block_size, dtype=torch.long)
-    prepared = drop_syncs.Prepared(distributed.choose_device("cuda"), llama, None, {}, window, {"text": window})
+    prepared = drop_syncs.Prepared(distributed.choose_device("cuda"), llama, None, {}, window, {"text": window}, {})
     peaks = {}
 
     def noting(run, line):  # at the end of a part of a stage
