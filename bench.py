@@ -39,7 +39,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import statistics
 import sys
 import time
@@ -57,7 +56,7 @@ from reduced_sync.bench.candidates import Candidate, build, keys_of, measure, sy
 from reduced_sync.bench.figures import draw_decoding
 from reduced_sync.bench.results import Case, Prediction, Row, Times, Training, describe
 from reduced_sync.bench.timing import Condition, Constants, Decoding, Round, Workload
-from reduced_sync.cli import check_figure, check_target, one_line_errors
+from reduced_sync.cli import check_distinct, check_figure, check_target, one_line_errors
 from reduced_sync.configurator import option, parse
 from reduced_sync.hardware import GPUS, LINKS, Accelerator, Link
 from reduced_sync.train.experiment import MODERN, model_keys
@@ -420,7 +419,7 @@ PATTERNS = ("baseline", "spd", "110111011101", "grouped-6", "grouped-4", "groupe
 class Options:
     """Keys of every command: the model, here GPT-2's of 124M parameters, and where results go."""
 
-    n_layer: int = option(12, "layers", least=1, below=2**16 + 1)
+    n_layer: int = option(12, "layers", least=1, below=rsm.MOST_LAYERS + 1)
     n_embd: int = option(768, "width of the residual stream", least=1)
     n_head: int = option(12, "attention heads", least=1)
     vocab_size: int = option(50304, "tokens of the vocabulary", least=1)
@@ -471,7 +470,7 @@ class Decode(Timed):
 @dataclass
 class Predict(Options):
     candidates: tuple[str, ...] = option(("baseline", "spd", *(f"grouped-{n}" for n in (12, 8, 6, 4, 2))), "RULE")
-    n_layer: int = option(24, "layers", least=1, below=2**16 + 1)
+    n_layer: int = option(24, "layers", least=1, below=rsm.MOST_LAYERS + 1)
     n_embd: int = option(2048, "width of the residual stream", least=1)
     n_head: int = option(32, "attention heads", least=1)
     n_shard: int = option(8, "shards, and ranks", least=1)
@@ -493,10 +492,9 @@ def main(argv: list[str]) -> None:
     job, options = COMMANDS[command]
     with one_line_errors():
         args = parse(options, argv[1:], "candidates", job.__doc__, f"{parser.prog} {command}")
-        targets = list(filter(None, (args.json, getattr(args, "png", None))))
-        if len(set(map(os.path.realpath, targets))) < len(targets):
-            raise ValueError(f"--json and --png are one file: {args.json}")
-        for path in targets:
+        targets = {"json": args.json, "png": getattr(args, "png", None)}
+        check_distinct(targets)
+        for path in filter(None, targets.values()):
             check_target(path)
         results = job(args)
         if args.json:

@@ -36,12 +36,11 @@ from reduced_sync.cli import set_up
 if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
     set_up()
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from reduced_sync.cli import check_figure, one_line_errors
+from reduced_sync.cli import check_distinct, check_figure, one_line_errors
 from reduced_sync.compare.figures import draw_comparison
 from reduced_sync.compare.frontier import add_measured, add_predicted
 from reduced_sync.compare.prediction import predict
@@ -81,18 +80,13 @@ def main(argv: list[str]) -> None:
         for key, others in NEEDED.items():
             if getattr(options, key) and not any(getattr(options, other) for other in others):
                 raise ValueError(f"--{key} goes with --{' or --'.join(others)}")
-        if options.csv and os.path.realpath(options.csv) == os.path.realpath(options.png):
-            raise ValueError(f"--csv and --png are one file: {options.csv}")
         if options.latency == "":
             raise ValueError("--latency is empty: it must name a file")
         paths = options.paths or sorted(Path().glob("out*/log.txt"))
         if not paths:
             raise ValueError("no out*/log.txt here; name the runs' folders")
-        read = [path / "log.txt" if path.is_dir() else path for path in map(Path, paths)]
-        read = set(map(os.path.realpath, filter(None, [*read, options.latency])))
-        for path in filter(None, (options.csv, options.png)):
-            if os.path.realpath(path) in read:
-                raise ValueError(f"{path} is read: choose another file to write")
+        logs = [path / "log.txt" if path.is_dir() else path for path in map(Path, paths)]
+        check_distinct({"csv": options.csv, "png": options.png}, filter(None, [*logs, options.latency]))
         arms, skipped = load_runs(paths)
         for line in skipped:
             print(f"skipped: {line}", file=sys.stderr)

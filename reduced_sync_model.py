@@ -64,6 +64,7 @@ def selective(n_layer: int, pattern: str) -> str:
 
 
 NAMED_PATTERNS = {"baseline": baseline, "spd": spd}
+MOST_LAYERS = 2**16  # a pattern has one character per layer
 
 
 @dataclass(frozen=True)
@@ -672,7 +673,7 @@ class GPTConfig:
             if type(value) not in {float: (float, int), tuple: (tuple, list)}.get(field.type, (field.type,)):
                 raise ValueError(f"{name}={value!r} must be {field.type.__name__}, not {type(value).__name__}")
             least = int(name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_shard"))
-            most = 2**16 if name == "n_layer" else 2**31  # a pattern has one character per layer
+            most = MOST_LAYERS if name == "n_layer" else 2**31
             if field.type is int and not least <= value <= most:
                 raise ValueError(f"{name}={value} must be at least {least}, and at most {most}")
             if name in ("norm_eps", "rope_theta") and not 0 < value < 1e18:

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 def one_line(error: BaseException) -> str:
@@ -45,6 +45,19 @@ def check_figure(path: str) -> None:
     """Raise ValueError unless the name of a figure says its format, by which it is written."""
     if os.path.splitext(path)[1] not in (".png", ".pdf", ".svg"):
         raise ValueError(f"{path!r}: a figure's file name must end in .png, .pdf or .svg")
+
+
+def check_distinct(targets: dict[str, str | None], read: Iterable[str | os.PathLike] = ()) -> None:
+    """Raise ValueError where two of the files to write, {option: path}, are one file, or one is among those `read`."""
+    known = dict.fromkeys(map(os.path.realpath, read))
+    for option, path in targets.items():
+        if not path:
+            continue
+        first = known.setdefault(os.path.realpath(path), (option, path))
+        if first is None:
+            raise ValueError(f"{path} is read: choose another file to write")
+        if first[0] != option:
+            raise ValueError(f"--{first[0]} and --{option} are one file: {first[1]}")
 
 
 def check_target(path: str) -> None:

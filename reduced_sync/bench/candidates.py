@@ -57,8 +57,8 @@ def keys_of(text: str, n_layer: int, n_shard: int | None = None) -> dict:
     if not match[1]:
         return dict(n_shard=n_shard, sync=str(rsm.SyncRule.parse(text.partition("@")[0], n_layer)))
     n_layer, n_embd = int(match[1]), int(match[2])
-    if n_layer > 2**16 or n_embd > 2**20:
-        raise ValueError(f"{text!r}: at most {2**16} layers and a width of {2**20} are allowed")
+    if n_layer > rsm.MOST_LAYERS or n_embd > 2**20:
+        raise ValueError(f"{text!r}: at most {rsm.MOST_LAYERS} layers and a width of {2**20} are allowed")
     sizes = [size for size in range(2, n_embd + 1, 2) if n_embd % size == 0 and n_embd // size % n_shard == 0]
     if not sizes:
         raise ValueError(f"{text!r}: no even head size makes heads divisible by n_shard={n_shard}")

@@ -15,7 +15,7 @@ from reduced_sync.bench.results import read_results
 from reduced_sync.compare.runs import Arm, comparable, gap_between
 from reduced_sync.hardware import GPUS, LINKS
 from reduced_sync.train.experiment import model_keys
-from reduced_sync_model import GPT, GPTConfig, SyncRule
+from reduced_sync_model import GPT, MOST_LAYERS, GPTConfig, SyncRule
 
 
 def _config_of(arm):
@@ -87,7 +87,7 @@ def _model_of(row, settings):
     if row.model is None:
         raise KeyError("model")
     model = {"head_size": row.model["n_embd"] // row.model["n_head"]} | row.model
-    if type(model["n_layer"]) is not int or not 0 < model["n_layer"] <= 2**16:
+    if type(model["n_layer"]) is not int or not 0 < model["n_layer"] <= MOST_LAYERS:
         raise TypeError(f"n_layer={model['n_layer']!r}")
     model["sync"] = str(SyncRule.parse(model["sync"], model["n_layer"]))
     return model if "vocab_size" in model else model | {"vocab_size": settings["vocab_size"]}

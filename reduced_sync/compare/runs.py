@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reduced_sync.train.log import changes, read_log, training_settings
-from reduced_sync_model import SyncRule
+from reduced_sync_model import MOST_LAYERS, SyncRule
 
 LEAST_TOKENS = 10  # a parameter; shorter runs cannot tell variants apart: EXPERIMENT_SUMMARY.md
 RATE = ("learning_rate", "min_lr / learning_rate")  # the settings that differ between the rates of an arm
@@ -258,7 +258,7 @@ def _arm_of(log, name):
         raise ValueError(f"its config has no {', '.join(missing)}")
     config = config | {key: int(header[key]) for key in ("vocab_size", "head_size") if key in header}
     for key in SIZES:
-        if type(config[key]) is not int or not 1 <= config[key] <= (2**16 if key == "n_layer" else 2**31):
+        if type(config[key]) is not int or not 1 <= config[key] <= (MOST_LAYERS if key == "n_layer" else 2**31):
             raise ValueError(f"{key}={config[key]!r} must be a positive integer")
     for key in ("learning_rate", "min_lr"):
         if type(config[key]) not in (int, float) or not 0 <= config[key] < math.inf:
