@@ -424,12 +424,12 @@ class Options:
     n_head: int = option(12, "attention heads", least=1)
     vocab_size: int = option(50304, "tokens of the vocabulary", least=1)
     modern: bool = option(False, "give our candidates Llama's block, as config/modern.py does")
-    n_kv_head: int = option(0, "with modern: heads of keys and values; 0: n_head", least=0)
+    n_kv_head: int = option(0, "heads of our candidates' keys and values; 0: n_head", least=0)
     json: str | None = option(None, "also write the results to this file", is_path=True)
 
     def config(self, candidate: str, n_shard: int | None = None) -> rsm.GPTConfig:
         """The GPTConfig of a candidate, as keys_of takes it. Raises ValueError."""
-        block = MODERN | dict(bias=False) if self.modern else dict(n_kv_head=0)
+        block = MODERN | dict(bias=False) if self.modern else {}
         return rsm.GPTConfig(**model_keys(vars(self) | block | keys_of(candidate, self.n_layer, n_shard)))
 
 

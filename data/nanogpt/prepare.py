@@ -29,7 +29,10 @@ def read_bin(path):
     size = path.stat().st_size
     if size == 0 or size % 2:
         raise ValueError(f"{path} has {size} bytes: these are no uint16 token ids")
-    largest = int(np.memmap(path, dtype="<u2", mode="r").max())
+    ids = np.memmap(path, dtype="<u2", mode="r")
+    if size > 1000 and not ids[1::2].any():  # every other one is the upper half of a number below 65536
+        raise ValueError(f"{path} holds numbers of 32 bits: token ids of 16 bits (uint16) are allowed")
+    largest = int(ids.max())
     if largest >= VOCAB_SIZE:
         raise ValueError(f"{path} holds token id {largest}, but GPT-2 has {VOCAB_SIZE} tokens")
     return size // 2, preparing.file_sha256(path)

@@ -105,7 +105,7 @@ def test_every_candidate_decodes(fake_group, modern):
             assert len(steps) == 2 and len(calls) == 3 * syncs
             assert calls[-1].bytes == cost_model.Forward(2, 1, 1, 6, dtype.itemsize).payload(config.n_embd)
             assert min(steps) > syncs * us / 1e6 and ttft > syncs * us / 1e6
-        assert config.mlp == ("swiglu" if modern else "gelu")
+        assert config.mlp == ("swiglu" if modern else "gelu") and config.n_kv_head == 2
         embeddings = {measured.models[name, sent].transformer.wte.weight.data_ptr() for sent in (True, False)}
         weights.setdefault((config.n_layer, config.n_shard), set()).update(embeddings)
     assert len(weights) == 3 and all(len(embeddings) == 1 for embeddings in weights.values())

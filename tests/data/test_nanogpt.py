@@ -65,6 +65,7 @@ def test_nanogpts_characters(nanogpt_here, tmp_path):
         ("val.bin", b"", ["val.bin has 0 bytes"]),
         ("train.bin", b"odd", ["train.bin has 3 bytes"]),
         ("val.bin", b"\x51\xc4", ["val.bin holds token id 50257", "GPT-2", "50257 tokens"]),
+        ("val.bin", b"\x51\x00\x00\x00" * 300, ["val.bin holds numbers of 32 bits"]),
     ],
 )
 def test_bins_that_are_not_nanogpts(nanogpt_here, tmp_path, name, content, words):
