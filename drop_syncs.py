@@ -141,8 +141,8 @@ def prepare(config: Config) -> Prepared:
         raise ValueError(
             f"drop={config.drop}: of the model's {most + 1} syncs all but the last, {most}, can be dropped"
         )
-    if config.sync is not None and (rule := rsm.SyncRule.parse(config.sync, shape.n_layer)).rival:
-        raise ValueError(f"sync={config.sync!r}: syncs can be dropped afterwards, but not made +{rule.rival}")
+    if config.sync is not None and (rule := rsm.SyncRule.parse(config.sync, shape.n_layer)).method_name:
+        raise ValueError(f"sync={config.sync!r}: syncs can be dropped afterwards, but not made +{rule.method_name}")
     shape.check_tp_size(config.tp_size)
     if WORLD_SIZE % config.tp_size:
         raise ValueError(f"tp_size={config.tp_size} must divide {WORLD_SIZE} processes")

@@ -69,20 +69,21 @@ MOST_LAYERS = 2**16  # a pattern has one character per layer
 
 @dataclass(frozen=True)
 class SyncRule:
-    """When and how shards synchronize: a pattern, one character per layer, and at most one of the RIVALS' ways.
+    """When and how shards synchronize: a pattern, one character per layer, and at most one of METHODS.
 
-    Its text is PATTERN or PATTERN+RIVAL: `spd`, `grouped-4` (4 syncs in all), `110111011101`, `baseline+ladder`.
+    Its text is PATTERN or PATTERN+METHOD: `spd`, `grouped-4` (4 syncs in all), `110111011101`, `baseline+ladder`.
     """
 
     pattern: str
-    rival: str = ""
+    method_name: str = ""
 
     @classmethod
     def parse(cls, text: str, n_layer: int) -> "SyncRule":
         """The rule that `text` names for `n_layer` layers. Raises ValueError."""
-        name, plus, rival = text.partition("+")
-        if plus and rival not in RIVALS:
-            raise ValueError(f"sync={text!r}: what follows the + is one of {', '.join(RIVALS)}")
+        name, plus, method_name = text.partition("+")
+        named = [name for name in METHODS if name]
+        if plus and method_name not in named:
+            raise ValueError(f"sync={text!r}: what follows the + is one of {', '.join(named)}")
         if name in NAMED_PATTERNS:
             pattern = NAMED_PATTERNS[name](n_layer)
         elif re.fullmatch(r"grouped-[0-9]{1,4}", name):
@@ -91,13 +92,13 @@ class SyncRule:
             pattern = selective(n_layer, name)
         else:
             known = f"{', '.join(NAMED_PATTERNS)}, grouped-N (N syncs in all) and one of 2 1 0 a per layer"
-            raise ValueError(f"sync={text!r}: allowed are {known}, each with or without +{', +'.join(RIVALS)}")
-        rule = cls(pattern, rival)
-        if rival == "parallel" and set(pattern) - set("10"):
+            raise ValueError(f"sync={text!r}: allowed are {known}, each with or without +{', +'.join(named)}")
+        rule = cls(pattern, method_name)
+        if method_name == "parallel" and set(pattern) - set("10"):
             raise ValueError(f"sync={text!r}: a parallel block has one sync or none, so its characters are 1 and 0")
-        if rule.parts.delays_a_layer and (set(pattern) != {"2"} or n_layer < 2):
+        if rule.method.delays_a_layer and (set(pattern) != {"2"} or n_layer < 2):
             raise ValueError(f"sync={text!r}: it delays every sync of two or more layers: baseline+delayed-layer")
-        if rule.parts.hides and rule.syncs < 2:
+        if rule.method.hides and rule.syncs < 2:
             raise ValueError(f"sync={text!r}: a single sync, the last, has nothing to hide behind")
         return rule
 
@@ -106,19 +107,19 @@ class SyncRule:
         names = {pattern(n_layer): name for name, pattern in NAMED_PATTERNS.items()}
         if n_layer % self.syncs == 0:
             names.setdefault(grouped(n_layer, self.syncs), f"grouped-{self.syncs}")
-        return "+".join(filter(None, (names.get(self.pattern, self.pattern), self.rival)))
+        return "+".join(filter(None, (names.get(self.pattern, self.pattern), self.method_name)))
 
     @property
     def syncs(self) -> int:
         """All-reduces of one forward pass."""
-        return sum(map(sum, self.syncs_after())) - self.parts.delays_a_layer  # then two are dropped, for one mean
+        return sum(map(sum, self.syncs_after())) - self.method.delays_a_layer  # then two are dropped, for one mean
 
     @property
     def hidden(self) -> int:
         """Those of them behind which a sublayer runs: all but the last one, or those of the inner layers."""
-        if self.parts.delays_a_layer:
+        if self.method.delays_a_layer:
             return 2 * len(self.pattern) - 4
-        return self.syncs - 1 if self.parts.hides else 0
+        return self.syncs - 1 if self.method.hides else 0
 
     @property
     def diagram(self) -> str:
@@ -130,9 +131,9 @@ class SyncRule:
         return [(character in "2a", character in "21") for character in self.pattern]
 
     @property
-    def parts(self) -> "Parts":
-        """The classes that compute it."""
-        return RIVALS[self.rival] if self.rival else Parts()
+    def method(self) -> "Method":
+        """What its name stands for."""
+        return METHODS[self.method_name]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -419,7 +420,7 @@ class MLP(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rivals: other ways to wait less. Each differs from the plain stream, or the plain block, in what it overrides.
+# Other methods of waiting less. Each differs from the plain stream, or the plain block, in what it overrides.
 
 
 class ParallelBlock(Block):
@@ -523,7 +524,7 @@ class DelayedLayer(Stream):
         return sum_over_ranks(self.h.sum(0) / self.n_shard, self.tp_group)
 
 
-class Parts(NamedTuple):
+class Method(NamedTuple):
     """The classes of a rule's layers and of its stream, and whether a sublayer runs behind each sync but the last."""
 
     block: type[Block] = Block
@@ -532,13 +533,14 @@ class Parts(NamedTuple):
     delays_a_layer: bool = False  # they arrive a layer later: the first layer's are in step, the last one's are dropped
 
 
-RIVALS = {
-    "parallel": Parts(block=ParallelBlock),
-    "desync": Parts(stream=Desync),
-    "tracks": Parts(stream=Tracks),
-    "ladder": Parts(stream=Ladder, hides=True),
-    "delayed": Parts(stream=Delayed, hides=True),
-    "delayed-layer": Parts(stream=DelayedLayer, hides=True, delays_a_layer=True),
+METHODS = {
+    "": Method(),
+    "parallel": Method(block=ParallelBlock),
+    "desync": Method(stream=Desync),
+    "tracks": Method(stream=Tracks),
+    "ladder": Method(stream=Ladder, hides=True),
+    "delayed": Method(stream=Delayed, hides=True),
+    "delayed-layer": Method(stream=DelayedLayer, hides=True, delays_a_layer=True),
 }
 
 
@@ -653,7 +655,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # in the linear layers and layer norms, as in GPT-2
     n_shard: int = 1
-    sync: str = "baseline"  # the SyncRule: baseline, spd, grouped-N or one of 2 1 0 a per layer, and +RIVAL
+    sync: str = "baseline"  # the SyncRule: baseline, spd, grouped-N or one of 2 1 0 a per layer, and +METHOD
     norm: str = "layernorm"  # or rmsnorm; this and what follows: Llama's family beside GPT-2's
     norm_eps: float = 1e-5
     position: str = "learned"  # or rope
@@ -757,11 +759,12 @@ class GPT(nn.Module):
         first = n_local_shard * (tp_group.rank() if self.tp_group is not None else 0)
         self.local_shards = slice(first, first + n_local_shard)
 
+        block = config.rule.method.block
         layers = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
         if config.position == "learned":
             layers |= dict(wpe=nn.Embedding(config.block_size, config.n_embd))
         layers |= dict(drop=nn.Dropout(config.dropout))
-        layers |= dict(h=nn.ModuleList([config.rule.parts.block(config, n_local_shard) for _ in range(config.n_layer)]))
+        layers |= dict(h=nn.ModuleList([block(config, n_local_shard) for _ in range(config.n_layer)]))
         if config.norm == "rmsnorm":
             layers |= dict(ln_f=nn.RMSNorm(config.n_embd, config.norm_eps))
         else:
@@ -853,7 +856,7 @@ class GPT(nn.Module):
             rope = self.rope_cos_sin(x.size(1))
         else:  # only differences of positions count
             rope = cache.rope and tuple(table[places] for table in cache.rope)
-        stream = self.config.rule.parts.stream(x, self.config, self.tp_group)
+        stream = self.config.rule.method.stream(x, self.config, self.tp_group)
         syncs_after = self.config.rule.syncs_after()
         for i in range(self.config.n_layer) if layers is None else layers:
             past = None if cache is None else (*cache.layers[i], places)
@@ -877,7 +880,7 @@ class GPT(nn.Module):
         """This model under another pattern of syncs. It shares all weights. Raises ValueError for an impossible one."""
         model = copy.copy(self)
         model.config = replace(self.config, sync=sync)
-        if model.config.rule.parts.block is not self.config.rule.parts.block:
+        if model.config.rule.method.block is not self.config.rule.method.block:
             raise ValueError(f"sync={sync!r} has other layers than this model's {self.config.sync!r}")
         return model
 

@@ -97,7 +97,7 @@ def check_variant(name, size):
         dist.destroy_process_group()
     executed = forward.get_total_counts(), backward.get_total_counts()
     assert config.rule.syncs == syncs, f"the rule has {config.rule.syncs} syncs, expected {syncs}"
-    unread = config.rule.rival in ("ladder", "delayed")  # no shard reads what arrives behind the last sublayer
+    unread = config.rule.method_name in ("ladder", "delayed")  # no shard reads what arrives behind the last sublayer
     expected = (syncs, syncs - 1 if unread else syncs)
     assert executed == expected, f"all-reduces forward, backward: {executed}, expected {expected}"
     return n_params

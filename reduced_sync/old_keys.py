@@ -19,8 +19,8 @@ def translate_old_keys(keys: dict) -> dict:
     if not old or "sync" in keys:
         return keys
     kept = {key: value for key, value in keys.items() if key not in OLD}
-    name, rivals = old.get("architecture"), [old.get("overlap"), (old.get("merge") or "sum").removeprefix("sum")]
-    rivals = [*filter(None, rivals), *["parallel"] * bool(old.get("parallel_block"))]
+    name, methods = old.get("architecture"), [old.get("overlap"), (old.get("merge") or "sum").removeprefix("sum")]
+    methods = [*filter(None, methods), *["parallel"] * bool(old.get("parallel_block"))]
     if name == "grouped":
         n_layer, size = keys.get("n_layer", 12), old.get("layers_per_group") or 0
         if size < 1 or n_layer % size:
@@ -28,7 +28,7 @@ def translate_old_keys(keys: dict) -> dict:
         name = f"grouped-{n_layer // size}"
     elif name in (None, "selective"):
         name = str(old.get("sync_pattern") or "baseline")  # of digits alone an argument is a number
-    return kept | {"sync": "+".join([name, *rivals])}
+    return kept | {"sync": "+".join([name, *methods])}
 
 
 def complete_config(keys: dict) -> dict:

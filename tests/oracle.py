@@ -11,10 +11,10 @@ from torch.nn import functional as F
 def logits(dense, idx, n_layer, n_head, n_shard, sync, n_kv_head=None):
     """Logits (B, T, vocab) of the dense state dict (nanoGPT's names) run as n_shard shards.
 
-    sync: one of 2 1 0 a per layer, and +RIVAL. With n_kv_head the block is Llama's: RMSNorm, RoPE with theta 10,000 and
-    SwiGLU. Biases and norms of queries and keys are there where the state dict has them.
+    sync: one of 2 1 0 a per layer, and +METHOD. With n_kv_head the block is Llama's: RMSNorm, RoPE with theta 10,000
+    and SwiGLU. Biases and norms of queries and keys are there where the state dict has them.
     """
-    pattern, _, rival = sync.partition("+")
+    pattern, _, method = sync.partition("+")
     T = idx.shape[1]
     heads = n_head // n_shard
     x = dense["transformer.wte.weight"][idx]
@@ -84,14 +84,14 @@ def logits(dense, idx, n_layer, n_head, n_shard, sync, n_kv_head=None):
     delayed = []  # outputs of the last layer's sublayers, which the other shards have not got yet
     late = None  # what a sync that is not waited for will have added to x
     for layer in range(n_layer):
-        units = [((attention, mlp), "21")] if rival == "parallel" else [((attention,), "2a"), ((mlp,), "21")]
+        units = [((attention, mlp), "21")] if method == "parallel" else [((attention,), "2a"), ((mlp,), "21")]
         for sublayers, characters in units:
             outputs = [sum(sublayer(layer, shard, h) for sublayer in sublayers) for shard, h in enumerate(streams)]
             if late is not None:
                 x, late = x + late, None
                 streams = [x] * n_shard
             after = [h + y for h, y in zip(streams, outputs, strict=True)]
-            if rival == "delayed-layer" and layer > 0:
+            if method == "delayed-layer" and layer > 0:
                 streams = after
                 if layer > 1:
                     before = delayed.pop(0)
@@ -99,15 +99,15 @@ def logits(dense, idx, n_layer, n_head, n_shard, sync, n_kv_head=None):
                 delayed.append(outputs)
             elif pattern[layer] not in characters:
                 streams = after
-            elif rival == "desync":
+            elif method == "desync":
                 x = sum(streams) / n_shard + sum(outputs)
                 streams = [x] * n_shard
-            elif rival == "tracks":
+            elif method == "tracks":
                 x = sum(after) / n_shard
                 streams = [x] * n_shard
-            elif rival in ("ladder", "delayed"):
+            elif method in ("ladder", "delayed"):
                 late = sum(h - x for h in after)
-                streams = after if rival == "delayed" else [x] * n_shard
+                streams = after if method == "delayed" else [x] * n_shard
             else:
                 x = x + sum(h - x for h in after)
                 streams = [x] * n_shard

@@ -34,10 +34,10 @@ def old_fields(config):
     """The fields of GPTConfig as they were."""
     rule, fields = config.rule, dataclasses.asdict(config)
     del fields["sync"]
-    overlap = rule.rival if rule.hidden else ""
-    merge = "desync" if rule.rival == "desync" else "sum"
+    overlap = rule.method_name if rule.hidden else ""
+    merge = "desync" if rule.method_name == "desync" else "sum"
     return fields | dict(
-        sync_pattern=rule.pattern, parallel_block=rule.rival == "parallel", merge=merge, overlap=overlap
+        sync_pattern=rule.pattern, parallel_block=rule.method_name == "parallel", merge=merge, overlap=overlap
     )
 
 

@@ -1,4 +1,4 @@
-"""The variants of the model that several test files go through, and what they put in: patterns, rivals, a batch."""
+"""The variants of the model that several test files go through, and what they put in: patterns, methods, a batch."""
 
 import torch
 
@@ -6,10 +6,10 @@ from reduced_sync_model import GPTConfig, shard_tensor
 
 torch.set_num_threads(1)  # the tensors are tiny
 PATTERNS = ["2222", "1111", "0101", "0001", "1101", "a2a1", "0a02", "a001"]  # every kind
-RIVALS = ["1111+parallel", "0101+parallel", "0101+desync", "a011+desync", "0101+tracks", "a021+tracks"]
-RIVALS += [f"{pattern}+{rival}" for pattern in ("2222", "1111", "0a21") for rival in ("ladder", "delayed")]
-RIVALS += ["2222+delayed-layer"]
-VARIANTS = PATTERNS + RIVALS  # sync rules for 4 layers
+METHODS = ["1111+parallel", "0101+parallel", "0101+desync", "a011+desync", "0101+tracks", "a021+tracks"]
+METHODS += [f"{pattern}+{method}" for pattern in ("2222", "1111", "0a21") for method in ("ladder", "delayed")]
+METHODS += ["2222+delayed-layer"]
+VARIANTS = PATTERNS + METHODS  # sync rules for 4 layers
 SMALL = GPTConfig(block_size=16, vocab_size=61, n_layer=4, n_head=4, n_embd=32, bias=True)
 
 

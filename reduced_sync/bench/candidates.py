@@ -45,7 +45,7 @@ class Candidate:
 def keys_of(text: str, n_layer: int, n_shard: int | None = None) -> dict:
     """The keys of GPTConfig that RULE[@N_SHARD] names. Raises ValueError.
 
-    RULE is that of SyncRule.parse, or LAYERSxWIDTH, a dense control: a baseline of that size, with a +RIVAL if one
+    RULE is that of SyncRule.parse, or LAYERSxWIDTH, a dense control: a baseline of that size, with a +METHOD if one
     follows. Its head size is even, makes heads divisible by n_shard, is a multiple of 8 where one does, and of those
     the nearest to 64, the larger of two. `n_shard` counts where the text has none.
     """

@@ -83,7 +83,7 @@ def forward_seconds(
         accelerator.overhead / 2 + max(n_bytes / accelerator.bandwidth, n_flops / accelerator.peak_flops)
         for n_bytes, n_flops in sublayers(config, forward)
     )
-    if rule.parts.delays_a_layer:
+    if rule.method.delays_a_layer:
         hidden = rule.hidden * max(0.0, all_reduce - attention - mlp)
         return seconds + hidden + (rule.syncs - rule.hidden) * all_reduce
     # one after an attention is hidden by the MLP, one after an MLP by the next attention, and the last by nothing

@@ -229,8 +229,8 @@ def serving_text(name: str, config: GPTConfig, has_code: bool) -> str:
         return f"vLLM, transformers and lm-eval load it without our code: `vllm serve {name}`."
     own = "transformers 5 serves it with the code that is in this folder: read it, then allow it by\n"
     own += "`trust_remote_code=True`. vLLM "
-    if config.rule.parts.hides:
-        return f"{own}has no all-reduce that is in flight while it computes, as {config.rule.rival} asks for."
+    if config.rule.method.hides:
+        return f"{own}has no all-reduce that is in flight while it computes, as {config.rule.method_name} asks for."
     plugin = "needs the plugin of the project that made it, and then no code from this folder: there,\n"
     return f"{own}{plugin}`make serve MODEL={name}`, on as many tensor-parallel ranks as divide {config.n_shard}."
 

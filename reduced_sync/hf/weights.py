@@ -56,8 +56,8 @@ def shards_to_dense(shards: dict, config: GPTConfig) -> dict:
     Raises ValueError if there is none, as the pattern drops a sync, the block is another one, or the copies of a KV
     head or of its norm have parted.
     """
-    name, _, rival = config.sync.partition("+")
-    if rival and rival != "desync":
+    name, _, method_name = config.sync.partition("+")
+    if method_name and method_name != "desync":
         raise ValueError(f"sync={config.sync!r}: no dense model computes that")
     if name != "baseline" and config.n_shard > 1:
         raise ValueError(f"sync={config.sync!r}: only the baseline (or n_shard=1) equals a dense model")

@@ -37,7 +37,7 @@ class Config:
     batch_size: int = option(12, "sequences per micro-step", least=1)
     block_size: int = option(1024, "tokens of a sequence", least=1)
     # model
-    sync: str = option("baseline", "baseline, spd, grouped-N (N syncs in all) or one of 2 1 0 a per layer; then +RIVAL")
+    sync: str = option("baseline", "baseline, spd, grouped-N (N syncs) or one of 2 1 0 a per layer, and maybe +METHOD")
     n_shard: int = option(2, "shards that the model is cut into: part of the architecture", least=1)
     n_layer: int = option(12, "layers", least=1)
     n_head: int = option(12, "attention heads of the whole model", least=1)

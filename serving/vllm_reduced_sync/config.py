@@ -9,7 +9,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm_reduced_sync.old_keys import complete_config  # a link, as the next one, to what the training uses
 from vllm_reduced_sync.reduced_sync_model import SyncRule
 
-SERVED = ("", "parallel", "desync", "tracks")  # rivals; the others hide all-reduces, and vLLM's waits for its result
+SERVED = ("", "parallel", "desync", "tracks")  # methods; the others hide all-reduces, and vLLM's waits for its result
 
 
 class ReducedSyncConfig(PretrainedConfig):
@@ -46,7 +46,7 @@ class Checks(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config):
         """Raises ValueError for what cannot be served."""
         config, tp_size = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
-        if config.rule.rival not in SERVED:
+        if config.rule.method_name not in SERVED:
             allowed = ", ".join(SERVED[1:])
             raise ValueError(f"sync={config.sync!r} cannot be served; allowed after the pattern: {allowed}")
         if config.n_shard % tp_size:

@@ -123,7 +123,7 @@ class Stream:
 
     def __init__(self, x, rule, n_shard):
         self.x, self.unadded, self.ds = x, None, None
-        self.rival, self.n_shard = rule.rival, n_shard
+        self.method_name, self.n_shard = rule.method_name, n_shard
 
     def read(self, norms):
         """What each of `norms`, one a shard, makes of what its shard sees: (T, C) each."""
@@ -149,10 +149,10 @@ class Stream:
     def sync(self, ys):
         """A sync point: x plus the sum of all deltas; by their mean count those before ys (desync), or all (tracks)."""
         if self.ds is not None:
-            share = 1 / self.n_shard if self.rival == "desync" else 1
+            share = 1 / self.n_shard if self.method_name == "desync" else 1
             ys = [torch.add(y, d, alpha=share) for d, y in zip(self.ds, ys, strict=True)]
         delta = sum(ys[1:], start=ys[0])  # (T, C) of this rank, and no one else's: on a CPU it is changed
-        if self.rival == "tracks":
+        if self.method_name == "tracks":
             delta = delta / self.n_shard
         self.unadded, self.ds = distributed.tensor_model_parallel_all_reduce(delta), None
 
@@ -162,7 +162,7 @@ class Block(nn.Module):
 
     def __init__(self, config, vllm_config, rope, prefix):
         super().__init__()
-        self.parallel = config.rule.rival == "parallel"
+        self.parallel = config.rule.method_name == "parallel"
         self.ln_1 = per_shard(config, lambda: norm(config))
         self.attn = CausalSelfAttention(config, vllm_config, rope, f"{prefix}.attn")
         self.ln_2 = per_shard(config, lambda: norm(config))

@@ -20,7 +20,7 @@ from reduced_sync_model import GPT, GPTConfig
 
 @pytest.fixture
 def timed(runs):
-    """Runs, a control and a rival, all with times. The control beats SPD, the rival and spd both beat grouped-6."""
+    """Runs, a control and +ladder, all with times. The control beats SPD, +ladder and spd both beat grouped-6."""
     make(runs, "out-control", "2" * 8, [4.0, 3.0, 2.005], n_params=615000, n_embd=80, n_shard=1)
     make(runs, "out-ladder", "2" * 12 + "+ladder", [4.0, 3.0, 2.03])
     rows = [row(0.010, "2" * 12), row(0.008, "1" * 12), row(0.009, "01" * 6), row(0.005, "000100010001")]
@@ -69,7 +69,7 @@ def test_a_row_is_that_of_the_same_model_alone(runs):
     """Another n_shard, width or block is another model; for a dense one n_shard and heads make no difference."""
     others = [dict(n_shard=4), dict(n_embd=128), dict(n_head=8), dict(mlp="swiglu"), dict(n_kv_head=2)]
     rows = [row(1.0, "1" * 12, **other) for other in [*others, dict(norm="rmsnorm")]]
-    rows += [row(1.0, "1" * 12 + rival) for rival in ("+parallel", "+desync", "+delayed")]
+    rows += [row(1.0, "1" * 12 + method) for method in ("+parallel", "+desync", "+delayed")]
     path = write_latency(runs, *rows)
     with pytest.raises(ValueError, match="none of the runs' models was measured at tp_size 2, batch 1"):
         add_measured(load(runs), path, None, None)

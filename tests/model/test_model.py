@@ -57,15 +57,15 @@ def test_bad_patterns_are_refused(pattern):
     "text", ["spdd", "grouped", "grouped-", "grouped:2", "grouped-3", "grouped-0", "grouped-٢", "Spd"]
 )
 def test_bad_rules_are_refused(text):
-    for rival in ("", "+desync"):
+    for method in ("", "+desync"):
         with pytest.raises(ValueError, match="grouped-"):
-            SyncRule.parse(text + rival, 4)
+            SyncRule.parse(text + method, 4)
 
 
 @pytest.mark.parametrize(
     "text", ["spd+", "spd+lader", "spd+ladder+desync", "+ladder", "baseline+parallel", "0001+ladder"]
 )
-def test_bad_rivals_are_refused(text):
+def test_bad_methods_are_refused(text):
     with pytest.raises(ValueError, match="sync="):
         SyncRule.parse(text, 4)
 
@@ -174,7 +174,7 @@ def test_parallel_block_and_ladder_against_transformers_layers(gpt2, n_shard):
 
 
 @pytest.mark.parametrize("n_shard, choice", [(1, "delayed"), (1, "desync"), (4, "desync")])
-def test_rivals_that_are_plain_gpt2(gpt2, n_shard, choice):
+def test_methods_that_are_plain_gpt2(gpt2, n_shard, choice):
     """One shard has all parts at once, and where all syncs are made nothing is left to average."""
     theirs, folder = gpt2
     x, _ = batch()
@@ -301,7 +301,7 @@ def test_executed_all_reduces(fake_group, variant, n_shard):
     with CommDebugMode() as comm:
         loss.backward()
     # With overlap, what arrives behind the last sublayer is read by no shard: one f less where two syncs end the model.
-    unread = model.config.rule.rival in ("ladder", "delayed") and model.config.rule.pattern[-1] == "2"
+    unread = model.config.rule.method_name in ("ladder", "delayed") and model.config.rule.pattern[-1] == "2"
     assert comm.get_total_counts() == syncs - unread
     assert all("allreduce" in str(op).replace("_", "") for op in comm.get_comm_counts())
 
