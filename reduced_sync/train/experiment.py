@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from reduced_sync.configurator import option
 from reduced_sync.distributed import LOCAL_WORLD_SIZE, WORLD_SIZE
-from reduced_sync_model import GPTConfig
+from reduced_sync_model import GPTConfig, SyncRule, baseline
 
 
 @dataclass
@@ -101,6 +101,11 @@ def check_config(config: Config) -> None:
     """Raise ValueError for values and combinations, but of the model, that cannot be trained."""
     if not config.out_dir:
         raise ValueError("out_dir is empty: it must name a folder")
+    rule = SyncRule.parse(config.sync, config.n_layer)
+    if config.n_shard == 1 and not rule.method_name and rule.pattern != baseline(config.n_layer):
+        raise ValueError(
+            f"sync={config.sync!r} would be the baseline with n_shard=1, which has no syncs: take --n_shard=2 or more"
+        )
     if config.decay_lr and not config.eval_only:
         if config.min_lr > config.learning_rate:
             raise ValueError(

@@ -27,6 +27,7 @@ from train_reduced_sync import Config, prepare
         (dict(block_size=10**6), ["train.bin", "too few for block_size=1000000"]),
         (dict(sync="gpt"), ["sync='gpt'", "baseline, spd, grouped-N"]),
         (dict(sync="grouped-3"), ["grouped-3", "n_layer=4", "allowed: grouped-1, grouped-2, grouped-4"]),
+        (dict(n_shard=1, sync="spd"), ["sync='spd'", "the baseline with n_shard=1", "--n_shard=2"]),
         (dict(sync="111"), ["sync='111'", "3 characters", "n_layer=4"]),
         (dict(sync="1131"), ["sync='1131'", "2 1 0 a"]),
         (dict(sync="111a"), ["sync='111a'", "1 or 2"]),
