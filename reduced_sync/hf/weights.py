@@ -198,18 +198,19 @@ def safetensors_files(name: str) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
     from transformers.utils import cached_file
 
-    missing, part, file_of = dict(_raise_exceptions_for_missing_entries=False), "model.safetensors", {}
+    part, file_of = "model.safetensors", {}
     try:
         parts = [part]
-        if cached_file(name, part, **missing) is None:
+        try:
+            cached_file(name, part)
+        except OSError as error:  # there is none, or the hub cannot be reached
             part = "model.safetensors.index.json"
-            if (index := cached_file(name, part, **missing)) is not None:
-                parts = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+            index = cached_file(name, part, _raise_exceptions_for_missing_entries=False)
+            if index is None:
+                raise OSError(f"no safetensors weights: {one_line(error)}") from None
+            parts = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
         for part in parts:
-            path = cached_file(name, part, **missing)
-            if path is None:
-                raise OSError(f"there is no {part}: weights must be safetensors")
-            file = safe_open(path, "pt")
+            file = safe_open(cached_file(name, part), "pt")
             file_of |= dict.fromkeys(file.keys(), file)
     except OSError as error:
         raise ValueError(f"init_from={str(name)!r}: {one_line(error)}") from None

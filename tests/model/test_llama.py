@@ -186,11 +186,23 @@ def test_gpt2s_that_our_block_does_not_compute(tmp_path):
         weights.from_pretrained(tmp_path)
 
 
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    """transformers does not say so where a missing file is allowed."""
+
+    def cached_file(name, part, _raise_exceptions_for_missing_entries=True):
+        if _raise_exceptions_for_missing_entries:
+            raise OSError("no connection")
+
+    monkeypatch.setattr("transformers.utils.cached_file", cached_file)
+    with pytest.raises(ValueError, match="init_from='gpt2': no safetensors weights: no connection"):
+        weights.from_pretrained("gpt2")
+
+
 def test_folders_that_are_no_model_of_ours(tmp_path):
     saved(tmp_path / "whole", num_key_value_heads=4)
     for change, words in {
         "another kind": "is a gemma model",
-        "no weights": "no model.safetensors",
+        "no weights": "not appear to have a file named model.safetensors",
         "a tensor less": "have no model.layers.3.mlp.up_proj.weight",
         "another size": r"mlp.up_proj.weight of \[87, 32\] does not fit its config.json, which gives \[88, 32\]",
         "no config": "has no config.json",
