@@ -18,8 +18,8 @@ decode prints, with times in milliseconds:
     no-syncs    TPOT of the same model if its all-reduces send nothing: the bound without communication
     bound/TPOT  bound: the time to read a rank's weights and cache once, at the speed measured for summing them
                 (on a GPU, for one large read)
-    line        the error of compute + syncs x all_reduce, which are no-syncs and in-syncs, averaged over the models of
-                the first one's size without hidden syncs
+    line        the error of compute + syncs x all_reduce, which are no-syncs and in-syncs, averaged over candidates of
+                the first one's size that have no hidden syncs
     model       the error of cost_model.py
     exposed     what a hidden sync still costs: TPOT less no-syncs and the blocking syncs, and the model's figure
 
@@ -58,6 +58,7 @@ from reduced_sync.bench.results import Case, Prediction, Row, Times, Training, d
 from reduced_sync.bench.timing import Condition, Constants, Decoding, Round, Workload
 from reduced_sync.cli import check_distinct, check_figure, check_target, one_line_errors
 from reduced_sync.configurator import option, parse
+from reduced_sync.files import replace_file
 from reduced_sync.hardware import GPUS, LINKS, Accelerator, Link
 from reduced_sync.train.experiment import MODERN, model_keys
 
@@ -75,7 +76,7 @@ def peak_memory(device: torch.device, reset: bool = False) -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
     import resource  # not on Windows, where the start says so
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,8 +413,6 @@ def predict(args: "Predict") -> list[Prediction]:
 # ---------------------------------------------------------------------------------------------------------------------
 # options
 
-PATTERNS = ("baseline", "spd", "110111011101", "grouped-6", "grouped-4", "grouped-3", "grouped-2", "grouped-1")
-
 
 @dataclass
 class Options:
@@ -441,7 +440,7 @@ class Timed(Options):
     rounds: int = option(5, "rounds of each launch", least=1)
     launches: int = option(1, "times that the processes are started", least=1)
     device: str | None = option(None, "cuda or cpu; None: cuda where there is one")
-    dtype: str | None = option(None, "float32, bfloat16 or float16; None: bfloat16 on CUDA, float32 on CPU")
+    dtype: str | None = option(None, distributed.DTYPE_HELP)
 
 
 @dataclass
@@ -456,7 +455,7 @@ class Train(Timed):
 
 @dataclass
 class Decode(Timed):
-    candidates: tuple[str, ...] = option(PATTERNS, "RULE[@N_SHARD]")
+    candidates: tuple[str, ...] = option((), "RULE[@N_SHARD]; default: baseline, spd and every grouped-N")
     n_shard: int = option(2, "shards that the transformer is cut into", least=1)
     tp_sizes: tuple[int, ...] = option((1, 2), "tensor-parallel ranks", least=1)
     batch_sizes: tuple[int, ...] = option((1,), "sequences decoded at once", least=1)
@@ -469,7 +468,7 @@ class Decode(Timed):
 
 @dataclass
 class Predict(Options):
-    candidates: tuple[str, ...] = option(("baseline", "spd", *(f"grouped-{n}" for n in (12, 8, 6, 4, 2))), "RULE")
+    candidates: tuple[str, ...] = option((), "RULE; default: baseline, spd and every grouped-N")
     n_layer: int = option(24, "layers", least=1, below=rsm.MOST_LAYERS + 1)
     n_embd: int = option(2048, "width of the residual stream", least=1)
     n_head: int = option(32, "attention heads", least=1)
@@ -492,15 +491,17 @@ def main(argv: list[str]) -> None:
     job, options = COMMANDS[command]
     with one_line_errors():
         args = parse(options, argv[1:], "candidates", job.__doc__, f"{parser.prog} {command}")
+        fitting = (n for n in range(args.n_layer // 2, 0, -1) if args.n_layer % n == 0)
+        args.candidates = args.candidates or ("baseline", "spd", *(f"grouped-{n}" for n in fitting))
         targets = {"json": args.json, "png": getattr(args, "png", None)}
         check_distinct(targets)
         for path in filter(None, targets.values()):
             check_target(path)
         results = job(args)
         if args.json:
-            with open(args.json, "w", encoding="utf-8") as file:
-                keys = {"command": command} | dataclasses.asdict(args)  # vars would have what is no key
-                json.dump({"settings": keys, "results": results}, file, indent=1, default=dataclasses.asdict)
+            keys = {"command": command} | dataclasses.asdict(args)  # vars would have what is no key
+            text = json.dumps({"settings": keys, "results": results}, indent=1, default=dataclasses.asdict)
+            replace_file(args.json, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ $ python compare.py out-* --tolerance=1 --png=figure.png --csv=table.csv
 $ python compare.py out-* --latency=decode.json                                       # which is fastest, as measured
 $ python compare.py out-* --link=nvlink --accelerator=h100 --tp_size=8 --batch=1      # or PREDICTED
 
-A line is an arm: an architecture at one size, at its best learning rate, and the mean of its seeds. The gap is
+Each line is an arm: an architecture at one size, at its best learning rate, and the mean of its seeds. The gap is
 100 ln(loss / baseline's loss) in percent, the mean over the seeds that both have. The baseline is standard TP of the
 same size (parameters within 4 %), and of the same float type and n_shard if there is one; of several n_shard the best
 one. A dense model of fewer layers is a control, not a baseline. +- is half of the gap's 95 % confidence interval, from
@@ -61,7 +61,7 @@ class Options:
     latency: str | None = option(None, "measured times per token: what bench.py decode wrote with --json", is_path=True)
     link: str | None = option(None, "predict the times per token, with this link between ranks", allowed=tuple(LINKS))
     accelerator: str | None = option(None, "with link: what a rank computes on; default: h100", allowed=tuple(GPUS))
-    tp_size: int | None = option(None, "with latency or link: ranks; default: the most in the file of latency", least=1)
+    tp_size: int | None = option(None, "with latency or link: ranks; default: the most in the file", least=1)
     batch: int | None = option(None, "with latency or link: sequences; default: the fewest in the file, or 1", least=1)
     predict: str | None = option(None, "extrapolate the gaps to this size, LAYERSxWIDTH")
 

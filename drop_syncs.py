@@ -39,7 +39,7 @@ from reduced_sync import distributed
 from reduced_sync.cli import StopSignal
 from reduced_sync.configurator import configure, option
 from reduced_sync.decoding import cast_matrices
-from reduced_sync.distributed import RANK, WORLD_SIZE
+from reduced_sync.distributed import DTYPE_HELP, RANK, WORLD_SIZE
 from reduced_sync.dropping import distillation, placement, quality, texts
 from reduced_sync.dropping.figures import draw_dropping
 from reduced_sync.dropping.log import agreement_line, perplexity_line, read_drop_log, sensitivity_line, table_of
@@ -80,9 +80,9 @@ class Config:
     seed: int = option(1337, "for the windows to train on", least=0)
     # system
     tp_size: int = option(1, "tensor-parallel ranks", least=1)
-    checkpoint_minutes: float = option(10.0, "minutes between checkpoints inside a stage", least=0)
+    checkpoint_minutes: float = option(10.0, "minutes between checkpoints inside a stage; 0: none", least=0)
     device: str | None = option(None, "cuda, cuda:N or cpu; None: cuda where there is one")
-    dtype: str | None = option(None, "float32, bfloat16 or float16; None: bfloat16 on CUDA, float32 on CPU")
+    dtype: str | None = option(None, DTYPE_HELP)
     compile: bool | None = option(None, "torch.compile for finetuning; None: on CUDA")
 
 
@@ -143,9 +143,10 @@ def prepare(config: Config) -> Prepared:
         )
     if config.sync is not None and (rule := rsm.SyncRule.parse(config.sync, shape.n_layer)).method_name:
         raise ValueError(f"sync={config.sync!r}: syncs can be dropped afterwards, but not made +{rule.method_name}")
+    if config.n_shard == 1:
+        raise ValueError("n_shard=1 has no syncs to drop: take 2 or more")
     shape.check_tp_size(config.tp_size)
-    if WORLD_SIZE % config.tp_size:
-        raise ValueError(f"tp_size={config.tp_size} must divide {WORLD_SIZE} processes")
+    distributed.check_tp_size(config.tp_size)
     if config.step_windows % dp_size:
         raise ValueError(f"step_windows={config.step_windows} is not divisible by the {dp_size} replicas")
     device_choice = distributed.choose_device(config.device, config.dtype)
@@ -286,7 +287,7 @@ class Run:
     def step_done(self) -> None:
         """Remember that one more layer or step is done, and save where it is due. Raises Stopped."""
         self.progress.done += 1
-        due = RANK == 0 and time.monotonic() - self.last_save > self.config.checkpoint_minutes * 60
+        due = RANK == 0 and 0 < self.config.checkpoint_minutes * 60 <= time.monotonic() - self.last_save
         asked = [self.stop.asked is not None, due]
         _, (stopping, due) = distributed.agree([], asked, self.layout.device)  # every rank decides alike
         if stopping or due:
@@ -303,7 +304,7 @@ class Run:
 def arrange(run: Run) -> int:
     """Order the heads and neurons of every layer, the dense function unchanged."""
     config, model, progress = run.config, run.model, run.progress
-    if config.arrange == "as_is" or config.n_shard == 1:
+    if config.arrange == "as_is":
         return 0
     batches = [model.embed(idx.to(run.layout.device)) for idx in run.windows.split(config.batch_size)]
     with run.bar(model.config.n_layer * run.windows.numel()) as bar:

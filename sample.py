@@ -30,7 +30,7 @@ from reduced_sync import checkpoint as ckpt
 from reduced_sync import distributed, preparing
 from reduced_sync.configurator import configure, option
 from reduced_sync.decoding import cast_matrices, for_decoding, generate, sample_tokens
-from reduced_sync.distributed import RANK, WORLD_SIZE
+from reduced_sync.distributed import DTYPE_HELP, RANK, WORLD_SIZE
 from reduced_sync.hf.tokenizer import Tokens, pretrained_meta
 from reduced_sync.hf.weights import from_pretrained, pretrained_fields
 
@@ -51,7 +51,7 @@ class Config:
     top_p: float = option(1.0, "choose among the likeliest tokens that add up to this probability; 1: among all")
     seed: int = option(1337, "for the random choices", least=0)
     device: str | None = option(None, "cuda, cuda:N or cpu; None: cuda where there is one")
-    dtype: str | None = option(None, "float32, bfloat16 or float16; None: bfloat16 on CUDA, float32 on CPU")
+    dtype: str | None = option(None, DTYPE_HELP)
     compile: bool = option(False, "torch.compile: takes a minute to start, and then is faster on some machines")
     backend: str | None = option(None, "nccl or gloo; None: nccl on CUDA")
 

@@ -7,8 +7,9 @@ A study file is a config file with the keys of Study, below: it declares sizes a
 An arm at a size is first trained with seed 1 at half, once and twice the learning_rate that it is given. While the best
 rate is at the edge, another one follows beyond it; then the other seeds are trained at the best rate.
 
-Each run is an ordinary train_reduced_sync.py run in its own folder, out_dir/SIZE-ARM-lrRATE-seedSEED. The first sizes
-and arms come first, as many runs at once as there are cores (or GPUs, times runs_per_gpu) for `processes` each.
+Each run is an ordinary train_reduced_sync.py run in its own folder, out_dir/SIZE-ARM-lrRATE-seedSEED. They start
+in the order of sizes and arms, as many in parallel as there are cores (or GPUs, times runs_per_gpu) for, each with
+`processes` of them.
 Ctrl-C stops all runs after their step, a second one at once. After any stop, continue with the same command: finished
 runs are left alone, and started ones continue from their checkpoint. Several study.py may share the runs of a study.
 """

@@ -27,6 +27,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 NO_MEMORY = "can't allocate memory|Storage size calculation overflowed|integer multiplication overflow"
 NO_COMPILER = "InvalidCxxCompiler|CppCompileError|TritonMissing|Failed to find C compiler"
 
+DTYPE_HELP = "float32, bfloat16 or float16; None: bfloat16 on GPUs that have it, float16 on others, float32 on a CPU"
 ERROR_FILE = "REDUCED_SYNC_ERROR_FILE"  # the environment variable with which study.py asks for it
 
 RANK = int(os.environ.get("RANK", 0))
@@ -83,6 +84,16 @@ def choose_device(
     if backend not in ("nccl", "gloo") or (backend == "nccl" and not on_cuda):
         raise ValueError(f"backend={backend!r}: allowed are nccl (on CUDA) and gloo")
     return device, dtypes[dtype], backend
+
+
+def check_tp_size(tp_size: int) -> None:
+    """Raise ValueError unless this run's processes, and those of each node, can be divided into TP groups."""
+    if WORLD_SIZE % tp_size:
+        raise ValueError(f"the world size, {WORLD_SIZE} processes, is not divisible by tp_size={tp_size}")
+    if LOCAL_WORLD_SIZE % tp_size:
+        raise ValueError(
+            f"tp_size={tp_size} does not divide the {LOCAL_WORLD_SIZE} processes of a node: a TP group would span nodes"
+        )
 
 
 def should_compile(compile: bool | None, device: str) -> bool:

@@ -1,6 +1,6 @@
 """Names of earlier versions: of the keys that said where shards synchronize, and of bench.py's results.
 
-The one place that still knows them.
+They are translated here alone.
 """
 
 import re

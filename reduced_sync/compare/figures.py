@@ -162,7 +162,8 @@ def _draw_rates(axes, look):
 def _draw_times(axes, look, condition, tolerance):
     """The last validation loss over the time per token, a point an arm, the frontier drawn. Returns their labels."""
     shown = [arm for arm in look.group if arm.losses and look.is_comparable(arm) and condition in arm.tpots]
-    best = sorted((arm for arm in shown if on_frontier(arm, shown, condition)), key=lambda arm: arm.tpots[condition])
+    best = [arm for arm in shown if on_frontier(arm, look.group, condition)]
+    best.sort(key=lambda arm: arm.tpots[condition])
     times, losses = [1000 * arm.tpots[condition] for arm in best], [arm.losses[arm.step] for arm in best]
     axes.step(times, losses, where="post", color="tab:blue", linewidth=1, zorder=1, label="frontier")
     labels = []

@@ -205,7 +205,7 @@ def _accepted(gaps, verdicts, arms, tolerance):
     good = [
         (arm, difference)
         for (arm, difference), verdict in zip(gaps, verdicts, strict=True)
-        if verdict == "within" or (baseline_of(arm, arms) is arm and tolerance >= 0)
+        if verdict == "within" or baseline_of(arm, arms) is arm
     ]
     reasons = "; ".join(filter(None, reasons))
     return good, f"no verdict, because {reasons}. So far: " if reasons else ""

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 
 from reduced_sync.configurator import option
-from reduced_sync.distributed import LOCAL_WORLD_SIZE, WORLD_SIZE
+from reduced_sync.distributed import DTYPE_HELP, WORLD_SIZE, check_tp_size
 from reduced_sync_model import GPTConfig, SyncRule, baseline
 
 
@@ -42,7 +42,7 @@ class Config:
     n_layer: int = option(12, "layers", least=1)
     n_head: int = option(12, "attention heads of the whole model", least=1)
     n_embd: int = option(768, "width of the residual stream", least=1)
-    dropout: float = option(0.0, "0 is good for pretraining; above 0 needs tp_size 1", least=0)
+    dropout: float = option(0.0, "0 is usual for pretraining; above 0 needs tp_size 1", least=0)
     bias: bool = option(False, "biases in linear layers and layer norms")
     # the layers of Llama's family beside GPT-2's; config/modern.py sets them all
     norm: str = option("layernorm", "normalization", allowed=("layernorm", "rmsnorm"))
@@ -68,10 +68,10 @@ class Config:
     max_bad_steps: int = option(25, "stop after this many steps in a row whose loss or gradient is not finite", least=1)
     seed: int = option(1337, "for the initial weights, the batches and dropout", least=0)
     # system
-    tp_size: int = option(1, "tensor-parallel ranks; 1 trains fastest, and the result is the same", least=1)
+    tp_size: int = option(1, "tensor-parallel ranks; 1 is fastest, and the result is the same", least=1)
     backend: str | None = option(None, "nccl or gloo; None: nccl on CUDA")
     device: str | None = option(None, "cuda, cuda:N or cpu; None: cuda where there is one")
-    dtype: str | None = option(None, "float32, bfloat16 or float16; None: bfloat16 on CUDA, float32 on CPU")
+    dtype: str | None = option(None, DTYPE_HELP)
     compile: bool | None = option(None, "torch.compile; None: on CUDA")
     timeout_s: int = option(
         600,
@@ -117,17 +117,11 @@ def check_config(config: Config) -> None:
                 f"warmup_iters={config.warmup_iters} is past step {end}, where the run or its decay ends: for a short "
                 f"run add --warmup_iters={end // 10}"
             )
-    if WORLD_SIZE % config.tp_size:
-        raise ValueError(f"the world size, {WORLD_SIZE} processes, is not divisible by tp_size={config.tp_size}")
+    check_tp_size(config.tp_size)
     if config.gradient_accumulation_steps % (dp_size := WORLD_SIZE // config.tp_size):
         raise ValueError(
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} is not divisible by the {dp_size} "
             f"data-parallel replicas (world size {WORLD_SIZE} / tp_size {config.tp_size})"
-        )
-    if LOCAL_WORLD_SIZE % config.tp_size:
-        raise ValueError(
-            f"tp_size={config.tp_size} does not divide the {LOCAL_WORLD_SIZE} processes of a node: a TP group would "
-            "span nodes"
         )
 
 

@@ -1,8 +1,8 @@
 """Greedy ids of folders by vLLM, in this process or, under torchrun, in as many as there are ranks.
 
 generate.py REQUEST RESULT: REQUEST has a JSON object of folders, prompts (lists of ids), new_tokens, and further
-options of vLLM. RESULT gets a list, one entry a folder: the model's class, ids and logprobs
-of each prompt, the forward passes and their all-reduces, all alike on every rank.
+options of vLLM. RESULT gets a list, one entry a folder: the model's class, ids and logprobs of each prompt, the forward
+passes and their all-reduces, all alike on every rank.
 """
 
 import json

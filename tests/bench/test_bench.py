@@ -228,6 +228,9 @@ def test_predict(tmp_path, capsys):
     per_sync = {link: (tpot[link, 24] - tpot[link, 4]) / 20 for link in ("nvlink", "10gbe")}
     assert per_sync["nvlink"] == pytest.approx(15.015e-6, rel=1e-4)  # 6.6 + 14 x 0.6 us, and 1.5 KiB
     assert per_sync["10gbe"] == pytest.approx(14 * (40e-6 + 192 / 1.25e9))
+    assert status(bench.main, ["predict", "--links=nvlink", "--n_layer=6"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in out[2:7]] == ["baseline", "spd", "grouped-3", "grouped-2", "grouped-1"]
 
 
 @pytest.mark.parametrize(

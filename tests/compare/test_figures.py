@@ -5,6 +5,7 @@ import itertools
 import pytest
 from make_runs import load, make, row, write_latency
 
+from reduced_sync.compare import figures
 from reduced_sync.compare.figures import draw_comparison
 from reduced_sync.compare.frontier import add_measured
 from reduced_sync.compare.report import verdict
@@ -41,6 +42,15 @@ def test_lines_of_a_figure(runs, monkeypatch):
     assert "8 (000001111112, -5.13%" in verdict(load(runs), -2)
 
 
+def test_the_frontier_that_is_drawn_is_the_tables(runs, monkeypatch):
+    """By the noise of all arms, those without a time included."""
+    arms, asked = load(runs), []
+    add_measured(arms, write_latency(runs, row(0.1, "1" * 12)), None, None)
+    monkeypatch.setattr(figures, "on_frontier", lambda arm, others, condition: asked.append(others) or True)
+    draw_comparison(arms, runs / "figure.png", 2)
+    assert asked and all(others == arms for others in asked)
+
+
 def test_labels_of_thirty_arms_cover_neither_one_another_nor_a_point(tmp_path, monkeypatch):
     """And the legend of the curves names colors and dashes in the place of thirty lines."""
     from matplotlib.figure import Figure
@@ -52,11 +62,11 @@ def test_labels_of_thirty_arms_cover_neither_one_another_nor_a_point(tmp_path, m
         rows.append(row(0.01 + 0.001 * (i % 5) if i else 0.003, pattern, n_shard=n_shard))  # not far from one another
     arms = load(tmp_path)
     add_measured(arms, write_latency(tmp_path, *rows), None, None)
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     draw_comparison(arms, tmp_path / "figure.png", 2)
-    figures[0].draw_without_rendering()
-    curves, _, times = figures[0].axes
+    drawn[0].draw_without_rendering()
+    curves, _, times = drawn[0].axes
     assert len(curves.get_legend().get_texts()) == 4 + 2  # 1 to 4 syncs, two n_shard
     assert len(times.texts) == 30
     boxes = [Text.get_window_extent(text) for text in times.texts]

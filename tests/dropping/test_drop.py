@@ -530,6 +530,7 @@ def test_texts_of_one_name_are_told_apart(llama, tmp_path):
         (dict(init_from=""), "init_from is empty"),
         (dict(init_from="/no/such/model"), "init_from='/no/such/model'"),
         (dict(init_from="resume"), "no checkpoint"),
+        (dict(n_shard=1), "n_shard=1 has no syncs to drop"),
         (dict(n_shard=3), "n_head=8 is not divisible by n_shard=3"),
         (dict(tp_size=2), "tp_size=2"),
         (dict(calibration="/no/such/text.txt"), "calibration='/no/such/text.txt': there is no such file"),
