@@ -16,7 +16,7 @@ from pathlib import Path
 from reduced_sync.bench.results import read_results
 from reduced_sync.cli import one_line_errors
 from reduced_sync.compare.report import report
-from reduced_sync.compare.runs import baseline_of, gap, load_runs
+from reduced_sync.compare.runs import baseline_of, gap_of, load_runs
 from reduced_sync.dropping.log import read_drop_log, table_of
 
 ROOT = Path(__file__).parents[1]
@@ -54,11 +54,11 @@ def gaps_table(folder):
     arms = [arm for arm in arms if arm.dtype == dtype]
     rows, columns = {}, {}
     for arm in sorted(arms, key=lambda a: (-a.syncs / a.n_layer, a.hidden, -a.n_layer, a.sync)):
-        baseline, difference = baseline_of(arm, arms), gap(arm, arms)
+        baseline, gap = baseline_of(arm, arms), gap_of(arm, arms)
         column = (baseline.size_class, baseline.size, max(2, arm.n_shard))
         columns[column] = f"{baseline.size}, {column[-1]} shards"
-        cell = loss_of(arm) if arm is baseline else f"{difference.percent:+.1f}"
-        cell += "" if arm is baseline or difference.margin is None else f" ±{difference.margin:.1f}"
+        cell = loss_of(arm) if arm is baseline else f"{gap.percent:+.1f}"
+        cell += "" if arm is baseline or gap.margin is None else f" ±{gap.margin:.1f}"
         cell += "" if arm.bracketed and baseline.bracketed else "*"
         rows.setdefault(rule_of(arm, baseline), {})[column] = cell + seeds_of(arm)
     order = sorted(rows, key=lambda rule: rule if rule.startswith("control") else "")  # controls last

@@ -147,9 +147,9 @@ def on_frontier(arm: Arm, arms: list[Arm], condition: str) -> bool | None:
         same_size = other is not arm and other.size_class == arm.size_class
         if not (same_size and comparable(other, arm) and _has_place(other, condition)):
             continue
-        difference, seconds = gap_between(arm, other, arms), arm.tpots[condition] - other.tpots[condition]
-        if difference is not None and seconds >= 0:
-            above = difference.percent - (difference.margin or 0)
+        gap, seconds = gap_between(arm, other, arms), arm.tpots[condition] - other.tpots[condition]
+        if gap is not None and seconds >= 0:
+            above = gap.percent - (gap.margin or 0)
             if above > 0 or (above == 0 and seconds > 0):
                 return False
     return True

@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from reduced_sync.compare.runs import Arm, baseline_of, gap
+from reduced_sync.compare.runs import Arm, baseline_of, gap_of
 
 
 def predict(arms: list[Arm], size: str) -> str:
@@ -23,12 +23,12 @@ def predict(arms: list[Arm], size: str) -> str:
         raise ValueError(f"--predict={size}: a size is LAYERSxWIDTH, like 12x768")
     target, families = math.log(int(match[1]) * int(match[2]) ** 2), {}
     for arm in arms:
-        reference, difference = baseline_of(arm, arms), gap(arm, arms)
-        if difference is None or not difference.final or difference.margin is None or arm.is_standard_tp:
+        baseline, gap = baseline_of(arm, arms), gap_of(arm, arms)
+        if gap is None or not gap.final or gap.margin is None or arm.is_standard_tp:
             continue
-        if arm.bracketed and reference.bracketed:
+        if arm.bracketed and baseline.bracketed:
             place = math.log(arm.n_layer * arm.n_embd**2)
-            families.setdefault((arm.sync, arm.n_shard, arm.family, arm.dtype), {})[place] = difference
+            families.setdefault((arm.sync, arm.n_shard, arm.family, arm.dtype), {})[place] = gap
     families = {key: dict(sorted(gaps.items())) for key, gaps in families.items() if len(gaps) > 1}
     if not families:
         raise ValueError(

@@ -14,9 +14,9 @@ from reduced_sync.compare.runs import (
     by_size_class,
     comparable,
     differ,
-    gap,
+    gap_of,
+    group_baseline,
     is_control,
-    reference_of,
     same_data,
     too_short_note,
 )
@@ -30,25 +30,25 @@ NO_VERDICT = {
 }
 
 
-def judge(arm: Arm, difference: Gap | None, arms: list[Arm], tolerance: float) -> str:
+def judge(arm: Arm, gap: Gap | None, arms: list[Arm], tolerance: float) -> str:
     """The verdict on an arm: `within` the tolerance in percent, `outside`, or `open`; else why there is none.
 
     By the gap's 95 % interval, which leaves it open where it reaches to both sides. The baseline has none.
     """
-    reference = baseline_of(arm, arms)
-    if difference is None or reference is arm:
+    baseline = baseline_of(arm, arms)
+    if gap is None or baseline is arm:
         return ""
     if arm.diverged:
         return "diverged"
-    if not difference.final:
+    if not gap.final:
         return "unfinished"
-    if not (arm.bracketed and reference.bracketed):
+    if not (arm.bracketed and baseline.bracketed):
         return "not bracketed"
-    if difference.margin is None:
+    if gap.margin is None:
         return "one seed"
-    if difference.percent + difference.margin <= tolerance:
+    if gap.percent + gap.margin <= tolerance:
         return "within"
-    return "open" if difference.percent - difference.margin <= tolerance else "outside"
+    return "open" if gap.percent - gap.margin <= tolerance else "outside"
 
 
 def table(arms: list[Arm], tolerance: float) -> str:
@@ -82,7 +82,7 @@ def table(arms: list[Arm], tolerance: float) -> str:
         mark = heading.replace("ms/token", "frontier")
         columns[mark] = (True, True, lambda a, g, s=condition: FRONTIER[on_frontier(a, arms, s)])
     columns = {heading: (left, cell) for heading, (left, shown, cell) in columns.items() if shown}
-    gaps = [gap(arm, arms) for arm in arms]
+    gaps = [gap_of(arm, arms) for arm in arms]
     rows = [list(columns)]
     rows += [[cell(arm, g) for _, cell in columns.values()] for arm, g in zip(arms, gaps, strict=True)]
     lines = [""] * len(rows)
@@ -97,27 +97,27 @@ def table(arms: list[Arm], tolerance: float) -> str:
     return "\n".join(lines)
 
 
-def _rates_cell(arm, difference):
+def _rates_cell(arm, gap):
     least, most = arm.arms_by_rate[0].learning_rate, arm.arms_by_rate[-1].learning_rate
     return f"{least:g} to {most:g}" if least < most else ""
 
 
-def _verdict_cell(verdict, difference, tolerance):
+def _verdict_cell(verdict, gap, tolerance):
     if verdict != "open":
         return verdict or "-"
-    needed = difference.seeds_needed(tolerance)
+    needed = gap.seeds_needed(tolerance)
     return f"open: {needed} seeds" if needed else "open: over 100 seeds"
 
 
-def _seeds_cell(arm, difference):
+def _seeds_cell(arm, gap):
     count, started = len(arm.counted_losses), len(arm.seed_losses)
     return f"{count}" if count == started else f"{count} of {started}"
 
 
-def _gap_cell(arm, difference):
-    if difference is None:
+def _gap_cell(arm, gap):
+    if gap is None:
         return "-"
-    return f"{difference.percent:+.2f}%" + ("" if difference.final else f" at {difference.step}*")
+    return f"{gap.percent:+.2f}%" + ("" if gap.final else f" at {gap.step}*")
 
 
 def warnings(arms: list[Arm]) -> list[str]:
@@ -137,8 +137,8 @@ def warnings(arms: list[Arm]) -> list[str]:
         if len({tuple(sorted(arm.seed_losses)) for arm in group if len(arm.seed_losses) == 1}) > 1:
             lines.append("warning: single runs differ in seed")
     lines += [f"warning: {arm.names[0]} was resumed with other settings: {arm.changed}" for arm in arms if arm.changed]
-    references = [(arm, baseline_of(arm, arms)) for arm in arms]
-    if any(reference is not None and reference.size_class != arm.size_class for arm, reference in references):
+    baselines = [(arm, baseline_of(arm, arms)) for arm in arms]
+    if any(baseline is not None and baseline.size_class != arm.size_class for arm, baseline in baselines):
         lines.append("warning: some runs have no baseline of their own size: they are compared with another's")
     conditions = conditions_of(arms)
     if timeless := [arm.names[0] for arm in arms if conditions.keys() - arm.tpots.keys()]:
@@ -151,25 +151,25 @@ def verdict(arms: list[Arm], tolerance: float) -> str:
     lines = []
     for size_class, n_shard in sorted({(arm.size_class, arm.n_shard) for arm in arms}):
         group = [arm for arm in arms if (arm.size_class, arm.n_shard) == (size_class, n_shard)]
-        reference = reference_of(group, arms)
-        if reference is not None and all(is_control(arm, reference) for arm in group):
+        baseline = group_baseline(group, arms)
+        if baseline is not None and all(is_control(arm, baseline) for arm in group):
             continue  # controls only
-        size = f"{reference.size}, " if reference is not None and len(by_size_class(arms)) > 1 else ""
-        lines.append(f"{size}n_shard {n_shard}: {_group_verdict(group, reference, arms, tolerance)}")
+        size = f"{baseline.size}, " if baseline is not None and len(by_size_class(arms)) > 1 else ""
+        lines.append(f"{size}n_shard {n_shard}: {_group_verdict(group, baseline, arms, tolerance)}")
     return "\n".join(lines)
 
 
-def _group_verdict(group, reference, arms, tolerance):
-    """The verdict on the arms `group` of one size and n_shard, whose baseline is `reference`."""
+def _group_verdict(group, baseline, arms, tolerance):
+    """The verdict on the arms `group` of one size and n_shard, given their baseline."""
     variants = [arm for arm in group if not arm.is_standard_tp and arm.finished]
-    gaps = [(arm, difference) for arm in variants if (difference := gap(arm, arms)) is not None]
-    if reference is None or (variants and not gaps):
+    gaps = [(arm, gap) for arm in variants if (gap := gap_of(arm, arms)) is not None]
+    if baseline is None or (variants and not gaps):
         return f"can't say: {_no_gap_reason(variants or group, arms)}"
-    if not reference.finished:
-        return f"can't say yet: the baseline {reference.names[0]} has not finished"
+    if not baseline.finished:
+        return f"can't say yet: the baseline {baseline.names[0]} has not finished"
     if not variants:
         return "can't say: no variant has finished"
-    verdicts = [judge(arm, difference, arms, tolerance) for arm, difference in gaps]
+    verdicts = [judge(arm, gap, arms, tolerance) for arm, gap in gaps]
     good, start = _accepted(gaps, verdicts, arms, tolerance)
     notes = {"unfinished": sum(not arm.finished for arm in group)}
     notes["evaluated on other windows or data"] = len(variants) - len(gaps)
@@ -177,18 +177,18 @@ def _group_verdict(group, reference, arms, tolerance):
     note = "".join(f" ({count} {why} not counted)" for why, count in notes.items() if count)
     least = min((arm.blocking for arm, _ in good), default=math.inf)
     undecided = [(arm, d) for (arm, d), v in zip(gaps, verdicts, strict=True) if v == "open" and arm.blocking < least]
-    for arm, difference in undecided:
-        cell = _verdict_cell("open", difference, tolerance).removeprefix("open: ")
-        gap_text = f"{arm.sync} ({difference.percent:+.2f}%)"
+    for arm, gap in undecided:
+        cell = _verdict_cell("open", gap, tolerance).removeprefix("open: ")
+        gap_text = f"{arm.sync} ({gap.percent:+.2f}%)"
         note += f"; {gap_text} is too close to {tolerance:g}% to call: {cell} would settle it"
     if not good:
         return f"{start}no variant is within {tolerance:g}% of the baseline{note}"
-    best, difference = min(good, key=lambda pair: (pair[0].blocking, pair[1].percent))
+    best, gap = min(good, key=lambda pair: (pair[0].blocking, pair[1].percent))
     count, fewer = best.syncs, f"{best.reduction:.1f}% fewer syncs"
     if best.hidden:
         count = f"{best.blocking} and {best.hidden} hidden"
         fewer = f"{100 * (1 - best.blocking / (2 * best.n_layer)):.1f}% fewer that block"
-    detail = f"{best.sync}, {difference.percent:+.2f}%, {fewer}"
+    detail = f"{best.sync}, {gap.percent:+.2f}%, {fewer}"
     return f"{start}the fewest syncs within {tolerance:g}% of the baseline: {count} ({detail}){note}"
 
 
@@ -201,11 +201,11 @@ def _accepted(gaps, verdicts, arms, tolerance):
     reasons[0] += f", at least {LEAST_TOKENS} are needed" if reasons[0] else ""
     if verdicts and all(verdict in NO_VERDICT or not verdict for verdict in verdicts):
         reasons += [text for word, text in NO_VERDICT.items() if word in verdicts]
-        verdicts = ["within" if difference.percent <= tolerance else "" for _, difference in gaps]  # nan is not <=
+        verdicts = ["within" if gap.percent <= tolerance else "" for _, gap in gaps]  # nan is not <=
     good = [
-        (arm, difference)
-        for (arm, difference), verdict in zip(gaps, verdicts, strict=True)
-        if verdict == "within" or baseline_of(arm, arms) is arm
+        (arm, gap)
+        for (arm, gap), verdict in zip(gaps, verdicts, strict=True)
+        if verdict == "within" or (baseline_of(arm, arms) is arm and tolerance >= 0)
     ]
     reasons = "; ".join(filter(None, reasons))
     return good, f"no verdict, because {reasons}. So far: " if reasons else ""
@@ -217,29 +217,29 @@ def fastest(arms: list[Arm], tolerance: float) -> str:
     lines = []
     for condition in conditions_of(arms):
         for group in groups:
-            reference = reference_of(group, arms)
-            size = f"{reference.size}, " if reference is not None and len(groups) > 1 else ""
+            baseline = group_baseline(group, arms)
+            size = f"{baseline.size}, " if baseline is not None and len(groups) > 1 else ""
             lines.append(f"{size}{condition}: {_fastest_of(group, condition, arms, tolerance)}")
     return "\n".join(lines)
 
 
 def _fastest_of(group, condition, arms, tolerance):
     """The verdict on the arms `group` of one size in one condition."""
-    gaps = [(arm, difference) for arm in group if condition in arm.tpots and (difference := gap(arm, arms)) is not None]
-    gaps = [(arm, difference) for arm, difference in gaps if difference.final]
+    gaps = [(arm, gap) for arm in group if condition in arm.tpots and (gap := gap_of(arm, arms)) is not None]
+    gaps = [(arm, gap) for arm, gap in gaps if gap.final]
     if not gaps:
         return "can't say: no finished run has both a time per token and a finished baseline"
-    verdicts = [judge(arm, difference, arms, tolerance) for arm, difference in gaps]
+    verdicts = [judge(arm, gap, arms, tolerance) for arm, gap in gaps]
     good, start = _accepted(gaps, verdicts, arms, tolerance)
     if not good:
         return f"{start}no run with a time per token is within {tolerance:g}% of the baseline"
-    best, difference = min(good, key=lambda pair: (pair[0].tpots[condition], pair[1].percent))
-    time, reference = best.tpots[condition], baseline_of(best, arms)
-    ratio = "the baseline itself" if best is reference else "its baseline has no time"
-    if best is not reference and condition in reference.tpots:
-        ratio = f"{reference.tpots[condition] / time:.2f}x as fast as the baseline"
-    name = f"control {best.size}" if is_control(best, reference) else f"{best.sync}, n_shard {best.n_shard}"
-    detail = f"{name}, {difference.percent:+.2f}%, {best.names[0]}"
+    best, gap = min(good, key=lambda pair: (pair[0].tpots[condition], pair[1].percent))
+    time, baseline = best.tpots[condition], baseline_of(best, arms)
+    ratio = "the baseline itself" if best is baseline else "its baseline has no time"
+    if best is not baseline and condition in baseline.tpots:
+        ratio = f"{baseline.tpots[condition] / time:.2f}x as fast as the baseline"
+    name = f"control {best.size}" if is_control(best, baseline) else f"{best.sync}, n_shard {best.n_shard}"
+    detail = f"{name}, {gap.percent:+.2f}%, {best.names[0]}"
     return f"{start}the fastest within {tolerance:g}% of the baseline: {1000 * time:.3f} ms/token, {ratio} ({detail})"
 
 
@@ -253,33 +253,22 @@ def _no_gap_reason(variants, arms):
 
 def write_csv(arms: list[Arm], path: str | Path, tolerance: float) -> None:
     """One row an arm, numbers in full, times per token in seconds. Raises OSError."""
-    conditions = conditions_of(arms)
+    rows = []
+    for a in arms:
+        gap = gap_of(a, arms)
+        row = dict(run=a.names[0], sync=a.sync, n_layer=a.n_layer, n_embd=a.n_embd, n_shard=a.n_shard, syncs=a.syncs)
+        row |= dict(hidden_syncs=a.hidden, reduction_percent=a.reduction, parameters=a.n_params, tokens=a.tokens)
+        row |= dict(learning_rate=a.learning_rate, bracketed=a.bracketed, dtype=a.dtype, seeds=len(a.counted_losses))
+        row |= dict(step=a.step, max_iters=a.max_iters, val_loss=a.losses.get(a.step), val_loss_sd=a.deviation)
+        row |= {f"gap_{key}": getattr(gap, key, None) for key in ("percent", "margin", "step")}
+        row |= dict(verdict=judge(a, gap, arms, tolerance))
+        for one in conditions_of(arms):
+            row |= {f"tpot_s {one}": a.tpots.get(one), f"on_frontier {one}": on_frontier(a, arms, one)}
+        rows.append(row)
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:  # a name may be no text
-        writer = csv.writer(file)
-        head = "run sync n_layer n_embd n_shard syncs hidden_syncs reduction_percent parameters tokens "
-        head += "learning_rate bracketed dtype seeds step max_iters val_loss val_loss_sd "
-        head += "gap_percent gap_margin gap_step verdict"
-        times = [f"{key} {condition}" for condition in conditions for key in ("tpot_s", "on_frontier")]
-        writer.writerow([*head.split(), *times])
-        for arm in arms:
-            difference, a = gap(arm, arms), arm
-            end = (difference.percent, difference.margin, difference.step) if difference else ("", "", "")
-            end += (judge(a, difference, arms, tolerance),)
-            start = (a.names[0], a.sync, a.n_layer, a.n_embd, a.n_shard, a.syncs, a.hidden, a.reduction)
-            middle = (
-                a.n_params,
-                a.tokens,
-                a.learning_rate,
-                a.bracketed,
-                a.dtype,
-                len(a.counted_losses),
-                a.step,
-                a.max_iters,
-            )
-            times = [
-                value for condition in conditions for value in (a.tpots.get(condition), on_frontier(a, arms, condition))
-            ]
-            writer.writerow((*start, *middle, a.losses.get(a.step, ""), a.deviation, *end, *times))
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def report(arms: list[Arm], tolerance: float) -> str:

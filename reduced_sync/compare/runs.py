@@ -354,20 +354,20 @@ def noise(arms: list[Arm]) -> tuple[float | None, int]:
     """
     squares = freedom = 0
     for arm in arms:
-        reference = baseline_of(arm, arms)
-        if reference is None or reference is arm or not arm.finished or not reference.finished:
+        baseline = baseline_of(arm, arms)
+        if baseline is None or baseline is arm or not arm.finished or not baseline.finished:
             continue
-        found = paired(arm, reference, arm.max_iters) if arm.max_iters == reference.max_iters else []
+        found = paired(arm, baseline, arm.max_iters) if arm.max_iters == baseline.max_iters else []
         if len(found) > 1 and all(map(math.isfinite, found)):
             squares += (len(found) - 1) * statistics.variance(found)
             freedom += len(found) - 1
     return (math.sqrt(squares / freedom) if freedom else None), freedom
 
 
-def gap(arm: Arm, arms: list[Arm]) -> Gap | None:
+def gap_of(arm: Arm, arms: list[Arm]) -> Gap | None:
     """The arm's Gap to its baseline, or None where there is nothing to compare."""
-    reference = baseline_of(arm, arms)
-    return None if reference is None else gap_between(arm, reference, arms)
+    baseline = baseline_of(arm, arms)
+    return None if baseline is None else gap_between(arm, baseline, arms)
 
 
 def gap_between(arm: Arm, other: Arm, arms: list[Arm]) -> Gap | None:
@@ -387,9 +387,9 @@ def gap_between(arm: Arm, other: Arm, arms: list[Arm]) -> Gap | None:
     return Gap(percent, step, final, margin, len(found), deviation)
 
 
-def is_control(arm: Arm, reference: Arm | None) -> bool:
-    """Whether it is a dense model of another depth than the baseline `reference`."""
-    return arm.is_standard_tp and reference is not None and arm.n_layer != reference.n_layer
+def is_control(arm: Arm, baseline: Arm | None) -> bool:
+    """Whether it is a dense model of another depth than its baseline."""
+    return arm.is_standard_tp and baseline is not None and arm.n_layer != baseline.n_layer
 
 
 def by_size_class(arms: list[Arm]) -> list[list[Arm]]:
@@ -398,7 +398,7 @@ def by_size_class(arms: list[Arm]) -> list[list[Arm]]:
     return [[arm for arm in arms if arm.size_class == one] for one in classes]
 
 
-def reference_of(group: list[Arm], arms: list[Arm]) -> Arm | None:
+def group_baseline(group: list[Arm], arms: list[Arm]) -> Arm | None:
     """The baseline of the first arm of `group` that has one."""
     return next(filter(None, (baseline_of(arm, arms) for arm in group)), None)
 

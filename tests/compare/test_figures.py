@@ -9,7 +9,7 @@ from reduced_sync.compare import figures
 from reduced_sync.compare.figures import draw_comparison
 from reduced_sync.compare.frontier import add_measured
 from reduced_sync.compare.report import verdict
-from reduced_sync.compare.runs import gap
+from reduced_sync.compare.runs import gap_of
 
 
 def test_lines_of_a_figure(runs, monkeypatch):
@@ -82,7 +82,7 @@ def test_a_text_that_was_memorised(tmp_path):
     make(tmp_path, "out-spd", "11", [4.0, 1.0, 0.0])
     make(tmp_path, "out-late", "01", [4.0, 1.0, 0.5])
     loaded = load(tmp_path)
-    assert [gap(run, loaded).percent for run in loaded] == [0.0, 0.0, float("inf")]
+    assert [gap_of(run, loaded).percent for run in loaded] == [0.0, 0.0, float("inf")]
     draw_comparison(loaded, tmp_path / "figure.png", 2.0)
 
 

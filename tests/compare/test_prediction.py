@@ -33,8 +33,8 @@ def test_a_prediction_for_another_size(tmp_path, capsys):
     assert lines[1].startswith(f"grouped-1 n_shard 2 float32, 3 sizes, {factor:.3g} times the largest N: constant ")
     assert f"constant {statistics.fmean(last[1:]):+.2f}" in lines[1] and f"line {target:+.2f} +- " in lines[1]
     assert f"line {last[2]:+.2f} +- " in lines[2] and lines[2].endswith(f"measured {last[2]:+.2f}")
-    difference = {math.log(n): Gap(0.0, 20, True, 0.3, 2, 0.2) for n in (1, 2, 4)}
-    found = forms(difference, math.log(8))
+    gaps = {math.log(n): Gap(0.0, 20, True, 0.3, 2, 0.2) for n in (1, 2, 4)}
+    found = forms(gaps, math.log(8))
     assert found["constant"] == (0.0, pytest.approx(0.3 / 2**0.5))
     at = np.array([1, math.log(8)])
     # the interval of a least-squares line by numpy's own covariance

@@ -9,7 +9,7 @@ from scipy import stats
 
 from reduced_sync.compare.figures import draw_comparison
 from reduced_sync.compare.report import judge, table, verdict, warnings, write_csv
-from reduced_sync.compare.runs import gap, load_runs
+from reduced_sync.compare.runs import gap_of, load_runs
 from reduced_sync.train.experiment import MODERN
 
 
@@ -52,7 +52,7 @@ def test_a_verdict_is_by_the_interval(tmp_path, losses, expected, line):
     tune(tmp_path, "out-spd", "11", [4.0, 3.0, losses[0]])
     make(tmp_path, "out-spd-2", "11", [4.0, 3.0, losses[1]], seed=2)
     arms = load(tmp_path)
-    found = gap(arms[1], arms)
+    found = gap_of(arms[1], arms)
     assert judge(arms[1], found, arms, 2) == expected and line in verdict(arms, 2)
     if expected == "open":
         needed = found.seeds_needed(2)
@@ -65,13 +65,13 @@ def test_without_a_verdict(tmp_path):
     tune(tmp_path, "out-base", "22", [4.0, 3.0, 2.0])
     tune(tmp_path, "out-spd", "11", [4.0, 3.0, 2.01])
     arms = load(tmp_path)
-    assert judge(arms[1], gap(arms[1], arms), arms, 2) == "one seed"
+    assert judge(arms[1], gap_of(arms[1], arms), arms, 2) == "one seed"
     start = "n_shard 2: no verdict, because with one seed each, the noise is not known. So far: "
     assert verdict(arms, 2) == f"{start}the fewest syncs within 2% of the baseline: 2 (spd, +0.50%, 50.0% fewer syncs)"
     for name in ("out-base-half", "out-base-twice"):
         (tmp_path / name / "log.txt").unlink()
     arms, _ = load_runs(path.parent for path in sorted(tmp_path.glob("*/log.txt")))
-    assert judge(arms[1], gap(arms[1], arms), arms, 2) == "not bracketed"
+    assert judge(arms[1], gap_of(arms[1], arms), arms, 2) == "not bracketed"
 
 
 def test_when_nothing_can_be_said(tmp_path):
@@ -91,7 +91,7 @@ def test_an_arm_of_which_a_seed_diverged_has_no_verdict_but_that(tmp_path):
         make(tmp_path, f"out-{name}-2", pattern, [4.0, 3.0, 2.0], seed=2)
     diverge(tmp_path, "out-spd-3", "11", seed=3)
     arms = load(tmp_path)
-    assert judge(arms[1], gap(arms[1], arms), arms, 2) == "diverged"
+    assert judge(arms[1], gap_of(arms[1], arms), arms, 2) == "diverged"
     assert verdict(arms, 2).startswith("n_shard 2: no variant is within 2%")
 
 
@@ -120,7 +120,7 @@ def test_each_family_of_blocks_is_compared_with_its_own_baseline(tmp_path):
     make(tmp_path, "out-modern-base", "22", [4.0, 3.0, 1.9], **modern)
     make(tmp_path, "out-modern-spd", "11", [4.0, 3.0, 1.957], **modern)
     arms = load(tmp_path)
-    assert {arm.names[0]: round(gap(arm, arms).percent, 6) for arm in arms} == {
+    assert {arm.names[0]: round(gap_of(arm, arms).percent, 6) for arm in arms} == {
         "out-base": 0,
         "out-spd": round(100 * math.log(1.01), 6),
         "out-modern-base": 0,
@@ -197,7 +197,7 @@ def test_other_windows_or_data_are_never_compared(tmp_path, other):
     make(tmp_path, "out-base", "22", [4.0, 3.0, 2.0], data="cafe")
     make(tmp_path, "out-spd", "11", [4.0, 3.0, 1.0], seed=2, **dict(data="cafe") | other)
     loaded = load(tmp_path)
-    assert [gap(arm, loaded) is None for arm in loaded] == [False, True]
+    assert [gap_of(arm, loaded) is None for arm in loaded] == [False, True]
     reason = "can't say: evaluated on other windows or data than the baseline"
     assert verdict(loaded, 2) == f"n_shard 2: {reason}"
     assert any(line.endswith(": no gap between them") for line in warnings(loaded))
@@ -208,7 +208,7 @@ def test_other_windows_or_data_are_never_compared(tmp_path, other):
     line = "the fewest syncs within 2% of the baseline: 2 (spd, +1.00%, 50.0% fewer syncs)"
     assert verdict(loaded, 2) == f"n_shard 2: {UNTUNED}{line} (1 evaluated on other windows or data not counted)"
     make(tmp_path, "out-base-2", "22", [4.0, 3.0, 0.99], **dict(data="cafe") | other)
-    gaps = {arm.names[0]: gap(arm, load(tmp_path)).percent for arm in load(tmp_path)}
+    gaps = {arm.names[0]: gap_of(arm, load(tmp_path)).percent for arm in load(tmp_path)}
     assert gaps["out-spd-2"] == pytest.approx(100 * math.log(1.01))
     assert gaps["out-spd"] == pytest.approx(100 * math.log(1 / 0.99))
     draw_comparison(load(tmp_path), tmp_path / "figure.png", 2)

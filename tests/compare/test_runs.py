@@ -11,7 +11,7 @@ from scipy import stats
 
 from reduced_sync.compare.figures import draw_comparison
 from reduced_sync.compare.report import table, verdict, warnings
-from reduced_sync.compare.runs import baseline_of, gap, load_runs, noise
+from reduced_sync.compare.runs import baseline_of, gap_of, load_runs, noise
 
 # of training; drop_syncs.py's have another form
 RECORDED = sorted(log for log in (ROOT / "results").glob("*/*/log.txt") if "\nstep 0: " in log.read_text())
@@ -35,10 +35,10 @@ def test_seeds_are_one_line(runs):
     assert loaded[1].losses[20] == pytest.approx(2.03) and loaded[1].deviation == pytest.approx(0.04 / 2**0.5)
     logs = [[100 * math.log(losses[seed]) for seed in (1, 2)] for losses in (spd, base)]
     low, high = stats.ttest_rel(*logs).confidence_interval(0.95)
-    found = gap(loaded[1], loaded)
+    found = gap_of(loaded[1], loaded)
     assert (found.percent - found.margin, found.percent + found.margin) == pytest.approx((low, high))
-    assert gap(loaded[2], loaded).margin == pytest.approx(2**0.5 * found.margin)  # one seed, the noise of the others
-    assert gap(loaded[0], loaded).margin is None
+    assert gap_of(loaded[2], loaded).margin == pytest.approx(2**0.5 * found.margin)  # one seed, the noise of the others
+    assert gap_of(loaded[0], loaded).margin is None
     lines = table(loaded, 2).splitlines()
     make(runs, "out-base-4", "2" * 12, [4.0], seed=4)  # has just begun
     assert load(runs)[0].losses == loaded[0].losses and "3 of 4" in table(load(runs), 2)
@@ -55,13 +55,13 @@ def test_the_noise_is_pooled_over_arms(tmp_path):
     pairs = [[100 * math.log(a / b) for a, b in zip(seeds[x], seeds["base"], strict=True)] for x in ("spd", "one")]
     pooled = math.sqrt(sum(map(statistics.variance, pairs)) / 2)
     assert noise(load(tmp_path)) == (pytest.approx(pooled), 4)
-    assert gap(load(tmp_path)[2], load(tmp_path)).margin == pytest.approx(stats.t.ppf(0.975, 4) * pooled / 3**0.5)
+    assert gap_of(load(tmp_path)[2], load(tmp_path)).margin == pytest.approx(stats.t.ppf(0.975, 4) * pooled / 3**0.5)
 
 
 def test_seeds_that_no_other_run_has_are_no_pairs(runs):
     make(runs, "out-g2", "000001000001", [4.0, 3.0, 2.2], seed=7)
     loaded = load(runs)
-    found = gap(loaded[-1], loaded)
+    found = gap_of(loaded[-1], loaded)
     assert found.percent == pytest.approx(100 * math.log(1.1)) and found.margin is None and found.pairs == 0
 
 
@@ -98,7 +98,7 @@ def test_sizes_controls_and_learning_rates(runs):
     loaded = load(runs)
     by_name = {arm.names[0]: arm for arm in loaded}
     assert by_name["out-ladder"].sync == "baseline+ladder"
-    gaps = {name: gap(arm, loaded) for name, arm in by_name.items()}
+    gaps = {name: gap_of(arm, loaded) for name, arm in by_name.items()}
     assert gaps["out-spd"].percent == pytest.approx(100 * math.log(2.01 / 1.95))
     assert gaps["out-control"].percent == pytest.approx(100 * math.log(1.9 / 1.95))
     assert gaps["out-big-spd"].percent == pytest.approx(100 * math.log(1.02)) and not gaps["out-big-spd"].final
@@ -115,13 +115,13 @@ def test_each_n_shard_has_its_own_baseline(runs):
     make(runs, "out-base4", "2" * 12, [4.0, 3.0, 1.9], n_shard=4)
     make(runs, "out-spd4", "1" * 12, [4.0, 3.0, 2.01], n_shard=4)
     loaded = load(runs)
-    gaps = {run.names[0]: gap(run, loaded).percent for run in loaded}
+    gaps = {run.names[0]: gap_of(run, loaded).percent for run in loaded}
     assert gaps["out-spd"] == pytest.approx(100 * math.log(1.005))
     assert gaps["out-spd4"] == pytest.approx(100 * math.log(2.01 / 1.9))
     assert len(verdict(loaded, 2).splitlines()) == 2
     make(runs, "out-control", "2" * 8, [4.0, 3.0, 1.95], n_params=615000, n_embd=80, n_shard=1)
     loaded = load(runs)
-    assert gap(loaded[0], loaded).percent == pytest.approx(100 * math.log(1.95 / 1.9))  # it has none: to the best one
+    assert gap_of(loaded[0], loaded).percent == pytest.approx(100 * math.log(1.95 / 1.9))  # none: to the best one
 
 
 def test_each_float_type_has_its_own_baseline(runs):
@@ -129,7 +129,7 @@ def test_each_float_type_has_its_own_baseline(runs):
         make(runs, f"out-half-base{seed}", "2" * 12, [4.0, 3.0, loss], dtype="bfloat16", seed=seed)
     make(runs, "out-half-spd", "1" * 12, [4.0, 3.0, 2.01], dtype="bfloat16")
     loaded = load(runs)
-    gaps = {run.names[0]: gap(run, loaded).percent for run in loaded}
+    gaps = {run.names[0]: gap_of(run, loaded).percent for run in loaded}
     assert gaps["out-spd"] == pytest.approx(100 * math.log(1.005))
     assert gaps["out-half-spd"] == pytest.approx(100 * math.log(2.01 / 1.9))  # of the seed that both have
     assert "dtype" in table(loaded, 2).split("\n")[0].split()
