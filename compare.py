@@ -3,7 +3,7 @@
 $ python compare.py out-*
 $ python compare.py out-* --tolerance=1 --png=figure.png --csv=table.csv
 $ python compare.py out-* --latency=decode.json                                       # which is fastest, as measured
-$ python compare.py out-* --link=nvlink --accelerator=h100 --tp_size=8 --batch=1      # or PREDICTED
+$ python compare.py out-* --link=nvlink --accelerator=h100 --tp_size=8 --batch_size=1      # or PREDICTED
 
 Each line is an arm: an architecture at one size, at its best learning rate, and the mean of its seeds. The gap is
 100 ln(loss / baseline's loss) in percent, the mean over the seeds that both have. The baseline is standard TP of the
@@ -62,12 +62,12 @@ class Options:
     link: str | None = option(None, "predict the times per token, with this link between ranks", allowed=tuple(LINKS))
     accelerator: str | None = option(None, "with link: what a rank computes on; default: h100", allowed=tuple(GPUS))
     tp_size: int | None = option(None, "with latency or link: ranks; default: the most in the file", least=1)
-    batch: int | None = option(None, "with latency or link: sequences; default: the fewest in the file, or 1", least=1)
+    batch_size: int | None = option(None, "with latency or link: sequences; default: the fewest in it, or 1", least=1)
     predict: str | None = option(None, "extrapolate the gaps to this size, LAYERSxWIDTH")
 
 
 # what an option needs one of
-NEEDED = {"batch": ("latency", "link"), "tp_size": ("latency", "link"), "accelerator": ("link",), "link": ("tp_size",)}
+NEEDED = dict(batch_size=("latency", "link"), tp_size=("latency", "link"), accelerator=("link",), link=("tp_size",))
 
 
 def main(argv: list[str]) -> None:
@@ -91,9 +91,9 @@ def main(argv: list[str]) -> None:
         for line in skipped:
             print(f"skipped: {line}", file=sys.stderr)
         if options.latency:
-            add_measured(arms, options.latency, options.tp_size, options.batch)
+            add_measured(arms, options.latency, options.tp_size, options.batch_size)
         if options.link:
-            add_predicted(arms, options.link, options.accelerator or "h100", options.tp_size, options.batch or 1)
+            add_predicted(arms, options.link, options.accelerator or "h100", options.tp_size, options.batch_size or 1)
         print(report(arms, options.tolerance))
         if options.predict:
             print(predict(arms, options.predict))

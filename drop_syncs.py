@@ -207,7 +207,7 @@ class Run:
         try:
             model = self.source.build(self.config.n_shard, self.layout.tp_group)
         except (OSError, ValueError) as error:
-            raise distributed.SameOnAllRanks(str(error)) from None
+            raise distributed.ErrorOnAllRanks(str(error)) from None
         for i, (groups, neurons) in enumerate(zip(self.progress.groups, self.progress.neurons, strict=True)):
             dense = placement.permuted(placement.dense_block(model, i), model.config, groups, neurons)
             placement.set_dense_block(model, i, dense)
@@ -259,7 +259,7 @@ class Run:
         self.say(perplexity_line(stage, model.config.rule.syncs, 2 * model.config.n_layer, perplexities))
 
     def save(self, final: bool = False) -> None:
-        """Write progress.pt, and at the end ckpt.pt, which sample.py reads. Raises SameOnAllRanks where that fails."""
+        """Write progress.pt, and at the end ckpt.pt, which sample.py reads. Raises ErrorOnAllRanks where that fails."""
         self.last_save = time.monotonic()
         trained = self.progress.stage in ("distil", "finetune", "report")  # before, the weights are the source's
         state = {"model": {}, "optimizer": {}}
@@ -413,7 +413,7 @@ def train(run: Run, losses: Callable, modules: list[torch.nn.Module], result: st
             (mean, norm), _ = distributed.agree([total.item(), sum(norms)], [], layout.device)
             # of float16 the scale is lowered, and it goes on
             if not math.isfinite(norm) and not (scaler.is_enabled() and math.isfinite(mean)):
-                raise distributed.SameOnAllRanks(
+                raise distributed.ErrorOnAllRanks(
                     f"{stage}: step {step}: loss {mean}, gradient norm {norm}: lower {stage}_learning_rate"
                 )
             rate = cosine_schedule(step, peak, peak / 10, max(1, steps // 20), steps)

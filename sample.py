@@ -87,7 +87,7 @@ def build(config: Config, saved: dict | None, model_config: rsm.GPTConfig, layou
         try:
             model = from_pretrained(config.init_from, layout.tp_group, n_shard=model_config.n_shard)
         except (OSError, ValueError) as error:
-            raise distributed.SameOnAllRanks(str(error)) from None
+            raise distributed.ErrorOnAllRanks(str(error)) from None
     cast_matrices(model.eval().to(layout.device), layout.dtype)
     return for_decoding(model, config.compile)
 
@@ -119,7 +119,7 @@ def prompt_ids(config: Config, tokens: Tokens, block_size: int) -> list[int]:
             answer = str(error)
     answer = distributed.from_rank_0(answer)
     if isinstance(answer, str):
-        raise distributed.SameOnAllRanks(answer)
+        raise distributed.ErrorOnAllRanks(answer)
     return answer
 
 
@@ -137,7 +137,7 @@ def sample(config: Config, model: rsm.GPT, tokens: Tokens, vocab_size: int, layo
 
     def pick_finite(logits):
         if not logits.isfinite().all():
-            raise distributed.SameOnAllRanks(
+            raise distributed.ErrorOnAllRanks(
                 "the model's logits are not finite: its training diverged, or dtype is too narrow for it"
             )
         return pick(logits.index_fill(1, suppressed, float("-inf")))

@@ -37,7 +37,7 @@ from reduced_sync.data import Corpus, vocabulary_hash
 from reduced_sync.distributed import RANK, RESTART_COUNT
 from reduced_sync.files import lock_folder
 from reduced_sync.hf.weights import GPT2_SHAPES, from_pretrained, pretrained_fields
-from reduced_sync.train.experiment import Config, check_config, learning_rate, model_keys
+from reduced_sync.train.experiment import Config, check_config, learning_rate_at, model_keys
 from reduced_sync.train.log import changes, step_line
 from reduced_sync.train.recorder import Recorder
 
@@ -143,14 +143,14 @@ class Progress:
 
 
 def build_model(config: Config, model_config: rsm.GPTConfig, layout: distributed.Layout) -> rsm.GPT:
-    """The model, on its device, with initial or pretrained weights. Raises SameOnAllRanks where those are not there."""
+    """The model, on its device, with initial or pretrained weights. Raises ErrorOnAllRanks where there are none."""
     if config.init_from in ("scratch", "resume"):
         return rsm.GPT(model_config, layout.tp_group).to(layout.device)
     free = {key: getattr(model_config, key) for key in ("block_size", "dropout", "n_shard", "sync")}
     try:
         return from_pretrained(config.init_from, layout.tp_group, **free).to(layout.device)
     except (OSError, ValueError) as error:
-        raise distributed.SameOnAllRanks(str(error)) from None
+        raise distributed.ErrorOnAllRanks(str(error)) from None
 
 
 class Trainer:
@@ -242,13 +242,13 @@ class Trainer:
 
     def update(self, is_finite: bool) -> None:
         """Update the weights by their gradients, or skip a step whose loss or gradient is not finite."""
-        rate = learning_rate(self.config, self.progress.step)
+        rate = learning_rate_at(self.config, self.progress.step)
         distributed.step_optimizer(self.optimizer, self.scaler, rate, is_finite)
         self.progress.bad_steps = 0 if is_finite else self.progress.bad_steps + 1
         self.progress.skipped += not is_finite
 
     def save(self, is_best: bool = False) -> None:
-        """Write ckpt.pt, on rank 0. Raises SameOnAllRanks where that fails."""
+        """Write ckpt.pt, on rank 0. Raises ErrorOnAllRanks where that fails."""
         state = ckpt.gather(self.model, self.optimizer) if self.layout.dp_rank == 0 else {}
         error, out_dir = "", self.config.out_dir
         if RANK == 0:
@@ -305,7 +305,7 @@ def train(config: Config, prepared: Prepared) -> None:
         trainer.update(is_finite)
         record.update(progress.step, loss, norm, skipped=0 if is_finite else progress.skipped)
         if progress.bad_steps >= config.max_bad_steps:
-            raise distributed.SameOnAllRanks(
+            raise distributed.ErrorOnAllRanks(
                 f"step {progress.step}: loss {loss}, gradient norm {norm}: the last {progress.bad_steps} steps were "
                 "not finite; lower learning_rate or resume from an earlier checkpoint"
             )

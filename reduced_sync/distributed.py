@@ -334,16 +334,16 @@ def write_error_file(line: str) -> None:
             file.write(line)
 
 
-class SameOnAllRanks(ValueError):
+class ErrorOnAllRanks(ValueError):
     """An error that every rank raises at the same point, so one of them says it."""
 
 
 def raise_together(error: str) -> None:
-    """Raise SameOnAllRanks on every rank if `error` is not empty on any."""
+    """Raise ErrorOnAllRanks on every rank if `error` is not empty on any."""
     device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
     _, [failed] = agree([], [bool(error)], device)
     if failed:
-        raise SameOnAllRanks(error or "another rank failed")
+        raise ErrorOnAllRanks(error or "another rank failed")
 
 
 @contextlib.contextmanager
@@ -357,7 +357,7 @@ def report_errors() -> Iterator[None]:
         return
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         line = one_line(error)
-        shared = isinstance(error, SameOnAllRanks) or not dist.is_initialized()
+        shared = isinstance(error, ErrorOnAllRanks) or not dist.is_initialized()
         lost = False
         if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
             line = f"not enough memory: {line}"
@@ -377,7 +377,8 @@ def report_errors() -> Iterator[None]:
     except Exception as error:  # as well
         write_error_file(f"{type(error).__name__}: {one_line(error)}")
         raise
-    if RANK > 0 if shared else lost:
+    waits = RANK > 0 if shared else lost
+    if waits:
         # The rank at fault says the line, and then torchrun ends this process; on another node local rank 0 says it.
         for number in stop_signals():
             signal.signal(number, signal.SIG_DFL)

@@ -14,13 +14,13 @@ from reduced_sync.train.log import changes, read_log, training_settings
 from reduced_sync_model import MOST_LAYERS, SyncRule
 
 LEAST_TOKENS = 10  # a parameter; shorter runs cannot tell variants apart: EXPERIMENT_SUMMARY.md
-RATE = ("learning_rate", "min_lr / learning_rate")  # the settings that differ between the rates of an arm
-HEADER = "syncs parameters dtype config".split()  # lines that a header must have, and keys of its config
-CONFIG = """sync n_shard n_layer n_head n_embd dataset seed learning_rate min_lr max_iters
+RATE_KEYS = ("learning_rate", "min_lr / learning_rate")  # the settings that differ between the rates of an arm
+REQUIRED_HEADER = "syncs parameters dtype config".split()  # lines that a header must have, and keys of its config
+REQUIRED_CONFIG = """sync n_shard n_layer n_head n_embd dataset seed learning_rate min_lr max_iters
 gradient_accumulation_steps batch_size block_size eval_iters""".split()
-SIZES = "n_shard n_layer n_head n_embd max_iters gradient_accumulation_steps batch_size block_size".split()
+INTEGER_KEYS = "n_shard n_layer n_head n_embd max_iters gradient_accumulation_steps batch_size block_size".split()
 # what a log means that lacks them
-BLOCK = {"norm": "layernorm", "position": "learned", "mlp": "gelu", "n_hidden": 0, "n_kv_head": 0}
+BLOCK_DEFAULTS = {"norm": "layernorm", "position": "learned", "mlp": "gelu", "n_hidden": 0, "n_kv_head": 0}
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Arm:
             self.config[key] for key in ("n_shard", "n_layer", "n_head", "n_embd", "max_iters")
         )
         self.learning_rate = float(self.config["learning_rate"])
-        self.block = {key: self.config.get(key, default) for key, default in BLOCK.items()}
+        self.block = {key: self.config.get(key, default) for key, default in BLOCK_DEFAULTS.items()}
         self.rule = SyncRule.parse(self.config["sync"], self.n_layer)
         # all-reduces of a forward pass, those of them that are in flight while the next sublayer runs, and the others
         self.syncs, self.hidden = self.rule.syncs, self.rule.hidden
@@ -77,7 +77,7 @@ class Arm:
     @property
     def family(self) -> str:
         """Empty for GPT-2's block, `modern` for Llama's, or what a mixture has of that."""
-        other = [self.block[key] for key in ("norm", "position", "mlp") if self.block[key] != BLOCK[key]]
+        other = [self.block[key] for key in ("norm", "position", "mlp") if self.block[key] != BLOCK_DEFAULTS[key]]
         return "modern" if len(other) == 3 else " ".join(other)
 
     @property
@@ -210,7 +210,7 @@ def at_best_rate(arm: Arm, arms: list[Arm]) -> Arm:
 
     It is `arm` itself where a rate has several that are not seeds of one another.
     """
-    rates = sorted((a for a in arms if a is arm or same_experiment(a, arm, RATE)), key=lambda a: a.learning_rate)
+    rates = sorted((a for a in arms if a is arm or same_experiment(a, arm, RATE_KEYS)), key=lambda a: a.learning_rate)
     if len({a.learning_rate for a in rates}) < len(rates):
         rates = [arm]
     ended = {a.learning_rate: a.last_losses for a in rates if a.finished or a.diverged}
@@ -251,19 +251,19 @@ def read_run(path: Path) -> Arm:
 def _arm_of(log, name):
     """The Arm of one run, called `name`. Raises ValueError, and whatever a header provokes that is not a run's."""
     header = log.header
-    if missing := [f"# {key}:" for key in HEADER if key not in header]:
+    if missing := [f"# {key}:" for key in REQUIRED_HEADER if key not in header]:
         raise ValueError(f"it has no line {', '.join(missing)}" if header else "there is none, yet")
     config = header["config"]
-    if missing := [key for key in CONFIG if key not in config]:
+    if missing := [key for key in REQUIRED_CONFIG if key not in config]:
         raise ValueError(f"its config has no {', '.join(missing)}")
     config = config | {key: int(header[key]) for key in ("vocab_size", "head_size") if key in header}
-    for key in SIZES:
+    for key in INTEGER_KEYS:
         if type(config[key]) is not int or not 1 <= config[key] <= (MOST_LAYERS if key == "n_layer" else 2**31):
             raise ValueError(f"{key}={config[key]!r} must be a positive integer")
     for key in ("learning_rate", "min_lr"):
         if type(config[key]) not in (int, float) or not 0 <= config[key] < math.inf:
             raise ValueError(f"{key}={config[key]!r} must be a number of at least 0")
-    for key, default in BLOCK.items():
+    for key, default in BLOCK_DEFAULTS.items():
         if type(config.get(key, default)) is not type(default):
             raise ValueError(f"{key}={config[key]!r} must be {type(default).__name__}")
     if any(loss < 0 for _, *losses in log.evaluations for loss in losses):

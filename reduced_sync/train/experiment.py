@@ -125,7 +125,7 @@ def check_config(config: Config) -> None:
         )
 
 
-def learning_rate(config: Config, step: int) -> float:
+def learning_rate_at(config: Config, step: int) -> float:
     """Linear warm-up, then cosine decay to min_lr."""
     if not config.decay_lr:
         return config.learning_rate

@@ -19,7 +19,7 @@ from reduced_sync import distributed
 from reduced_sync.cli import one_line
 from reduced_sync.files import set_aside
 from reduced_sync.hardware import ACCELERATORS
-from reduced_sync.train.experiment import Config, learning_rate
+from reduced_sync.train.experiment import Config, learning_rate_at
 from reduced_sync.train.log import RunLog, drop_lines_after, iter_line, step_line
 
 
@@ -164,7 +164,7 @@ class Recorder:
             seconds, windows = (now - self.last) / self.updates, c.gradient_accumulation_steps * c.batch_size
             mfu = model_flops_utilization(self.model, windows / self.layout.dp_size, seconds, self.device_name)
             tokens = windows * c.block_size
-            values = {"train/iter_loss": loss, "lr": learning_rate(c, step), "grad_norm": norm}
+            values = {"train/iter_loss": loss, "lr": learning_rate_at(c, step), "grad_norm": norm}
             line = iter_line(step, loss, seconds, tokens, norm, mfu, skipped)
             self._say(line, values | {"tok/s": tokens / seconds}, step)
             self.last, self.updates = now, 0

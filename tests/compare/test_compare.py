@@ -95,7 +95,7 @@ def test_what_is_no_run_is_skipped_with_a_note(runs, monkeypatch, capsys):
         (["out-base", "--latency=old.json", "--csv=old.json"], "old.json is read: choose another file to write"),
         (["out-base", "--latency="], "--latency is empty: it must name a file"),
         (["out-base", "--latency=a", "--link=nvlink"], "times are either measured, --latency, or predicted, --link"),
-        (["out-base", "--batch=2"], "--batch goes with --latency or --link"),
+        (["out-base", "--batch_size=2"], "--batch_size goes with --latency or --link"),
         (["out-base", "--tp_size=2"], "--tp_size goes with --latency or --link"),
         (["out-base", "--link=nvlink"], "--link goes with --tp_size"),
     ],
