@@ -15,6 +15,7 @@ from pathlib import Path
 
 from reduced_sync.bench.results import read_results
 from reduced_sync.cli import one_line_errors
+from reduced_sync.compare.prediction import predict
 from reduced_sync.compare.report import report
 from reduced_sync.compare.runs import baseline_of, gap_of, load_runs
 from reduced_sync.dropping.log import read_drop_log, table_of
@@ -79,6 +80,11 @@ def rates_table(folder):
     return markdown(lines + [[name, *(cells.get(rate, "") for rate in rates)] for name, cells in rows.items()])
 
 
+def prediction_table(folder):
+    """What `python compare.py FOLDER/*/ --predict=12x768` says of that size."""
+    return f"```\n{predict(load(folder), '12x768')}\n```"
+
+
 def loss_of(arm):
     """An arm's last loss as the tables have it."""
     return f"{arm.losses[arm.step]:.4f}"
@@ -92,7 +98,7 @@ def seeds_of(arm):
 def rule_of(arm, baseline):
     """An arm's sync rule, in words where it is one for any depth."""
     if fewer := baseline.n_layer - arm.n_layer:
-        return f"control, {fewer} layer{'s' if fewer > 1 else ''} less"
+        return f"control, {fewer} layer{'s' if fewer > 1 else ''} fewer"
     return "after attention" if arm.sync == "a" * (arm.n_layer - 1) + "1" else f"`{arm.sync}`"
 
 
@@ -186,6 +192,7 @@ TABLES = {
     "runs": runs_table,
     "gaps": gaps_table,
     "rates": rates_table,
+    "prediction": prediction_table,
     "decoding": decoding_table,
     "delays": delays_table,
     "training": training_table,
