@@ -253,7 +253,7 @@ def _no_gap_reason(variants, arms):
 
 def write_csv(arms: list[Arm], path: str | Path, tolerance: float) -> None:
     """One row an arm, numbers in full, times per token in seconds. Raises OSError."""
-    rows = []
+    conditions, rows = conditions_of(arms), []
     for a in arms:
         gap = gap_of(a, arms)
         row = dict(run=a.names[0], sync=a.sync, n_layer=a.n_layer, n_embd=a.n_embd, n_shard=a.n_shard, syncs=a.syncs)
@@ -262,7 +262,7 @@ def write_csv(arms: list[Arm], path: str | Path, tolerance: float) -> None:
         row |= dict(step=a.step, max_iters=a.max_iters, val_loss=a.losses.get(a.step), val_loss_sd=a.deviation)
         row |= {f"gap_{key}": getattr(gap, key, None) for key in ("percent", "margin", "step")}
         row |= dict(verdict=judge(a, gap, arms, tolerance))
-        for one in conditions_of(arms):
+        for one in conditions:
             row |= {f"tpot_s {one}": a.tpots.get(one), f"on_frontier {one}": on_frontier(a, arms, one)}
         rows.append(row)
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:  # a name may be no text

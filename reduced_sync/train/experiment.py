@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from reduced_sync.configurator import option
 from reduced_sync.distributed import DTYPE_HELP, WORLD_SIZE, check_tp_size
-from reduced_sync_model import GPTConfig, SyncRule, baseline
+from reduced_sync_model import GPTConfig, SyncRule
 
 
 @dataclass
@@ -102,7 +102,7 @@ def check_config(config: Config) -> None:
     if not config.out_dir:
         raise ValueError("out_dir is empty: it must name a folder")
     rule = SyncRule.parse(config.sync, config.n_layer)
-    if config.n_shard == 1 and not rule.method_name and rule.pattern != baseline(config.n_layer):
+    if config.n_shard == 1 and not rule.method_name and str(rule) != "baseline":
         raise ValueError(
             f"sync={config.sync!r} would be the baseline with n_shard=1, which has no syncs: take --n_shard=2 or more"
         )
