@@ -8,13 +8,14 @@ $ python compare.py out-* --link=nvlink --accelerator=h100 --tp_size=8 --batch_s
 Each line is an arm: an architecture at one size, at its best learning rate, and the mean of its seeds. The gap is
 100 ln(loss / baseline's loss) in percent, the mean over the seeds that both have. The baseline is standard TP of the
 same size (parameters within 4 %), and of the same float type and n_shard if there is one; of several n_shard the best
-one. A dense model of fewer layers is a control, not a baseline. +- is half of the gap's 95 % confidence interval, from
-Student's t and the standard deviation of a gap over seeds, pooled over all arms of the size with several seeds.
+one. A dense model of fewer layers is a control, not a baseline. +- is half of the gap's 95 % confidence interval,
+from Student's t and the noise that is left of all losses at a size beside a mean of each arm and of each seed: an
+analysis of variance, which takes all arms to be equally noisy.
 
 The verdict on an arm is `within` or `outside` if the whole interval lies on one side of the tolerance, otherwise
 `open`, with the number of seeds that would settle it. An arm has no verdict if its learning rate or its baseline's is
-`not bracketed` by worse rates on either side, at most twofold away (study.py finds them), or if it has only `one seed`.
-Then, and below 10 tokens per parameter, the last line says what has been seen so far.
+`not bracketed` by worse rates on either side, at most twofold away (study.py finds them), if no arm has more than `one
+seed`, or if it is `too short`: below 10 tokens per parameter. Without any, the last line says what was seen so far.
 
 A warning names everything else in which runs of one size differ. Runs on other data, or evaluated on other windows,
 have no gap.
@@ -95,12 +96,12 @@ def main(argv: list[str]) -> None:
         if options.link:
             add_predicted(arms, options.link, options.accelerator or "h100", options.tp_size, options.batch_size or 1)
         print(report(arms, options.tolerance))
-        if options.predict:
-            print(predict(arms, options.predict))
         if options.csv:
             write_csv(arms, options.csv, options.tolerance)
         draw_comparison(arms, options.png, options.tolerance)
         print(f"figure: {options.png}")
+        if options.predict:
+            print(predict(arms, options.predict))
 
 
 if __name__ == "__main__":

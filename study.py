@@ -5,13 +5,13 @@ $ python study.py config/study_pypi.py --device=cpu --out_dir=out-mine
 
 A study file is a config file with the keys of Study, below: it declares sizes and arms, each a dict of training keys.
 An arm at a size is first trained with seed 1 at half, once and twice the learning_rate that it is given. While the best
-rate is at the edge, another one follows beyond it; then the other seeds are trained at the best rate.
+rate is at the edge, another one follows beyond it, up to twelve; then the other seeds are trained at the best rate.
 
 Each run is an ordinary train_reduced_sync.py run in its own folder, out_dir/SIZE-ARM-lrRATE-seedSEED. They start
 in the order of sizes and arms, as many in parallel as there are cores (or GPUs, times runs_per_gpu) for, each with
 `processes` of them.
-Ctrl-C stops all runs after their step, a second one at once. After any stop, continue with the same command: finished
-runs are left alone, and started ones continue from their checkpoint. Several study.py may share the runs of a study.
+Ctrl-C stops all runs after their step, a second one within seconds. After any stop, continue with the same command:
+finished runs are left alone, and started ones continue from their checkpoint. Several study.py may share the runs.
 """
 
 from reduced_sync.cli import set_up
@@ -21,6 +21,7 @@ if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends 
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -44,9 +45,10 @@ from reduced_sync.data import Corpus
 from reduced_sync.distributed import ERROR_FILE, choose_device
 from reduced_sync.train.experiment import Config, check_config, model_keys
 from reduced_sync.train.log import ARCHITECTURE, changes, read_log
-from reduced_sync_model import GPTConfig
+from reduced_sync_model import GPTConfig, SyncRule
 
 HERE = Path(__file__).parent
+MOST_RATES = 12  # a thousandfold beyond the first: where the best is still at the edge, no rate is the answer
 COUNTED = ("eval_interval", "gradient_accumulation_steps", "batch_size", "block_size")
 
 
@@ -95,6 +97,12 @@ class Sweep:
             self.runs[rate, seed] = Run(self.study, f"{self.name}-lr{rate:g}-seed{seed}", keys)
         return self.runs[rate, seed]
 
+    def trains(self) -> dict:
+        """Its first run's config but for the folder; sync rules that are one at this depth are spelled the same."""
+        (first, *_) = self.runs.values()
+        config = dataclasses.asdict(first.config)
+        return config | dict(out_dir=None, sync=str(SyncRule.parse(config["sync"], config["n_layer"])))
+
     def plan(self) -> Plan:
         """What it trains, by the losses that are known by now."""
         first = float(self.keys["learning_rate"])
@@ -104,10 +112,10 @@ class Sweep:
             if not all(run.finished or run.diverged for run in runs):
                 return Plan(runs, len(seeds))
             best, bracketed = best_rate({rate: {1: run.loss} for rate, run in zip(rates, runs, strict=True)})
-            if len(rates) >= 8 and not any(run.finished for run in runs):
-                return Plan(runs, 0)  # all diverge
             if bracketed or not self.study.tune:
                 return Plan(runs + [self.run_at(best, seed) for seed in seeds], 0)
+            if len(rates) >= MOST_RATES:
+                return Plan(runs, 0)
             rates.append(2 * best if best == max(rates) else best / 2)
 
 
@@ -132,6 +140,11 @@ def sweeps_of(study: Study) -> list[Sweep]:
             if size in keys.get("sizes", study.sizes):
                 keys = {key: value for key, value in keys.items() if key != "sizes"}
                 found.append(Sweep(study, f"{size}-{name}", (study.common or {}) | size_keys | keys))
+    for one, other in itertools.combinations(found, 2):
+        if one.name == other.name:
+            raise ValueError(f"two pairs of a size and an arm make the name {one.name}: rename one of them")
+        if one.trains() == other.trains():
+            raise ValueError(f"{one.name} and {other.name} train the same: leave one out, by its sizes")
     return found
 
 
@@ -166,8 +179,10 @@ class Run:
         except FileNotFoundError:
             return
         found = log.header.get("config", {})
+        if (first := next(iter(log.headers.values()), {}).get("config", {}).get("init_from", "resume")) != "resume":
+            found = found | {"init_from": first}  # a resumed run's last header does not say what it began from
         own = dataclasses.asdict(self.config)
-        differs = [key for key in (*ARCHITECTURE, "dataset") if found.get(key, own[key]) != own[key]]
+        differs = [key for key in (*ARCHITECTURE, "dataset", "init_from") if found.get(key, own[key]) != own[key]]
         other = ", ".join(f"{key} {found[key]} -> {own[key]}" for key in differs)
         if found and (other := ", ".join(filter(None, [other, changes(found, own)]))):
             raise ValueError(f"{self.out_dir} holds another run ({other}): rename the arm, or remove the folder")
@@ -225,16 +240,18 @@ class Run:
 
     def pass_on(self, signals: list[int]) -> None:
         """Send its process those of the signals that it has not had; the second one ends a run without saving."""
-        for number in signals[self.signals_sent :]:  # torchrun knows no other
-            self.process.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
-        self.signals_sent = len(signals)
+        for number in signals[self.signals_sent :][:1]:  # a run takes one that follows within a second for an echo
+            self.process.send_signal(number if number == signal.SIGINT else signal.SIGTERM)  # torchrun knows no other
+            self.signals_sent += 1
 
     def ended(self) -> bool:
         """Whether its process has ended; `failure` then says why, where it did not finish or stop as asked."""
         if self.process.poll() is None:
             return False
         self.read_progress()
-        if not (self.finished or self.diverged or self.signals_sent or self.is_held()):
+        # an error after the last step, or the stop, is that it cannot save
+        as_asked = (self.finished or self.signals_sent) and not (self.out_dir / "error.txt").exists()
+        if not (as_asked or self.diverged or self.is_held()):
             self.failure = f"{reason(self.out_dir, self.process.returncode)} (more in {self.out_dir / 'output.txt'})"
         self.process = None
         return True

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reduced_sync.compare.frontier import conditions_of, on_frontier
-from reduced_sync.compare.runs import Arm, by_size_class, comparable, differ, group_baseline, is_control, too_short_note
+from reduced_sync.compare.runs import (
+    Arm,
+    by_size_class,
+    comparable,
+    differ,
+    group_baseline,
+    is_control,
+    means_by_rate,
+    too_short_note,
+)
 
 
 def draw_comparison(arms: list[Arm], path: str | Path, tolerance: float) -> None:
@@ -135,7 +144,7 @@ def _draw_points(axes, style, tolerance):
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="sync points in a forward pass", ylabel="validation loss (nats per token)")
     title = "Loss against syncs" + ("" if all(arm.finished for arm in style.group) else " (hollow: unfinished)")
-    short = too_short_note([arm for arm in style.group if not is_control(arm, style.baseline)] or style.group)
+    short = too_short_note(style.group, style.baseline)
     axes.set_title(f"{title}\n{short}" if short else title)
     # of the family the place says it
     labels = ["" if arm in family else style.point_label(arm) for arm in shown]
@@ -145,7 +154,7 @@ def _draw_points(axes, style, tolerance):
 def _draw_rates(axes, style):
     """The last validation loss over learning rates, a line an arm, a star at its best; hollow if not bracketed."""
     for arm in style.group:
-        ends = {rate.learning_rate: rate.losses[rate.step] for rate in arm.arms_by_rate if rate.finished}
+        ends = means_by_rate({rate.learning_rate: rate.last_losses for rate in arm.arms_by_rate if rate.finished})
         keys = {"color": style.color(arm), "label": style.legend_label(arm) if len(style.group) <= 12 else None}
         axes.plot(list(ends), list(ends.values()), style.dashes(arm.n_shard), marker=".", linewidth=1.2, **keys)
         if arm.learning_rate in ends:

@@ -148,10 +148,12 @@ def on_frontier(arm: Arm, arms: list[Arm], condition: str) -> bool | None:
         if not (same_size and comparable(other, arm) and _has_place(other, condition)):
             continue
         gap, seconds = gap_between(arm, other, arms), arm.tpots[condition] - other.tpots[condition]
-        if gap is not None and seconds >= 0:
-            above = gap.percent - (gap.margin or 0)
-            if above > 0 or (above == 0 and seconds > 0):
-                return False
+        # without a seed in common, the noise leaves open which is better
+        if gap is None or not gap.final or seconds < 0 or (gap.deviation is not None and not gap.pairs):
+            continue
+        above = gap.percent - (gap.margin or 0)
+        if above > 0 or (above == 0 and seconds > 0):
+            return False
     return True
 
 

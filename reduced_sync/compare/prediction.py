@@ -11,7 +11,8 @@ import re
 
 import numpy as np
 
-from reduced_sync.compare.runs import Arm, baseline_of, gap_of
+from reduced_sync.compare.report import judge
+from reduced_sync.compare.runs import Arm, gap_of
 
 
 def predict(arms: list[Arm], size: str) -> str:
@@ -23,12 +24,12 @@ def predict(arms: list[Arm], size: str) -> str:
         raise ValueError(f"--predict={size}: a size is LAYERSxWIDTH, like 12x768")
     target, families = math.log(int(match[1]) * int(match[2]) ** 2), {}
     for arm in arms:
-        baseline, gap = baseline_of(arm, arms), gap_of(arm, arms)
-        if gap is None or not gap.final or gap.margin is None or arm.is_standard_tp:
-            continue
-        if arm.bracketed and baseline.bracketed:
-            place = math.log(arm.n_layer * arm.n_embd**2)
-            families.setdefault((arm.sync, arm.n_shard, arm.family, arm.dtype), {})[place] = gap
+        gap, place = gap_of(arm, arms), math.log(arm.n_layer * arm.n_embd**2)
+        if not arm.is_standard_tp and judge(arm, gap, arms, tolerance=0) in ("within", "outside", "open"):
+            gaps = families.setdefault((arm.sync, arm.n_shard, arm.family, arm.dtype), {})
+            if place in gaps:
+                raise ValueError(f"--predict: there are several arms of {arm.sync} at {arm.size}: name the runs of one")
+            gaps[place] = gap
     families = {key: dict(sorted(gaps.items())) for key, gaps in families.items() if len(gaps) > 1}
     if not families:
         raise ValueError(
@@ -37,7 +38,9 @@ def predict(arms: list[Arm], size: str) -> str:
     lines = [f"EXTRAPOLATED to {size}, gap in percent with 95 % intervals:"]
     for (sync, n_shard, family, dtype), gaps in families.items():
         factor = math.exp(target - max(gaps))
-        cells = [f"{form} {value:+.2f} +- {margin:.2f}" for form, (value, margin) in forms(gaps, target).items()]
+        found = forms(gaps, target)
+        cells = [f"{form} {value:+.2f} +- {margin:.2f}" for form, (value, margin) in found.items()]
+        cells.append(f"{abs(found['constant'][0] - found['line'][0]):.2f} apart")
         name = " ".join(filter(None, [sync, family, f"n_shard {n_shard}", dtype]))
         lines.append(f"{name}, {len(gaps)} sizes, {factor:.3g} times the largest N: {', '.join(cells)}")
         *smaller, largest = gaps

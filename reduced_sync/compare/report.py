@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-import math
 from pathlib import Path
 
 from reduced_sync.compare.frontier import conditions_of, on_frontier
@@ -17,6 +16,7 @@ from reduced_sync.compare.runs import (
     gap_of,
     group_baseline,
     is_control,
+    noise,
     same_data,
     too_short_note,
 )
@@ -25,7 +25,11 @@ FRONTIER = {True: "yes", False: "dominated", None: "-"}
 # why an arm has no verdict: the word in its line of the table, and what that means for all
 NO_VERDICT = {
     "unfinished": "some runs have not finished",
+    "other length": "the baseline has other max_iters",
+    "too short": f"they are too short: at least {LEAST_TOKENS} tokens per parameter are needed",
     "not bracketed": "the learning rates are not bracketed",
+    "baseline diverged": "a seed of the baseline diverged",
+    "other seeds": "the baseline has none of the seeds",
     "one seed": "with one seed each, the noise is not known",
 }
 
@@ -38,14 +42,18 @@ def judge(arm: Arm, gap: Gap | None, arms: list[Arm], tolerance: float) -> str:
     baseline = baseline_of(arm, arms)
     if gap is None or baseline is arm:
         return ""
-    if arm.diverged:
-        return "diverged"
-    if not gap.final:
-        return "unfinished"
-    if not (arm.bracketed and baseline.bracketed):
-        return "not bracketed"
-    if gap.margin is None:
-        return "one seed"
+    for word, holds in {
+        "diverged": arm.diverged,
+        "baseline diverged": baseline.diverged,
+        "unfinished": not (arm.finished and baseline.finished),
+        "other length": not gap.final,
+        "too short": too_short_note([arm, baseline], baseline),
+        "not bracketed": not (arm.bracketed and baseline.bracketed),
+        "other seeds": not gap.pairs,
+        "one seed": gap.margin is None,
+    }.items():
+        if holds:
+            return word
     if gap.percent + gap.margin <= tolerance:
         return "within"
     return "open" if gap.percent - gap.margin <= tolerance else "outside"
@@ -91,8 +99,8 @@ def table(arms: list[Arm], tolerance: float) -> str:
         padded = [cell.ljust(width) if left else cell.rjust(width) for cell in cells]
         lines = [f"{line}  {cell}" if line else cell for line, cell in zip(lines, padded, strict=True)]
     lines = [line.rstrip() for line in lines]
-    if not all(arm.finished for arm in arms):
-        lines.append("* unfinished: its gap is provisional")
+    if not all(arm.finished for arm in arms) or any(gap is not None and not gap.final for gap in gaps):
+        lines.append("* not the last step of the run and its baseline: its gap is provisional")
     lines += [f"{heading}: {condition.removeprefix('PREDICTED, ')}" for condition, heading in conditions.items()]
     return "\n".join(lines)
 
@@ -111,7 +119,8 @@ def _verdict_cell(verdict, gap, tolerance):
 
 def _seeds_cell(arm, gap):
     count, started = len(arm.counted_losses), len(arm.seed_losses)
-    return f"{count}" if count == started else f"{count} of {started}"
+    paired = f" ({gap.pairs} paired)" if gap is not None and gap.pairs < count else ""
+    return (f"{count}" if count == started else f"{count} of {started}") + paired
 
 
 def _gap_cell(arm, gap):
@@ -137,10 +146,9 @@ def warnings(arms: list[Arm]) -> list[str]:
         if len({tuple(sorted(arm.seed_losses)) for arm in group if len(arm.seed_losses) == 1}) > 1:
             lines.append("warning: single runs differ in seed")
     lines += [f"warning: {arm.names[0]} was resumed with other settings: {arm.changed}" for arm in arms if arm.changed]
-    baselines = [(arm, baseline_of(arm, arms)) for arm in arms]
-    if any(baseline is not None and baseline.size_class != arm.size_class for arm, baseline in baselines):
-        lines.append("warning: some runs have no baseline of their own size: they are compared with another's")
     conditions = conditions_of(arms)
+    if conditions and not any(noise(group)[1] for group in by_size_class(arms)):
+        lines.append("warning: the frontier is by the losses alone, because the noise is not known")
     if timeless := [arm.names[0] for arm in arms if conditions.keys() - arm.tpots.keys()]:
         lines.append(f"warning: no time per token of {', '.join(timeless)}")
     return lines
@@ -154,7 +162,7 @@ def verdict(arms: list[Arm], tolerance: float) -> str:
         baseline = group_baseline(group, arms)
         if baseline is not None and all(is_control(arm, baseline) for arm in group):
             continue  # controls only
-        size = f"{baseline.size}, " if baseline is not None and len(by_size_class(arms)) > 1 else ""
+        size = f"{(baseline or group[0]).size}, " if len(by_size_class(arms)) > 1 else ""
         lines.append(f"{size}n_shard {n_shard}: {_group_verdict(group, baseline, arms, tolerance)}")
     return "\n".join(lines)
 
@@ -169,21 +177,14 @@ def _group_verdict(group, baseline, arms, tolerance):
         return f"can't say yet: the baseline {baseline.names[0]} has not finished"
     if not variants:
         return "can't say: no variant has finished"
-    verdicts = [judge(arm, gap, arms, tolerance) for arm, gap in gaps]
-    good, start = _accepted(gaps, verdicts, arms, tolerance)
+    good, start, verdicts = _accepted(gaps, arms, tolerance)
+    best, gap = min(good, key=lambda pair: (pair[0].blocking, pair[1].percent), default=(None, None))
     notes = {"unfinished": sum(not arm.finished for arm in group)}
     notes["evaluated on other windows or data"] = len(variants) - len(gaps)
-    notes |= {word: verdicts.count(word) for word in ("not bracketed", "one seed", "diverged") if not start}
-    note = "".join(f" ({count} {why} not counted)" for why, count in notes.items() if count)
-    least = min((arm.blocking for arm, _ in good), default=math.inf)
-    undecided = [(arm, d) for (arm, d), v in zip(gaps, verdicts, strict=True) if v == "open" and arm.blocking < least]
-    for arm, gap in undecided:
-        cell = _verdict_cell("open", gap, tolerance).removeprefix("open: ")
-        gap_text = f"{arm.sync} ({gap.percent:+.2f}%)"
-        note += f"; {gap_text} is too close to {tolerance:g}% to call: {cell} would settle it"
-    if not good:
-        return f"{start}no variant is within {tolerance:g}% of the baseline{note}"
-    best, gap = min(good, key=lambda pair: (pair[0].blocking, pair[1].percent))
+    better = [best is None or arm.blocking < best.blocking for arm, _ in gaps]
+    note = _rest_note(notes, gaps, verdicts, better, start, tolerance)
+    if best is None:
+        return f"{start}no variant is {'known to be ' if note else ''}within {tolerance:g}% of the baseline{note}"
     count, fewer = best.syncs, f"{best.reduction:.1f}% fewer syncs"
     if best.hidden:
         count = f"{best.blocking} and {best.hidden} hidden"
@@ -192,23 +193,36 @@ def _group_verdict(group, baseline, arms, tolerance):
     return f"{start}the fewest syncs within {tolerance:g}% of the baseline: {count} ({detail}){note}"
 
 
-def _accepted(gaps, verdicts, arms, tolerance):
-    """(those of the pairs of arm and Gap that are within the tolerance, what a sentence on them begins with).
+def _accepted(gaps, arms, tolerance):
+    """(those of the pairs of arm and Gap that are within the tolerance, how a sentence on them begins, all verdicts).
 
     Where no variant has a verdict, they are those whose gap itself is, and it begins with why that is no answer.
     """
-    reasons = [too_short_note([arm for pair in gaps for arm in (pair[0], baseline_of(pair[0], arms))])]
-    reasons[0] += f", at least {LEAST_TOKENS} are needed" if reasons[0] else ""
-    if verdicts and all(verdict in NO_VERDICT or not verdict for verdict in verdicts):
-        reasons += [text for word, text in NO_VERDICT.items() if word in verdicts]
-        verdicts = ["within" if gap.percent <= tolerance else "" for _, gap in gaps]  # nan is not <=
+    verdicts = [judge(arm, gap, arms, tolerance) for arm, gap in gaps]
+    reasons = [text for word, text in NO_VERDICT.items() if word in verdicts]
+    if {"within", "outside", "open"} & set(verdicts):
+        reasons = []
     good = [
         (arm, gap)
         for (arm, gap), verdict in zip(gaps, verdicts, strict=True)
-        if verdict == "within" or (baseline_of(arm, arms) is arm and tolerance >= 0)
+        if verdict == "within"
+        or (reasons and verdict in NO_VERDICT and gap.final and gap.percent <= tolerance)  # nan is not <=
+        or (baseline_of(arm, arms) is arm and tolerance >= 0)
     ]
-    reasons = "; ".join(filter(None, reasons))
-    return good, f"no verdict, because {reasons}. So far: " if reasons else ""
+    return good, f"no verdict, because {'; '.join(reasons)}. So far: " if reasons else "", verdicts
+
+
+def _rest_note(notes, gaps, verdicts, better, start, tolerance):
+    """What a verdict ends with: how many arms do not count and why, and which of the `better` ones are open."""
+    words = ["diverged", *(() if start else NO_VERDICT)]
+    notes = {word: verdicts.count(word) for word in words} | notes
+    note = "".join(f" ({count} {why} not counted)" for why, count in notes.items() if count)
+    for (arm, gap), word, is_better in zip(gaps, verdicts, better, strict=True):
+        if word == "open" and is_better:
+            seeds = _verdict_cell(word, gap, tolerance).removeprefix("open: ")
+            gap_text = f"{arm.sync} ({gap.percent:+.2f}%)"
+            note += f"; {gap_text} is too close to {tolerance:g}% to call: {seeds} would settle it"
+    return note
 
 
 def fastest(arms: list[Arm], tolerance: float) -> str:
@@ -218,7 +232,7 @@ def fastest(arms: list[Arm], tolerance: float) -> str:
     for condition in conditions_of(arms):
         for group in groups:
             baseline = group_baseline(group, arms)
-            size = f"{baseline.size}, " if baseline is not None and len(groups) > 1 else ""
+            size = f"{(baseline or group[0]).size}, " if len(groups) > 1 else ""
             lines.append(f"{size}{condition}: {_fastest_of(group, condition, arms, tolerance)}")
     return "\n".join(lines)
 
@@ -229,23 +243,25 @@ def _fastest_of(group, condition, arms, tolerance):
     gaps = [(arm, gap) for arm, gap in gaps if gap.final]
     if not gaps:
         return "can't say: no finished run has both a time per token and a finished baseline"
-    verdicts = [judge(arm, gap, arms, tolerance) for arm, gap in gaps]
-    good, start = _accepted(gaps, verdicts, arms, tolerance)
-    if not good:
-        return f"{start}no run with a time per token is within {tolerance:g}% of the baseline"
-    best, gap = min(good, key=lambda pair: (pair[0].tpots[condition], pair[1].percent))
+    good, start, verdicts = _accepted(gaps, arms, tolerance)
+    best, gap = min(good, key=lambda pair: (pair[0].tpots[condition], pair[1].percent), default=(None, None))
+    better = [best is None or arm.tpots[condition] < best.tpots[condition] for arm, _ in gaps]
+    note = _rest_note({}, gaps, verdicts, better, start, tolerance)
+    if best is None:
+        return f"{start}no run with a time per token is within {tolerance:g}% of the baseline{note}"
     time, baseline = best.tpots[condition], baseline_of(best, arms)
     ratio = "the baseline itself" if best is baseline else "its baseline has no time"
     if best is not baseline and condition in baseline.tpots:
         ratio = f"{baseline.tpots[condition] / time:.2f}x as fast as the baseline"
     name = f"control {best.size}" if is_control(best, baseline) else f"{best.sync}, n_shard {best.n_shard}"
     detail = f"{name}, {gap.percent:+.2f}%, {best.names[0]}"
-    return f"{start}the fastest within {tolerance:g}% of the baseline: {1000 * time:.3f} ms/token, {ratio} ({detail})"
+    found = f"{1000 * time:.3f} ms/token, {ratio} ({detail}){note}"
+    return f"{start}the fastest within {tolerance:g}% of the baseline: {found}"
 
 
 def _no_gap_reason(variants, arms):
     """Why none of the variants has a gap to a baseline."""
-    synced = [arm for arm in arms if arm.is_standard_tp]
+    synced = [arm for arm in arms if arm.is_standard_tp and arm.size_class == variants[0].size_class]
     if synced and not any(itertools.starmap(comparable, itertools.product(variants, synced))):
         return "evaluated on other windows or data than the baseline"
     return f"found {len(synced) or 'no'} baseline{'s' if synced else ''}; exactly one is needed"
@@ -260,7 +276,7 @@ def write_csv(arms: list[Arm], path: str | Path, tolerance: float) -> None:
         row |= dict(hidden_syncs=a.hidden, reduction_percent=a.reduction, parameters=a.n_params, tokens=a.tokens)
         row |= dict(learning_rate=a.learning_rate, bracketed=a.bracketed, dtype=a.dtype, seeds=len(a.counted_losses))
         row |= dict(step=a.step, max_iters=a.max_iters, val_loss=a.losses.get(a.step), val_loss_sd=a.deviation)
-        row |= {f"gap_{key}": getattr(gap, key, None) for key in ("percent", "margin", "step")}
+        row |= {f"gap_{key}": getattr(gap, key, None) for key in ("percent", "margin", "pairs", "step")}
         row |= dict(verdict=judge(a, gap, arms, tolerance))
         for one in conditions:
             row |= {f"tpot_s {one}": a.tpots.get(one), f"on_frontier {one}": on_frontier(a, arms, one)}

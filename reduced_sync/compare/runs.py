@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from reduced_sync.train.log import changes, read_log, training_settings
 from reduced_sync_model import MOST_LAYERS, SyncRule
 
@@ -38,7 +40,7 @@ class Arm:
     data: tuple  # name, sha256 of train, sha256 of val; None for one that is not known
     changed: str  # settings that changed where the run was resumed
     seed_losses: dict  # {seed: {step: validation loss}}
-    diverged: bool = False  # a seed ended for losses that are no numbers
+    gave_up: bool = False  # a seed ended for losses that are no numbers
     arms_by_rate: list = field(default_factory=list, repr=False, compare=False)  # the lowest rate first
     size_class: int = 0  # from number_size_classes
     tpots: dict = field(default_factory=dict)  # {condition: seconds per token}, from compare/frontier.py
@@ -109,6 +111,12 @@ class Arm:
         return self.max_iters in self.losses
 
     @property
+    def diverged(self) -> bool:
+        """Whether a seed ended for losses that are no numbers, or with one."""
+        last = [losses.get(self.max_iters, 0) for losses in self.seed_losses.values()]
+        return self.gave_up or not all(map(math.isfinite, last))
+
+    @property
     def last_loss(self) -> float:
         """The loss by which arms are put in order: infinite where there is none, or it is not a number."""
         loss = self.losses.get(self.step, math.inf)
@@ -145,18 +153,26 @@ class Gap:
 
     percent: float
     step: int
-    final: bool  # both have finished
-    margin: float | None  # half of the 95 % confidence interval; None where no noise is known
+    final: bool  # it is the last step of both
     pairs: int  # seeds that both have
-    deviation: float | None  # of one pair, in percent
+    deviation: float | None  # of one pair, in percent; None where no noise is known
+    freedom: int  # its degrees of freedom
+
+    @property
+    def margin(self) -> float | None:
+        """Half of the 95 % confidence interval; None where no noise is known, and without pairs."""
+        return self.margin_with(self.pairs) if self.deviation is not None and self.pairs else None
+
+    def margin_with(self, pairs: int) -> float:
+        """What half of the interval would be with this many pairs and the same deviation."""
+        from scipy.stats import t
+
+        return float(t.ppf(0.975, self.freedom + pairs - self.pairs)) * self.deviation / math.sqrt(pairs)
 
     def seeds_needed(self, tolerance: float) -> int | None:
         """The seeds with which an interval around this percentage leaves out `tolerance`; None for more than 100."""
-        from scipy.stats import t
-
         room = abs(self.percent - tolerance)
-        enough = (n for n in range(2, 101) if t.ppf(0.975, n - 1) * self.deviation / math.sqrt(n) < room)
-        return next(enough, None)
+        return next((n for n in range(self.pairs + 1, 101) if self.margin_with(n) < room), None)
 
 
 def best_rate(losses: dict[float, dict[int, float]]) -> tuple[float, bool]:
@@ -165,11 +181,16 @@ def best_rate(losses: dict[float, dict[int, float]]) -> tuple[float, bool]:
     It has the lowest mean over the seeds that all rates have, or over its own where they share none. It is bracketed if
     there is a rate that is no better on either side, at most twofold away.
     """
-    shared = set.intersection(*map(set, losses.values()))
-    means = {r: statistics.fmean(ends[seed] for seed in shared or ends) for r, ends in losses.items()}
+    means = means_by_rate(losses)
     best = min(sorted(means), key=means.get)
     ratios = [rate / best for rate in means] if best else []
     return best, any(0.49 < ratio < 1 for ratio in ratios) and any(1 < ratio < 2.05 for ratio in ratios)
+
+
+def means_by_rate(losses: dict[float, dict[int, float]]) -> dict[float, float]:
+    """{rate: mean loss} of {rate: {seed: last loss}}, over the seeds that all rates have, else over a rate's own."""
+    shared = set.intersection(*map(set, losses.values())) if losses else set()
+    return {rate: statistics.fmean(ends[seed] for seed in shared or ends) for rate, ends in losses.items()}
 
 
 def load_runs(paths: Iterable[str | Path]) -> tuple[list[Arm], list[str]]:
@@ -190,7 +211,7 @@ def load_runs(paths: Iterable[str | Path]) -> tuple[list[Arm], list[str]]:
             if same_experiment(other, arm) and not set(other.seed_losses) & set(arm.seed_losses):
                 other.names += arm.names
                 other.seed_losses |= arm.seed_losses
-                other.diverged |= arm.diverged
+                other.gave_up |= arm.gave_up
                 other.settings = arm.settings | other.settings  # what one of them knows
                 if None in other.data:
                     other.data = arm.data
@@ -286,7 +307,7 @@ def _arm_of(log, name):
         data=(config["dataset"], *(digest if digest not in ("", "unknown") else None for digest in hashes)),
         changed=", ".join(filter(None, itertools.starmap(changes, itertools.pairwise(configs)))),
         seed_losses={seed: {step: loss for step, _, loss in log.evaluations}},
-        diverged=log.bad_steps >= config.get("max_bad_steps", math.inf),
+        gave_up=log.bad_steps >= config.get("max_bad_steps", math.inf),
     )
     if arm.syncs != int(header["syncs"].split(" of ")[0]):
         raise ValueError(f"{header['syncs']} syncs with sync={config['sync']!r}")
@@ -316,15 +337,14 @@ def same_experiment(a: Arm, b: Arm, but: tuple[str, ...] = ()) -> bool:
 def baseline_of(arm: Arm, arms: list[Arm]) -> Arm | None:
     """The baseline to compare `arm` with, or None if there is none or more than one that it could be.
 
-    Evaluated on the same tokens; of the same size, dtype and n_shard where there is one; among several n_shard that
-    are not the arm's own, the one with the lowest loss.
+    Of the same size, as deep as its deepest arm (a shallower one is a control), and evaluated on the same tokens; of
+    the same dtype and n_shard where there is one; among several n_shard that are not the arm's own, the one with the
+    lowest loss.
     """
-    synced = [other for other in arms if other.is_standard_tp]
-    baselines = []
-    for group in by_size_class(synced):  # a shallower one is a control
-        deepest = max(other.n_layer for other in group)
-        baselines += [other for other in group if other.n_layer == deepest and comparable(other, arm)]
-    for name in ("size_class", "dtype", "n_shard"):
+    group = [other for other in arms if other.size_class == arm.size_class]
+    deepest = max(other.n_layer for other in group)
+    baselines = [a for a in group if a.is_standard_tp and a.n_layer == deepest and comparable(a, arm)]
+    for name in ("dtype", "n_shard"):
         baselines = [other for other in baselines if getattr(other, name) == getattr(arm, name)] or baselines
     if len({other.n_shard for other in baselines}) == len(baselines) > 1:
         baselines = [min(baselines, key=lambda other: (not other.finished, other.last_loss))]
@@ -348,20 +368,27 @@ def paired(arm: Arm, other: Arm, step: int) -> list[float]:
 
 
 def noise(arms: list[Arm]) -> tuple[float | None, int]:
-    """(standard deviation over seeds of an arm's distance from its baseline, in percent, degrees of freedom), pooled.
+    """(standard deviation over seeds of the gap between two arms of a size, in percent, its degrees of freedom).
 
-    Of the finished arms that share several seeds with their baseline; None where there is none.
+    From what is left of the finished arms' 100 ln(loss) beside a mean of the arm and one of the seed, which its batches
+    give to all arms with one baseline: the analysis of variance of randomized blocks. It takes all arms to be equally
+    noisy. None where no two arms share two seeds.
     """
-    squares = freedom = 0
+    places, values = [], []
     for arm in arms:
         baseline = baseline_of(arm, arms)
-        if baseline is None or baseline is arm or not arm.finished or not baseline.finished:
-            continue
-        found = paired(arm, baseline, arm.max_iters) if arm.max_iters == baseline.max_iters else []
-        if len(found) > 1 and all(map(math.isfinite, found)):
-            squares += (len(found) - 1) * statistics.variance(found)
-            freedom += len(found) - 1
-    return (math.sqrt(squares / freedom) if freedom else None), freedom
+        if baseline is not None and arm.finished and not arm.diverged and arm.max_iters == baseline.max_iters:
+            ends = {seed: loss for seed, loss in arm.last_losses.items() if loss}
+            places += [(id(arm), (id(baseline), seed)) for seed in ends]
+            values += [percent_above(loss, 1) for loss in ends.values()]
+    if not values:
+        return None, 0
+    means = {one for place in places for one in place}
+    design = np.array([[one in place for one in means] for place in places], dtype=float)
+    fitted, _, rank, _ = np.linalg.lstsq(design, np.array(values))
+    freedom = len(values) - int(rank)
+    rest = np.array(values) - design @ fitted
+    return (math.sqrt(2 * float(rest @ rest) / freedom) if freedom else None), freedom
 
 
 def gap_of(arm: Arm, arms: list[Arm]) -> Gap | None:
@@ -375,16 +402,11 @@ def gap_between(arm: Arm, other: Arm, arms: list[Arm]) -> Gap | None:
     common = set(arm.losses) & set(other.losses)
     if not common:
         return None
-    step, margin = max(common), None
-    final = arm.finished and other.finished
+    step = max(common)
     found = paired(arm, other, step)
     percent = statistics.fmean(found) if found else percent_above(arm.losses[step], other.losses[step])
-    deviation, freedom = noise([one for one in arms if one.size_class in (arm.size_class, other.size_class)])
-    if deviation is not None and found and other is not arm:
-        from scipy.stats import t
-
-        margin = t.ppf(0.975, freedom) * deviation / math.sqrt(len(found))
-    return Gap(percent, step, final, margin, len(found), deviation)
+    noises = noise([one for one in arms if one.size_class == arm.size_class]) if other is not arm else (None, 0)
+    return Gap(percent, step, step == arm.max_iters == other.max_iters, len(found), *noises)
 
 
 def is_control(arm: Arm, baseline: Arm | None) -> bool:
@@ -408,7 +430,11 @@ def differ(arms: list[Arm], *names: str) -> bool:
     return len({tuple(getattr(arm, name) for name in names) for arm in arms}) > 1
 
 
-def too_short_note(arms: list[Arm]) -> str:
-    """A text that says so where some arms were trained on too few tokens to tell variants apart."""
-    fewest = f"{min(arm.tokens / arm.n_params for arm in arms):.2g}"
+def too_short_note(arms: list[Arm], baseline: Arm | None) -> str:
+    """A text that says so where some arms were trained on too few tokens to tell variants apart.
+
+    Tokens per parameter of the baseline, or of the smallest arm without one: of controls, which have a bit more, too.
+    """
+    n_params = baseline.n_params if baseline is not None else min(arm.n_params for arm in arms)
+    fewest = f"{min(arm.tokens for arm in arms) / n_params:.2g}"
     return f"too short to tell: {fewest} tokens per parameter" if float(fewest) < LEAST_TOKENS else ""

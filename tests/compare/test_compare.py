@@ -34,7 +34,7 @@ def test_command_writes_figure_and_csv(runs, monkeypatch, capsys):
     expected = "run=out-g2 sync=grouped-2 n_layer=12 n_embd=64 n_shard=2 syncs=2 "
     expected += f"hidden_syncs=0 reduction_percent={100 * (1 - 2 / 24)} parameters=609344 tokens=10240000 "
     expected += "learning_rate=0.001 bracketed=False dtype=float32 seeds=1 step=10 max_iters=20 "
-    expected += "val_loss=3.3 val_loss_sd= gap_margin= gap_step=10 verdict=unfinished"
+    expected += "val_loss=3.3 val_loss_sd= gap_margin= gap_pairs=1 gap_step=10 verdict=unfinished"
     assert rows[4] == dict(pair.split("=") for pair in expected.split())
 
 

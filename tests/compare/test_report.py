@@ -8,7 +8,7 @@ from make_runs import UNTUNED, diverge, load, make, tune
 from scipy import stats
 
 from reduced_sync.compare.figures import draw_comparison
-from reduced_sync.compare.report import judge, table, verdict, warnings, write_csv
+from reduced_sync.compare.report import fastest, judge, table, verdict, warnings, write_csv
 from reduced_sync.compare.runs import gap_of, load_runs
 from reduced_sync.train.experiment import MODERN
 
@@ -42,6 +42,7 @@ def test_unfinished_runs_are_marked_and_do_not_decide(runs):
     [
         ([2.01, 2.011], "within", "n_shard 2: the fewest syncs within 2% of the baseline: 2 (spd, +0.52%, 50.0% fewer"),
         ([2.2, 2.203], "outside", "n_shard 2: no variant is within 2% of the baseline"),
+        ([2.00, 2.09], "open", "no variant is known to be within 2% of the baseline; spd (+2.20%) is too close"),
         ([2.00, 2.09], "open", "; spd (+2.20%) is too close to 2% to call: over 100 seeds would settle it"),
         ([2.02, 2.08], "open", "; spd (+2.46%) is too close to 2% to call: 81 seeds would settle it"),
     ],
@@ -58,6 +59,9 @@ def test_a_verdict_is_by_the_interval(tmp_path, losses, expected, line):
         needed = found.seeds_needed(2)
         half = [stats.t.ppf(0.975, n - 1) * found.deviation / n**0.5 for n in (needed - 1, needed)] if needed else []
         assert not half or half[1] < abs(found.percent - 2) <= half[0]
+    for arm, seconds in zip(arms, (0.2, 0.1), strict=True):
+        arm.tpots["c"] = seconds
+    assert ("; spd" in fastest(arms, 2)) == (expected == "open")
 
 
 def test_without_a_verdict(tmp_path):
@@ -92,7 +96,13 @@ def test_an_arm_of_which_a_seed_diverged_has_no_verdict_but_that(tmp_path):
     diverge(tmp_path, "out-spd-3", "11", seed=3)
     arms = load(tmp_path)
     assert judge(arms[1], gap_of(arms[1], arms), arms, 2) == "diverged"
-    assert verdict(arms, 2).startswith("n_shard 2: no variant is within 2%")
+    assert verdict(arms, 2) == "n_shard 2: no variant is known to be within 2% of the baseline (1 diverged not counted)"
+    (tmp_path / "out-spd-3" / "log.txt").unlink()
+    (tmp_path / "out-spd-3").rmdir()
+    diverge(tmp_path, "out-base-3", "22", seed=3)
+    arms = load(tmp_path)
+    assert judge(arms[1], gap_of(arms[1], arms), arms, 2) == "baseline diverged"
+    assert verdict(arms, 2).startswith("n_shard 2: no verdict, because a seed of the baseline diverged. So far: the")
 
 
 def test_runs_that_are_too_short_give_no_answer(runs, tmp_path, monkeypatch):
@@ -105,7 +115,7 @@ def test_runs_that_are_too_short_give_no_answer(runs, tmp_path, monkeypatch):
     assert "too short" not in verdict(load(runs), 2) and not any("too short" in title for title in titles)
     make(runs, "out-short", "1" * 12, [4.0, 3.0, 1.0], gradient_accumulation_steps=200)
     loaded = load(runs)
-    start = "n_shard 2: no verdict, because too short to tell: 0.84 tokens per parameter, at least 10 are needed; "
+    start = "n_shard 2: no verdict, because they are too short: at least 10 tokens per parameter are needed; "
     start += UNTUNED.removeprefix("no verdict, because ")
     assert verdict(loaded, 2.1).startswith(f"{start}the fewest syncs within 2.1% of the baseline: 6 (grouped-6")
     assert verdict(loaded, -70).startswith(f"{start}no variant is within")

@@ -4,13 +4,15 @@ import math
 import re
 import statistics
 
+import numpy as np
 import pytest
 from launch import ROOT
 from make_runs import diverge, load, make, tune
 from scipy import stats
 
 from reduced_sync.compare.figures import draw_comparison
-from reduced_sync.compare.report import table, verdict, warnings
+from reduced_sync.compare.frontier import on_frontier
+from reduced_sync.compare.report import judge, table, verdict, warnings
 from reduced_sync.compare.runs import baseline_of, gap_of, load_runs, noise
 
 # of training; drop_syncs.py's have another form
@@ -47,15 +49,24 @@ def test_seeds_are_one_line(runs):
     draw_comparison(loaded, runs / "figure.png", 2)
 
 
-def test_the_noise_is_pooled_over_arms(tmp_path):
+def test_the_noise_is_what_a_mean_of_the_arm_and_of_the_seed_leave(tmp_path):
+    """All gaps share the baseline's noise: arms that are added say less than as many independent ones would."""
     seeds = {"base": [2.0, 2.03, 1.99], "spd": [2.05, 2.02, 2.08], "one": [2.2, 2.25, 2.19]}
     for (name, losses), pattern in zip(seeds.items(), ("22", "11", "01"), strict=True):
         for seed, loss in enumerate(losses):
             make(tmp_path, f"out-{name}-{seed}", pattern, [4.0, 3.0, loss], seed=seed)
-    pairs = [[100 * math.log(a / b) for a, b in zip(seeds[x], seeds["base"], strict=True)] for x in ("spd", "one")]
-    pooled = math.sqrt(sum(map(statistics.variance, pairs)) / 2)
-    assert noise(load(tmp_path)) == (pytest.approx(pooled), 4)
-    assert gap_of(load(tmp_path)[2], load(tmp_path)).margin == pytest.approx(stats.t.ppf(0.975, 4) * pooled / 3**0.5)
+    values = 100 * np.log(list(seeds.values()))
+    rest = values - values.mean(0) - values.mean(1, keepdims=True) + values.mean()
+    pair = math.sqrt(2 * (rest**2).sum() / 4)
+    assert noise(load(tmp_path)) == (pytest.approx(pair), 4)
+    found = gap_of(load(tmp_path)[2], load(tmp_path))
+    assert found.margin == pytest.approx(stats.t.ppf(0.975, 4) * pair / 3**0.5)
+    more = [stats.t.ppf(0.975, 4 + n - 3) * pair / n**0.5 for n in range(4, 101)]  # of this arm and the baseline alone
+    assert found.seeds_needed(9) == 4 + next(i for i, margin in enumerate(more) if margin < abs(found.percent - 9))
+    for seed, loss in ((7, 2.3), (8, 2.0)):  # which no other arm has
+        make(tmp_path, f"out-spd-{seed}", "11", [4.0, 3.0, loss], seed=seed)
+    assert noise(load(tmp_path)) == (pytest.approx(pair), 4)
+    assert "5 (3 paired)" in table(load(tmp_path), 2)
 
 
 def test_seeds_that_no_other_run_has_are_no_pairs(runs):
@@ -63,6 +74,36 @@ def test_seeds_that_no_other_run_has_are_no_pairs(runs):
     loaded = load(runs)
     found = gap_of(loaded[-1], loaded)
     assert found.percent == pytest.approx(100 * math.log(1.1)) and found.margin is None and found.pairs == 0
+    tune(runs, "out-base-again", "2" * 12, [4.0, 3.0, 2.0], seed=9)
+    tune(runs, "out-g2-again", "000001000001", [4.0, 3.0, 2.2], seed=10)
+    (g2,) = [arm for arm in load(runs) if arm.syncs == 2]
+    assert judge(g2, gap_of(g2, load(runs)), load(runs), 2) == "other seeds"
+
+
+def test_a_run_of_another_length_has_no_verdict(tmp_path):
+    """Read at the last step that both have, its loss is that of a learning rate that has not fallen yet."""
+    for seed in (1, 2):
+        make_run = tune if seed == 1 else make
+        make_run(tmp_path, f"out-base-{seed}", "22", [4.0, 3.0, 2.0 + seed / 100, 1.8, 1.5], max_iters=40, seed=seed)
+        make_run(tmp_path, f"out-spd-{seed}", "11", [4.0, 3.0, 2.01 + seed / 100], seed=seed)
+    _, spd = arms = load(tmp_path)
+    found = gap_of(spd, arms)
+    assert not found.final and found.step == 20 and judge(spd, found, arms, 2) == "other length"
+    start = "n_shard 2: no verdict, because the baseline has other max_iters. So far: no variant is within 2%"
+    assert verdict(arms, 2).startswith(start) and "at 20*" in table(arms, 2) and "provisional" in table(arms, 2)
+    for arm, seconds in zip(arms, (0.1, 0.2), strict=True):
+        arm.tpots["c"] = seconds
+    assert on_frontier(spd, arms, "c")
+
+
+def test_a_baseline_is_of_the_own_size_and_as_deep_as_the_deepest_arm(tmp_path):
+    make(tmp_path, "out-base", "22", [4.0, 3.0, 2.0])
+    make(tmp_path, "out-big", "011", [4.0, 3.0, 1.9], n_params=5_000_000, n_embd=192)
+    _, big = arms = load(tmp_path)
+    assert gap_of(big, arms) is None
+    assert verdict(arms, 2).endswith("\n3x192, n_shard 2: can't say: found no baseline; exactly one is needed")
+    make(tmp_path, "out-control", "2", [4.0, 3.0, 1.9], n_params=5_000_000, n_embd=330)
+    assert [gap_of(arm, load(tmp_path)) is None for arm in load(tmp_path)] == [False, True, True]
 
 
 def test_an_arm_is_at_its_best_learning_rate(tmp_path):
