@@ -177,7 +177,8 @@ def machine_of(rounds: list[list[Round]], prefill: cost_model.Forward, n_embd: i
     link, n = None, len(rounds[0])
     if n > 1:
         small, large = (dataclasses.replace(prefill, tokens=t).payload(n_embd) for t in (1, prefill.tokens))
-        per_byte = (middle.prompt_all_reduce - middle.token_all_reduce) / max(1, large - small)
+        more = middle.prompt_all_reduce - middle.token_all_reduce
+        per_byte = max(1e-15, more / (large - small) if large > small else 0.0)  # with noise it may be none
         link = Link(middle.token_all_reduce - small * per_byte, 0.0, 2 * (n - 1) / n / per_byte, "measured")
     return Machine(statistics.median(rank.read_rate for rank in ranks), accelerator, link)
 
@@ -194,6 +195,10 @@ def check_decode(args: "Decode", configs: dict[str, rsm.GPTConfig], device: str)
         check_figure(args.png)
     if any(args.added_delay_us) and (device != "cpu" or max(args.tp_sizes) < 2):
         raise ValueError("--added_delay_us holds up all-reduces on a CPU: it needs --device=cpu and tp_size 2 or more")
+    if args.compile and 0 not in args.added_delay_us:
+        raise ValueError("--compile is timed without an added delay: name 0 among --added_delay_us as well")
+    if device == "cuda" and args.new_tokens < 8:
+        raise ValueError(f"--new_tokens={args.new_tokens}: at least 8 on a GPU, where the first ones capture a graph")
 
 
 def decode(args: "Decode") -> list[Case]:
@@ -201,7 +206,7 @@ def decode(args: "Decode") -> list[Case]:
     configs = {name: args.config(name, args.n_shard) for name in args.candidates}
     base = args.config("baseline", args.n_shard)
     device, dtype, _ = distributed.choose_device(args.device, args.dtype)
-    check_decode(args, configs, device)
+    check_decode(args, configs | {"the baseline (--n_shard)": base}, device)
     delays = tuple(sorted(set(args.added_delay_us)))
     work = Workload(configs, args.batch_sizes, args.prompts, args.new_tokens, delays)
     setups = {}  # tp_size: {what it is of a Case: what runs}
@@ -271,6 +276,7 @@ def case_of(ours: Candidate, measured: dict[str, list], work: Workload, conditio
             times = summarize(measured[kind], Condition(rows[0].candidate, sent, B, T))
             read_rate = statistics.median(rank.read_rate for ranks in measured[kind] for rank in ranks)
             times.bound_s = case.bound_s * case.read_rate / read_rate
+            times.all_reduces = times.in_all_reduces_s = times.bytes = None  # a meter would break the graph
             setattr(case, kind, times)
     add_line(case)
     return case
@@ -292,8 +298,9 @@ def add_model(
         return
     row.exposed_s, row.model_exposed_s = row.tpot_s - row.silent_tpot_s, row.model_tpot_s - model(None, token)
     if row.hidden:
-        # of the last one
-        blocking = max(machine.link.all_reduce(token.payload(config.n_embd), token.tp_size), added_delay)
+        # of the others: the last one, and those of a method's first layers
+        one = max(machine.link.all_reduce(token.payload(config.n_embd), token.tp_size), added_delay)
+        blocking = (row.syncs - row.hidden) * one
         row.hidden_exposed_s = (row.exposed_s - blocking) / row.hidden
         row.hidden_model_exposed_s = (row.model_exposed_s - blocking) / row.hidden
 

@@ -51,6 +51,7 @@ from reduced_sync.train.log import RunLog
 from reduced_sync.train.recorder import environment
 
 MAY_CHANGE = "out_dir init_from tp_size device compile checkpoint_minutes".split()  # at a resume
+SEARCHED = 2**26  # tokens of a calibration text in which evaluation texts are looked for
 TIMEOUT_S = 1800  # that ranks wait for one another: rank 0 writes the whole model
 
 
@@ -112,6 +113,8 @@ class Prepared(NamedTuple):
 def prepare(config: Config) -> Prepared:
     """Refuse what can be refused before a process group exists. Raises ValueError or OSError."""
     out_dir, saved = Path(config.out_dir), None
+    device_choice = distributed.choose_device(config.device, config.dtype)
+    config.dtype = str(device_choice[1]).removeprefix("torch.")  # what None comes to: a run keeps it on another device
     if config.init_from == "resume":
         if not (out_dir / "progress.pt").exists() and (out_dir / "ckpt.pt").exists():
             raise ValueError(f"{out_dir} has finished: nothing to do")
@@ -149,7 +152,6 @@ def prepare(config: Config) -> Prepared:
     distributed.check_tp_size(config.tp_size)
     if config.step_windows % dp_size:
         raise ValueError(f"step_windows={config.step_windows} is not divisible by the {dp_size} replicas")
-    device_choice = distributed.choose_device(config.device, config.dtype)
     calibration, evaluation = source.texts(config)
     inputs = source.hashes()
     for key, ids_of in (("calibration", calibration), ("evaluation", evaluation)):
@@ -176,6 +178,7 @@ class Run:
         self.layout = distributed.start(*device_choice, config.tp_size, TIMEOUT_S)
         self.stop, self.last_save = StopSignal(), time.monotonic()
         self.progress = Progress(**saved["progress"]) if saved else Progress()
+        distributed.check_same([dataclasses.replace(config, out_dir=""), self.progress], self.layout.device)
         self.model, self.teacher = self.build(), None
         self.saved, self.optimizer, self.scaler = saved, None, None  # the last two of a stage that trains
         if saved and saved["model"]:
@@ -199,8 +202,9 @@ class Run:
             self.log.header(facts)
         for name, held_out in self.evaluation.items():
             for other, known in self.calibration.items():
-                if np.array_equal(known[: held_out.numel()], held_out.flatten()):
-                    self.say(f"warning: the evaluation text {name!r} is the calibration text {other!r}: not held out")
+                begin = held_out[0].numpy().astype(known.dtype)
+                if begin.tobytes() in np.asarray(known[:SEARCHED]).tobytes():
+                    self.say(f"warning: evaluation text {name!r} begins in calibration text {other!r}: not held out")
 
     def build(self) -> rsm.GPT:
         """The model with all syncs, arranged as far as progress says."""
@@ -241,7 +245,7 @@ class Run:
     def batches(self, windows: torch.Tensor, what: str) -> Iterator[torch.Tensor]:
         """Yield this replica's part of the windows (N, T), batch by batch, on its device. Raises Stopped."""
         layout, size = self.layout, self.config.batch_size
-        mine = windows[layout.dp_rank :: layout.dp_size].split(size)
+        mine = [batch for batch in windows[layout.dp_rank :: layout.dp_size].split(size) if len(batch)]
         with self.bar(windows.numel(), what) as bar:
             for idx in distributed.until_stopped(mine, len(windows), size, layout, self.stop):
                 yield idx.to(layout.device)
@@ -335,7 +339,7 @@ def drop(run: Run) -> int:
             s, perplexities = distillation.sensitivities(run.model.with_sync(before), after, batches, run.layout)
             for i in range(n_layers):
                 run.say(sensitivity_line("attention" if before[0] == "2" else "MLP", i, s[i], perplexities[i]))
-            order.sort(key=lambda i: (s[i], i))
+            order.sort(key=lambda i: (math.isnan(s[i]), s[i], i))
             n_tokens = run.windows.numel()
         run.progress.sync = "".join(after[i] if i in order[:n] else before[i] for i in range(L))
     run.say(f"pattern: {run.student.config.rule.pattern}")

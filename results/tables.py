@@ -124,7 +124,7 @@ def training_table(folder):
 def decoding_case(case):
     """The candidates at one tp_size, batch size and prompt: milliseconds, and how much faster than the first."""
     head = f"**tp_size {case.tp_size}, batch {case.batch_size}, prompt {case.prompt}.**"
-    others = {case.reference: case.reference_times, "Ours, baseline, compiled": case.compiled}
+    others = {case.reference: case.reference_times, f"Ours, {case.rows[0].candidate}, compiled": case.compiled}
     others["The same without communication"] = case.compiled_silent
     for name, times in others.items():
         if times is not None:

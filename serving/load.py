@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import random
+import signal
 import statistics
 import sys
 import time
@@ -87,6 +88,7 @@ def median_and_p95(seconds: list[float]) -> str:
 
 
 def main():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # all clients end at once
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server, default: %(default)s")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="default: %(default)s")

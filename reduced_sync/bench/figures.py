@@ -20,7 +20,8 @@ def draw_decoding(table: list[Case], path: str | Path) -> None:
             line = [1000 * (case.compute_s + n * case.all_reduce_s) for n in ends]
             axes.plot(ends, line, "-", color="tab:blue", linewidth=1, label="compute + syncs x all-reduce")
         axes.axhline(1000 * case.bound_s, color="0.4", linestyle=":", label="memory-bandwidth bound")
-        alone = next((c for c in table if c.tp_size == 1 and c.batch_size == case.batch_size), None)
+        at = (1, case.batch_size, case.prompt)
+        alone = next((c for c in table if (c.tp_size, c.batch_size, c.prompt) == at), None)
         if alone:
             one = 1000 * alone.rows[0].tpot_s
             axes.axhline(one, color="tab:green", linestyle="--", label="one process, all cores")

@@ -19,6 +19,7 @@ from reduced_sync.bench import cost_model
 from reduced_sync.bench.candidates import Candidate, build, synchronize
 from reduced_sync.distributed import Layout
 
+OVERHEAD_TOKENS = 21  # of a small model, whose time per token says what starting its operators takes
 OPERATORS = torch.ops._c10d_functional  # those of an all-reduce in two halves, start and wait
 
 
@@ -276,7 +277,8 @@ class Decoding:
             return
         self.silent = decoding.for_decoding(sharing(base, base.config, silent_group))
         c = base.config
-        small = dataclasses.replace(c, n_embd=4 * c.n_head, head_size=0, n_hidden=0, vocab_size=64)
+        longer = c.block_size + OVERHEAD_TOKENS
+        small = dataclasses.replace(c, n_embd=4 * c.n_head, head_size=0, n_hidden=0, vocab_size=64, block_size=longer)
         self.small = rsm.GPT(small, silent_group).to(layout.device).eval()
         decoding.cast_matrices(self.small, layout.dtype)
         decoding.for_decoding(self.small)
@@ -336,7 +338,7 @@ class Decoding:
         bandwidth = sum(w.nbytes for w in weights) / seconds_of(decoding.graphed(multiply_all, device), device)
         flops = sum(n for _, n in cost_model.sublayers(config, cost_model.Forward(tp_size, B, T, T)))
         peak = config.n_layer * flops / seconds_of(partial(self.run_blocks, B, T), device, repeats=3)
-        times = our_times(self.small, self.prompts[B, T] % 64, 21, self.layout)
+        times = our_times(self.small, self.prompts[B, T] % 64, OVERHEAD_TOKENS, self.layout)
         overhead = statistics.median(b - a for a, b in itertools.pairwise(times)) / config.n_layer
         if tp_size == 1:
             return Constants(bandwidth, peak, overhead)

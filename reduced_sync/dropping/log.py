@@ -104,21 +104,23 @@ def table_of(logs: dict[str, DropLog]) -> str:
     """The perplexities of runs by name as a table in Markdown: after each stage, and in percent above all syncs.
 
     The first line is that of all syncs; a run's own follows where it is another one. A run's last line has its
-    agreement with the dense model, where that was measured. Raises ValueError for a run without perplexities.
+    agreement with the dense model, where that was measured. Raises ValueError for a run without perplexities, or of
+    texts that the first one does not have.
     """
-    lines, above = [], None
+    lines, texts, above = [], None, None
     for name, log in logs.items():
         if not log.perplexities:
             raise ValueError(f"{name}: its log has no perplexity, yet")
         dense = log.perplexities[0][3]
-        if not lines:
-            head = ["run", "after", "syncs", *map(table_cell, dense)]
+        if texts is None:
+            texts = list(dense)
+            head = ["run", "after", "syncs", *map(table_cell, texts)]
             lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for stage, syncs, most, perplexities in log.perplexities[dense == above :]:
-            cells = [beside_dense(value, dense[text]) for text, value in perplexities.items()]
+            cells = [beside_dense(perplexities[text], dense[text]) if text in perplexities else "" for text in texts]
             lines.append(f"| {table_cell(name)} | {stage} | {syncs} of {most} | {' | '.join(cells)} |")
         if log.agreements:
-            cells = [log.agreements.get(text, "") for text in dense]
+            cells = [log.agreements.get(text, "") for text in texts]
             lines.append(f"| {table_cell(name)} | against dense | {syncs} of {most} | {' | '.join(cells)} |")
         above = dense
     return "\n".join(lines)

@@ -57,12 +57,13 @@ def permuted(dense: Dense, config: GPTConfig, groups: list[int], neurons: list[i
     return dense
 
 
-def whole_block(dense: Dense, config: GPTConfig, device: torch.device) -> Block:
-    """The block of all config.n_shard shards in this process."""
+def whole_block(dense: Dense, config: GPTConfig, device: torch.device, parts: tuple[str, ...] = ("",)) -> Block:
+    """The block of all config.n_shard shards in this process, or those of its parameters that begin with `parts`."""
     block = Block(config, config.n_shard)
     with torch.no_grad():
         for name, parameter in block.named_parameters():
-            parameter.copy_(shard_tensor(name, dense[name], config))
+            if name.startswith(parts):
+                parameter.copy_(shard_tensor(name, dense[name], config))
     return block.to(device).eval()
 
 
@@ -97,14 +98,17 @@ def place_groups(
     order = list(range(K))
     if K <= S or S == 1:
         return order
-    block, gram = whole_block(dense, dataclasses.replace(config, n_shard=K), layout.device), 0
+    # of the neurons, which may not be divisible by K, nothing is needed
+    each = dataclasses.replace(config, n_shard=K, n_hidden=K)
+    block, gram = whole_block(dense, each, layout.device, ("ln_1.", "attn.")), 0
     for x in batches:
         with layout.autocast():
             y = block.attn(block.ln_1(x), rope).float()  # (K, B, T, C) a group's
         y = (y / (x + y.sum(0)).norm(dim=-1, keepdim=True)).flatten(1)
         gram = gram + y @ y.T  # (K, K)
     gram = gram.double().cpu().numpy()
-    cosine = np.abs(gram) / np.sqrt(np.outer(gram.diagonal(), gram.diagonal()))
+    norms = np.sqrt(np.outer(gram.diagonal(), gram.diagonal()))
+    cosine = np.divide(np.abs(gram), norms, out=np.zeros_like(gram), where=norms > 0)  # a head's output may be nothing
 
     def cost(order):
         shards = np.repeat(np.arange(S), K // S)
@@ -152,7 +156,7 @@ def place_neurons(
     # takes three times as long for 14,336 neurons, and more memory
     each_once, each_full = sparse.kron(np.ones((1, S)), sparse.eye(N)), sparse.kron(sparse.eye(S), np.ones((1, N)))
     best = linprog(
-        costs.flatten().numpy() / costs.mean().item(),
+        costs.flatten().numpy() / (costs.mean().item() or 1.0),
         A_eq=sparse.vstack([each_once, each_full]).tocsr(),
         b_eq=np.concatenate([np.ones(N), np.full(S, N // S)]),
     )

@@ -43,6 +43,8 @@ def export(path: Path, target: Path) -> str:
         family, hf = hf_config(config)
         state = hf_tensors(shards_to_dense(saved["model"], config), family, config)
         what, keys, code = hf.architectures[0], hf.to_dict(), []
+        if config.position == "rope":
+            keys["rope_theta"] = config.rope_theta  # where transformers 4 looks for it
     except ValueError as reason:
         what, keys, code = f"with its code ({reason})", our_config(config), CODE
         state = {f"model.{name}": tensor.contiguous() for name, tensor in saved["model"].items()}

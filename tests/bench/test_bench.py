@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import ROOT, ending, run_script, start, status, succeeded
+from matplotlib.axes import Axes
 from spawn import run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -22,7 +23,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import bench
 from reduced_sync import distributed
 from reduced_sync.bench import candidates, cost_model, timing
-from reduced_sync.bench.results import Times, read_results
+from reduced_sync.bench.figures import draw_decoding
+from reduced_sync.bench.results import Case, Row, Times, describe, read_results
 from reduced_sync.bench.timing import (
     AllReduce,
     AllReduceMeter,
@@ -96,6 +98,7 @@ def test_every_candidate_decodes(fake_group, modern):
     layout = distributed.Layout(torch.device("cpu"), dtype, tp_size=2, tp_group=fake_group)
     measured = Decoding(candidates.Candidate("ours", args.config("baseline", 2), tp_size=2), layout, work)
     found, read_rate, constants = measured()
+    assert measured.small.config.block_size == 32 + timing.OVERHEAD_TOKENS
     assert math.isfinite(read_rate) and constants.keys() == {(1, 5)} and all(map(math.isfinite, constants[1, 5]))
     weights = {}
     for name, config in work.configs.items():
@@ -200,7 +203,7 @@ def test_exposed_syncs_of_slower_links(monkeypatch, capsys):
         hidden = [getattr(case.rows[1], f"hidden_{key}exposed_s") for case in (none, one, three)]
         assert hidden == pytest.approx([0, 0, 0.001], rel=0.01, abs=1e-6)
     assert (none.compiled.tpot_s, none.compiled_silent.tpot_s) == pytest.approx((0.007, 0.005))
-    assert one.compiled is None
+    assert one.compiled is None and none.compiled.all_reduces is None
     out = capsys.readouterr().out
     assert "ours, baseline compiled, all-reduces send nothing: TTFT 100.00, TPOT 5.00, bound/TPOT 0." in out
     lines = [line.split() for line in out.splitlines()[-2:]]
@@ -216,6 +219,37 @@ def test_the_link_that_was_measured_takes_the_times_that_were_measured():
     assert (read_rate, accelerator.bandwidth, accelerator.peak_flops, accelerator.overhead) == (7.0, 3.0, 4.0, 5.0)
     assert [link.all_reduce(4 * B * t * 32, 2) for t in (1, T)] == pytest.approx([1e-5, 1.5e-5])
     assert bench.machine_of([[found]], prefill, 32).link is None
+
+
+@pytest.mark.parametrize("T, prompt", [(1, 1e-5), (1, 1.2e-5), (5, 0.9e-5)])
+def test_a_link_that_noise_makes_faster_for_more(T, prompt):
+    """It had a bandwidth below 0, or that of the noise over one byte."""
+    rank = Round({}, 7.0, {(2, T): Constants(3.0, 4.0, 5.0, 1e-5, prompt)})
+    link = bench.machine_of([[rank, rank]], cost_model.Forward(2, 2, T, T), 32).link
+    assert [link.all_reduce(n, 2) for n in (1, 256, 10**6)] == pytest.approx([1e-5] * 3, rel=1e-3)
+
+
+def test_the_exposed_syncs_of_a_method_with_first_layers_in_step():
+    """Of 23 syncs 20 are hidden: three all-reduces are waited for."""
+    config = GPTConfig(32, 64, n_layer=12, n_head=2, n_embd=32, n_shard=2, sync="baseline+delayed-layer")
+    row = Row(candidate="x", **describe(config), tpot_s=1.003, silent_tpot_s=1.0)
+    link = Link(1e-3, 0.0, 1e18, "made")
+    machine = bench.Machine(1e9, Accelerator(1e9, 1e12, 1.0, "made"), link)
+    forward = cost_model.Forward(2, 1, 1, 8)
+    bench.add_model(row, config, machine, forward, forward, 0.0)
+    assert (row.syncs, row.hidden) == (23, 20) and row.hidden_exposed_s == pytest.approx(0, abs=1e-9)
+
+
+def test_a_figure_has_the_time_alone_of_its_own_prompt(tmp_path, monkeypatch):
+    drawn = []
+    axhline = Axes.axhline
+    monkeypatch.setattr(Axes, "axhline", lambda axes, y, **keys: drawn.append(y) or axhline(axes, y, **keys))
+    cases = [
+        Case(tp_size=n, batch_size=1, prompt=T, bound_s=1.0, rows=[Row(tpot_s=T * n, silent_tpot_s=1.0)])
+        for n, T in itertools.product((1, 2), (16, 1024))
+    ]
+    draw_decoding(cases, tmp_path / "x.png")
+    assert drawn == [1000, 16_000, 1000, 1_024_000]
 
 
 def test_predict(tmp_path, capsys):
@@ -252,6 +286,11 @@ def test_predict(tmp_path, capsys):
         (["decode", "--json=x.png", "--png=./x.png"], ["--json and --png are one file: x.png"]),
         (["predict", "--n_layer=65537"], ["n_layer=65537 must be at least 1, and below 65537"]),
         (["predict", "9999999x64"], ["'9999999x64': at most 65536 layers and a width of 1048576 are allowed"]),
+        (["decode", "spd@4", "--tp_sizes=4"], ["n_shard=2 of the baseline (--n_shard) is not divisible by tp_size=4"]),
+        (
+            ["decode", "--compile", "--tp_sizes=2", "--added_delay_us=50", "--device=cpu"],
+            ["--compile is timed without an added delay: name 0 among"],
+        ),
         (["decode", "spdd"], ["sync='spdd': allowed are baseline, spd, grouped-N"]),
     ],
 )
@@ -259,6 +298,12 @@ def test_mistakes_are_one_line(argv, words, capsys):
     assert status(bench.main, argv) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words), error
+
+
+def test_too_few_tokens_for_a_time_on_a_gpu():
+    """The first steps of every text capture a graph."""
+    with pytest.raises(ValueError, match="--new_tokens=4: at least 8 on a GPU"):
+        bench.check_decode(bench.Decode(new_tokens=4), {}, "cuda")
 
 
 class Clock:

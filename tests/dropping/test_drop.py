@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,10 +25,11 @@ import export
 import sample
 import train_reduced_sync
 from reduced_sync import checkpoint as ckpt
+from reduced_sync.configurator import configure
 from reduced_sync.data import Corpus
 from reduced_sync.distributed import Layout
 from reduced_sync.dropping import distillation, placement, quality, texts
-from reduced_sync.dropping.log import agreement_line, perplexity_line, read_drop_log, table_of
+from reduced_sync.dropping.log import DropLog, agreement_line, perplexity_line, read_drop_log, table_of
 from reduced_sync.dropping.source import Source
 from reduced_sync.hf import weights
 from reduced_sync.train.log import RunLog
@@ -322,6 +324,26 @@ def test_places_of_groups_are_the_best_of_all_pairs(by):
     assert found == pytest.approx(min(map(cost, partitions)), rel=1e-5)
 
 
+@pytest.mark.parametrize("by", ["affinity", "scatter"])
+def test_arranging_what_is_not_divisible_or_does_nothing(by):
+    """Neurons that as many shards as groups cannot share; a head and an MLP of zeros, as in layers that were added."""
+    torch.manual_seed(1)
+    base = rough(GPT(dataclasses.replace(SMALL, n_hidden=98)))
+    with torch.no_grad():
+        base.transformer.h[0].attn.c_proj.weight[0, :8] = 0
+        base.transformer.h[0].mlp.c_proj.weight[:] = 0
+    groups, neurons = placement.arrange(base, 0, [base.embed(windows()).detach()], by, LAYOUT)
+    assert sorted(groups) == [0, 1, 2, 3] and sorted(neurons) == list(range(98))
+
+
+def test_a_replica_without_windows_has_no_batch():
+    """It had an empty one, in which attention fails."""
+    layout = Layout(torch.device("cpu"), torch.float32, dp_size=2, dp_rank=1)
+    run = SimpleNamespace(layout=layout, config=drop_syncs.Config(batch_size=2), stop=SimpleNamespace(agreed=False))
+    run.bar = lambda total, what: drop_syncs.tqdm(total=total, disable=True)
+    assert list(drop_syncs.Run.batches(run, windows(B=1), "x")) == []
+
+
 @pytest.mark.parametrize("kept, dropped", [("2222", "1111"), ("1111", "0001")])
 def test_sensitivities_are_those_of_whole_models(kept, dropped):
     base, n = model(), 3 + (kept == "2222")
@@ -426,6 +448,12 @@ def test_the_least_sensitive_are_dropped_first(llama, tmp_path, drop):
     assert ckpt.load(tmp_path / "out/ckpt.pt")["model_args"]["sync"] == str(SyncRule(pattern))
 
 
+def test_a_sensitivity_that_is_no_number_is_the_highest(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(distillation, "sensitivities", lambda *_: ([0.5, math.nan, 0.1, 0.2], [1.0] * 5))
+    drop_syncs.main(arguments(llama, tmp_path / "out", **UNTRAINED, drop=2))
+    assert ckpt.load(tmp_path / "out/ckpt.pt")["model_args"]["sync"] == "2211"
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_it_trains_in_half_precision(llama, tmp_path, dtype):
     drop_syncs.main(arguments(llama, tmp_path / "out", sync="a011", dtype=dtype))
@@ -468,6 +496,14 @@ def test_a_name_breaks_no_line_of_the_log(tmp_path, name):
     assert len(table) == 5 and {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {7}
 
 
+def test_a_table_of_runs_with_other_texts():
+    """Cells stood under the first run's texts, whichever they were of."""
+    a, b = DropLog(), DropLog()
+    a.perplexities = [("dense", 4, 4, {"manual": 10.0, "poems": 20.0})]
+    b.perplexities = [("dense", 4, 4, {"poems": 20.0}), ("dropped", 2, 4, {"poems": 22.0})]
+    assert table_of({"a": a, "b": b}).split("\n")[-1] == "| b | dropped | 2 of 4 |  | 22.00 (+10.0 %) |"
+
+
 def test_lines_of_older_logs_with_such_names(tmp_path):
     """Fault 13: as those runs left them."""
     line = "perplexity dense: 8 of 8 syncs, a, b 2 25.100, c d 4.250, val nan\n"
@@ -488,14 +524,15 @@ def test_a_run_whose_names_are_strange(llama, tmp_path, capsys):
     out_dir = tmp_path / "out | |\nof ours"
     for name in ("a, b 2.txt", "a, b 2.more.txt", "x|y.txt"):
         (tmp_path / name).write_text(english()[6000:9000] + name, encoding="utf-8")
-    (tmp_path / "same.txt").write_text((llama / "one.calibration.txt").read_text(encoding="utf-8"), encoding="utf-8")
+    same = (llama / "one.calibration.txt").read_text(encoding="utf-8")[50:] + "and more"
+    (tmp_path / "same.txt").write_text(same, encoding="utf-8")
     drop_syncs.main(arguments(llama, out_dir, evaluation=f"{tmp_path}/*.txt", **UNTRAINED))
     said = capsys.readouterr().out
     log = read_drop_log(out_dir / "log.txt")
     assert [set(texts) for *_, texts in log.perplexities] == 2 * [
         {"a, b 2.txt", "a, b 2.more.txt", "x|y.txt", "same.txt"}
     ]
-    warning = "warning: the evaluation text 'same.txt' is the calibration text 'one': not held out\n"
+    warning = "warning: evaluation text 'same.txt' begins in calibration text 'one': not held out\n"
     assert said.count("warning") == 1 and warning in said and warning in (out_dir / "log.txt").read_text()
     assert "| out \\| \\| of ours | dense |" in said
     folder = tmp_path / 'fold"er'
@@ -594,6 +631,11 @@ def test_an_out_dir_is_used_once_and_resumed_with_the_same_keys(llama, whole, tm
     saved["config"] = dataclasses.asdict(drop_syncs.Config())
     torch.save(saved, tmp_path / "progress.pt")
     one_line_error(run_script([DROP, *arguments(llama, tmp_path, init_from="resume")]), "was started with")
+    same = configure(drop_syncs.Config, arguments(llama, tmp_path))
+    saved["config"] = dataclasses.asdict(same) | dict(dtype="bfloat16")  # on a GPU, where None came to that
+    torch.save(saved, tmp_path / "progress.pt")
+    assert status(drop_syncs.main, arguments(llama, tmp_path, init_from="resume")) == 1
+    assert "was started with dtype='bfloat16', not 'float32': go on" in capsys.readouterr().err
     capsys.readouterr()
     del saved["config"]["calibration_windows"]  # of another version
     torch.save(saved, tmp_path / "progress.pt")
