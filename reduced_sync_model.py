@@ -159,9 +159,13 @@ class Stream:
         """What the shards see: (B, T, C) where all see the same, else (S, B, T, C) per shard."""
         return self.h
 
+    def of_stream(self, y: Tensor) -> Tensor:
+        """y as it may be added to a stream, which can be beyond float16's range."""
+        return y.to(self.x.dtype) if y.dtype == torch.float16 else y
+
     def keep(self, y: Tensor) -> None:
         """No sync: y (S, B, T, C) stays with its shard."""
-        y = y.to(self.x.dtype) if y.dtype == torch.float16 else y  # a stream can be beyond float16's range
+        y = self.of_stream(y)
         self.d = y if self.d is None else self.d + y
         self.h = self.h.to(y.dtype) + y
 
@@ -489,6 +493,7 @@ class Delayed(Ladder):
     """As Ladder, but meanwhile each shard sees its own part of the sum."""
 
     def meanwhile(self, y: Tensor) -> Tensor:
+        y = self.of_stream(y)
         return self.h.to(y.dtype) + y
 
 

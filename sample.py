@@ -142,7 +142,7 @@ def sample(config: Config, model: rsm.GPT, tokens: Tokens, vocab_size: int, layo
             )
         return pick(logits.index_fill(1, suppressed, float("-inf")))
 
-    text_of = tokens.decoder()
+    text_of = tokens.decoder(prompt)
 
     def say(text):
         if RANK == 0:

@@ -18,6 +18,7 @@ from reduced_sync.cli import set_up
 if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends them in silence
     set_up(keeps_running=True)
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -94,11 +95,12 @@ def prepare(config: Config) -> Prepared:
             f"out_dir={config.out_dir!r} holds a run already: go on with --init_from=resume, or choose another out_dir"
         )
     saved = ckpt.load(path, ckpt.TRAINING_KEYS) if config.init_from == "resume" else None
-    origin = saved["config"]["init_from"] if saved else config.init_from
+    origin = saved["config"].get("init_from", "scratch") if saved else config.init_from
     shape, notes = {}, {}
     if origin not in ("scratch", "resume"):  # what the user does not write is the pretrained model's
         fields = saved["model_args"] if saved else pretrained_fields(origin)[1]
-        pretrained = rsm.GPTConfig(**fields)
+        with ckpt.usable(path) if saved else contextlib.nullcontext():
+            pretrained = rsm.GPTConfig(**fields)
         free = {"block_size", "dropout"} | {"n_shard", "sync"} - fields.keys()  # a dense model takes any rule
         shape = {key: value for key, value in dataclasses.asdict(pretrained).items() if key not in free}
         keys = shape.keys() & vars(config).keys()
@@ -180,13 +182,15 @@ class Trainer:
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         self.progress = Progress(**{field.name: saved[field.name] for field in dataclasses.fields(Progress)})
-        self.saved_config["init_from"] = saved["config"]["init_from"]  # where the weights came from at first
+        # where the weights came from at first
+        self.saved_config["init_from"] = saved["config"].get("init_from", "scratch")
         self.changed = changes(self.saved_config | saved["config"], self.saved_config)
 
     @torch.no_grad()
     def evaluate(self, stop: StopSignal) -> list[float] | None:
         """Mean loss per token, in nats, of the fixed windows of train and val, or None where all agreed to stop."""
         config, layout, losses = self.config, self.layout, []
+        distributed.share_replicated(self.model, rsm.is_sharded, layout.tp_group)
         self.model.eval()
         for split in ("train", "val"):
             total, count = 0.0, 0
@@ -249,6 +253,7 @@ class Trainer:
 
     def save(self, is_best: bool = False) -> None:
         """Write ckpt.pt, on rank 0. Raises ErrorOnAllRanks where that fails."""
+        distributed.share_replicated(self.model, rsm.is_sharded, self.layout.tp_group)
         state = ckpt.gather(self.model, self.optimizer) if self.layout.dp_rank == 0 else {}
         error, out_dir = "", self.config.out_dir
         if RANK == 0:
@@ -268,6 +273,7 @@ def train(config: Config, prepared: Prepared) -> None:
     stop = StopSignal()
     trainer = Trainer(config, layout, prepared)
     progress = trainer.progress
+    distributed.check_same([dataclasses.replace(config, out_dir=""), progress], layout.device)
 
     if config.eval_only:
         losses = trainer.evaluate(stop)

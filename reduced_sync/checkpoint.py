@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -84,21 +85,27 @@ def save(checkpoint: dict, out_dir: str | Path, is_best: bool) -> None:
             cause = error.__context__
             raise OSError(cause.strerror if isinstance(cause, OSError) else f"writing failed: {error}") from None
 
-    replace_file(out_dir / "ckpt.pt", write, keep=out_dir / "ckpt_previous.pt")
-    if is_best:
-        link_file(out_dir / "ckpt.pt", out_dir / "ckpt_best.pt")
+    latest, previous, best = (out_dir / f"{name}.pt" for name in ("ckpt", "ckpt_previous", "ckpt_best"))
+    if is_best:  # the best one first: a run that ends before the rest goes on from the one before, and saves it again
+        replace_file(best, write)
+        if latest.exists():
+            link_file(latest, previous)
+        link_file(best, latest)
+    else:
+        replace_file(latest, write, keep=previous)
     fsync_folder(out_dir)
 
 
 @contextlib.contextmanager
-def _usable(path):
+def usable(path: str | Path) -> Iterator[None]:
     """What goes wrong inside is a ValueError that names the checkpoint in `path`, and the one before it if there is."""
     try:
         yield
     except Exception as error:  # whatever a damaged or foreign file provokes
         previous = Path(path).with_name("ckpt_previous.pt")
         other = previous != Path(path) and previous.exists()
-        hint = f"; to go on from the one before, copy {previous} over it" if other else ""
+        # not cp: it would write into ckpt_best.pt, where that is another name of the same file
+        hint = f"; to go on from the one before: mv {previous} {path}" if other else ""
         raise ValueError(f"checkpoint {path} cannot be used: {one_line(error)}{hint}") from None
 
 
@@ -109,7 +116,7 @@ def load(path: str | Path, kinds: dict | None = None) -> dict:
     """
     if not Path(path).exists():
         raise ValueError(f"no checkpoint {path}")
-    with _usable(path):
+    with usable(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load itself does not check the sums
         if damaged is not None:
@@ -134,7 +141,7 @@ def check_model(checkpoint: dict, config: GPTConfig, path: str | Path) -> None:
 
     It names the fields that differ, or a tensor.
     """
-    with _usable(path):
+    with usable(path):
         saved = dataclasses.asdict(GPTConfig(**checkpoint["model_args"]))  # older ones lack some fields
     wanted = dataclasses.asdict(config) | {"dropout": saved.get("dropout")}  # dropout is no part of the weights
     differing = [f"{key}={saved.get(key)!r}, not {value!r}" for key, value in wanted.items() if saved.get(key) != value]
@@ -142,7 +149,7 @@ def check_model(checkpoint: dict, config: GPTConfig, path: str | Path) -> None:
         raise ValueError(f"checkpoint {path} holds another model: {'; '.join(differing)}")
     with torch.device("meta"):  # shapes without memory
         parameters = dict(GPT(config).named_parameters())
-    with _usable(path):
+    with usable(path):
         for name in [*checkpoint["model"], *checkpoint["optimizer"]]:
             if name not in parameters:
                 raise ValueError(f"{name!r} in it is no parameter of its model")
@@ -163,11 +170,11 @@ def load_with_tokens(path: str | Path) -> tuple[dict, GPTConfig, dict]:
     Raises ValueError with one clear line.
     """
     saved = load(path)
-    with _usable(path):
+    with usable(path):
         config = GPTConfig(**saved["model_args"] | {"dropout": 0.0})
     check_model(saved, config, path)
     meta = saved["data"]
-    with _usable(path):
+    with usable(path):
         chars, size = meta.get("chars"), meta.get("vocab_size")
         if type(size) is not int or not 0 < size <= config.vocab_size:
             raise ValueError(f"vocab_size={size!r} of its data does not fit its model")

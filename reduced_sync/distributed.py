@@ -261,6 +261,24 @@ def agree(numbers: list[float], questions: list[bool], device: torch.device | st
     return sums[: len(numbers)], [votes > 0 for votes in sums[len(numbers) :]]
 
 
+def check_same(start: object, device: torch.device) -> None:
+    """Raise ErrorOnAllRanks unless all ranks have the same to start from: keys, and what a checkpoint says."""
+    if agree([], [repr(start) != repr(from_rank_0(start))], device)[1][0]:
+        raise ErrorOnAllRanks("ranks found different checkpoints or were given different keys: start all of them alike")
+
+
+def share_replicated(
+    model: torch.nn.Module, is_sharded: Callable[[str], bool], group: dist.ProcessGroup | None
+) -> None:
+    """Give every rank of the TP `group` the replicated parameters of its first one.
+
+    They are equal on a CPU. On a GPU some kernels add in varying order, so ranks drift apart by rounding errors.
+    """
+    for name, parameter in model.named_parameters() if group is not None else ():
+        if not is_sharded(name):
+            dist.broadcast(parameter.detach(), group=group, group_src=0)
+
+
 def average_gradients(model: torch.nn.Module, group: dist.ProcessGroup | None, bucket_bytes: int = 64 * 2**20) -> None:
     """Replace every gradient by its mean over the data-parallel `group` (None: nothing to do), a bucket at a time.
 

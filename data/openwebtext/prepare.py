@@ -46,6 +46,7 @@ import glob
 import hashlib
 import math
 import os
+import re
 import shutil
 import signal
 import textwrap
@@ -58,6 +59,7 @@ HUB, REVISION = "Skylion007/openwebtext", "refs/convert/parquet"
 N_DOCS, VAL_FRACTION = 8_013_769, 0.0005
 PARQUET_BYTES, TEXT_BYTES, TOKEN_BYTES = 24_400_000_000, 40_000_000_000, 2 * (9_035_582_198 + 4_434_897)
 PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent ends
+MOST_SPACES = 900_000  # in a row, in a document
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".json.gz": "json"}
 COMPRESSED = {".parquet": 2, ".gz": 3}  # bytes of text in a byte of file, about
 
@@ -202,6 +204,9 @@ def tokenize(documents, encoding, val_fraction, num_proc):
     from datasets import Features, Sequence, Value
 
     def encode(batch):
+        for text in batch["text"]:
+            if len(text) >= MOST_SPACES and re.search(rf"\s{{{MOST_SPACES}}}", text):  # tiktoken would panic
+                raise ValueError(f"a document has {MOST_SPACES:,} spaces in a row: remove it: {text.strip()[:60]!r}")
         ids = [
             np.array([*encoding.encode_ordinary(text), encoding.eot_token], dtype=np.uint16) for text in batch["text"]
         ]

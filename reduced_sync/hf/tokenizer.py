@@ -75,12 +75,12 @@ class Tokens:
             )
         return ids
 
-    def decoder(self) -> Callable[[int | None], str]:
-        """A function from the next token id to the text that has become whole with it, and from None to the rest."""
+    def decoder(self, prompt: list[int]) -> Callable[[int | None], str]:
+        """A function from the next id after `prompt` to the text that is whole with it, and from None to the rest."""
         if self.kind in ("gpt2", "char"):
             utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a character
             return lambda token: utf8.decode(b"" if token is None else self.bytes_of(token), final=token is None)
-        ids, said = [], ""
+        ids, said = list(prompt), self.decode(prompt)  # some drop the space that a text begins with
 
         def text_of(token):
             nonlocal said

@@ -39,7 +39,9 @@ class RunLog:
     """Appends to one log.txt, a line at once. Only rank 0 makes one. Raises OSError where a line cannot be written."""
 
     def __init__(self, path):
-        self.file = open(path, "ab", buffering=0)  # what cannot be written must not wait in a buffer
+        self.file = open(path, "a+b", buffering=0)  # what cannot be written must not wait in a buffer
+        self.file.seek(0)
+        self.file.truncate(self.file.read().rfind(b"\n") + 1)  # a line that a full disk has cut short
 
     def line(self, text: str) -> None:
         """Append a line, at once: one, whatever the names in it."""
@@ -51,6 +53,10 @@ class RunLog:
         """Write the dict `facts` as `# key: value` lines; a dict value is written as JSON on one line."""
         for key, value in facts.items():
             self.line(f"# {key}: {json.dumps(value) if isinstance(value, dict) else value}")
+
+    def sync(self) -> None:
+        """Wait until its lines are on the disk: a checkpoint must not outlive those of its evaluation."""
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Close the file."""

@@ -46,7 +46,7 @@ def environment(layout: distributed.Layout) -> dict:
 
 
 def header_of(config: Config, model: rsm.GPT, layout: distributed.Layout, meta: dict, step: int) -> dict:
-    """The header of log.txt, which describes the run: a dict."""
+    """The header of log.txt, which describes the run: a dict. `config` has where the weights came from at first."""
     rule, n_params = model.config.rule, model.get_num_params(non_embedding=False)
     most = 2 * model.config.n_layer
     payload = config.batch_size * config.block_size * config.n_embd * 4
@@ -131,7 +131,8 @@ class Recorder:
         if path.exists():
             drop_lines_after(path, step, trainer.progress.evaluated) if step else set_aside(path)
         self.log, self.wandb = RunLog(path), WandB(config)
-        self.log.header(header_of(config, model, layout, trainer.corpus.meta, step) | notes)
+        origin = dataclasses.replace(config, init_from=trainer.saved_config["init_from"])
+        self.log.header(header_of(origin, model, layout, trainer.corpus.meta, step) | notes)
         if trainer.changed:
             self.log.header({f"changed since step {step}": trainer.changed})
             print(f"resumed at step {step} with other settings: {trainer.changed}", flush=True)
@@ -139,8 +140,10 @@ class Recorder:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """What happens inside is no part of a step's time."""
+        """What happens inside, a checkpoint above all, is no part of a step's time; the log is on the disk before."""
         begin = time.monotonic()
+        if self.log:
+            self.log.sync()
         yield
         self.last += time.monotonic() - begin
 
@@ -148,6 +151,7 @@ class Recorder:
         """The line of an evaluation after `step` updates; losses in nats per token. Raises OSError."""
         if self.log:
             self._say(step_line(step, train_loss, val_loss), {"train/loss": train_loss, "val/loss": val_loss}, step)
+            self.log.sync()
 
     def update(self, step: int, loss: float, norm: float, skipped: int) -> None:
         """The line of update `step` where it is due: at every log_interval, and where it was skipped.

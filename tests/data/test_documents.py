@@ -137,6 +137,7 @@ TWO = [{"text": "a"}, {"text": "b"}]
         ([{"words": "a"}, {"words": "b"}], [], ["docs.jsonl", "no column `text`", "words"]),
         ([{"text": 1}, {"text": 2}], [], ["docs.jsonl", "must hold strings", "int64"]),
         ([{"text": "a"}, {"text": None}], [], ["docs.jsonl", "null in 1 documents"]),
+        ([{"text": "a" + " " * 10**6 + "b"}, *TWO], [], ["900,000 spaces in a row", "remove it: 'a  "]),
         (TWO[:1], [], ["1 documents", "at least 2"]),
         (TWO, ["--max_docs", "1"], ["--max_docs is 1", "at least 2"]),
         (TWO, ["--num_proc", "0"], ["--num_proc is 0", "at least 1"]),

@@ -213,6 +213,16 @@ def test_ends_beyond_the_table_are_none(tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "export")
 
 
+def test_the_space_between_a_prompt_and_its_text(tmp_path):
+    """Decoders like Llama 2's drop the one that a text begins with."""
+    backend = Tokenizer(models.BPE({"\u2581to": 0, "\u2581be": 1}, []))
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
+    tokens = Tokens({"tokenizer": str(tmp_path)})
+    text_of = tokens.decoder([0])
+    assert "".join(map(text_of, [1, 0, None])) == " be to" and tokens.decode([0, 1, 0]) == "to be to"
+
+
 # --- generation_config.json
 
 

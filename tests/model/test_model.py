@@ -391,6 +391,16 @@ def test_dropout_is_where_gpt2_has_it_and_only_in_training(monkeypatch):
     assert torch.equal(model.eval()(*batch())[0], models[1](*batch())[0])
 
 
+@pytest.mark.parametrize("sync", ["baseline", "spd", "baseline+ladder", "baseline+delayed", "spd+delayed"])
+def test_a_stream_may_be_beyond_the_range_of_float16(sync):
+    model = GPT(dataclasses.replace(SMALL, n_shard=2, sync=sync))
+    with torch.no_grad():
+        model.transformer.wte.weight *= 1e6 / model.transformer.wte.weight.abs().max()
+        with torch.autocast("cpu", dtype=torch.float16):
+            x = model.run_blocks(model.embed(batch()[0]), range(4))
+    assert x.abs().max() > 65504 and x.isfinite().all()
+
+
 @pytest.mark.parametrize("pattern", ["2222", "0a01"])
 def test_bfloat16_autocast_stays_near_float32(pattern):
     torch.manual_seed(0)

@@ -149,6 +149,28 @@ def test_compiled_on_two_ranks(pattern, backend):
     run_ranks(2, assert_compiled, pattern, backend, limit=350)
 
 
+def assert_what_is_shared(rank):
+    """Ranks that start from other steps are refused, and replicated parameters are those of rank 0."""
+    config, device = dataclasses.replace(SMALL, n_shard=2), torch.device("cpu")
+    distributed.check_same([config, 3], device)
+    with pytest.raises(distributed.ErrorOnAllRanks, match="different checkpoints or were given different keys"):
+        distributed.check_same([config, 3 + rank], device)
+    torch.manual_seed(0)
+    model = GPT(config, dist.group.WORLD)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += rank
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    distributed.share_replicated(model, rsm.is_sharded, dist.group.WORLD)
+    for name, parameter in model.named_parameters():
+        expected = before[name] - (0 if rsm.is_sharded(name) else rank)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=1e-6)
+
+
+def test_what_ranks_share():
+    run_ranks(2, assert_what_is_shared)
+
+
 def assert_wrong_without_f(rank):
     """What section 4 of the design warns of is visible to these tests: without f the gradients are wrong."""
     whole, part = whole_and_part("0101", dist.group.WORLD)

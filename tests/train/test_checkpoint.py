@@ -146,6 +146,24 @@ def test_saving_after_a_save_that_was_cut_off(tmp_path, state):
     }
 
 
+@pytest.mark.parametrize("nth", [0, 1, 2])
+def test_a_run_killed_while_it_saves_its_best_goes_on_to_save_it(tmp_path, state, monkeypatch, nth):
+    """ckpt.pt knew of a best loss, of which ckpt_best.pt was never written."""
+    ckpt.save(state | {"step": 1}, tmp_path, is_best=True)
+    replace, calls = os.replace, iter(range(9))
+
+    def killed(*paths):
+        if next(calls) == nth:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        ckpt.save(state | {"step": 2}, tmp_path, is_best=True)
+    steps = [ckpt.load(tmp_path / name)["step"] for name in ("ckpt.pt", "ckpt_best.pt")]
+    assert steps == [1, 1 if nth == 0 else 2]  # the run goes on from step 1
+
+
 def test_saving_where_the_file_system_has_no_links(tmp_path, state, monkeypatch):
     def no_links(*_):
         raise OSError(errno.EPERM, "Operation not permitted")
@@ -231,7 +249,7 @@ def test_the_one_before_is_offered(path, state):
     ckpt.save(state, path.parent, is_best=False)
     ckpt.save(state, path.parent, is_best=False)
     previous = path.with_name("ckpt_previous.pt")
-    assert f"copy {previous} over it" in damaged(path)
+    assert f"to go on from the one before: mv {previous} {path}" in damaged(path)
     assert "the one before" not in damaged(previous)  # not itself
 
 

@@ -83,8 +83,8 @@ def whole(small_dataset, made_once):
 
 # --- SIGKILL, with and without restarts
 
-# each list is one job, restarted after each kill; rank 0 saves after each update: fsync of file and folder, link and
-# two replaces a save, and one fsync and replace where it resumes
+# each list is one job, restarted after each kill; rank 0 saves after each update: fsync of log, file and folder, link
+# and two replaces a save, and one fsync and replace where it resumes
 KILLED = [
     (1, ["0:update:5", "1:evaluation:4", "0:gather:2"]),
     (2, ["1:update:5", "0:evaluation:8", "1:gather:2"]),
@@ -398,10 +398,10 @@ def test_a_damaged_checkpoint_offers_the_one_before(whole, small_dataset, tmp_pa
     process = run_script([TRAIN, *arguments(small_dataset, init_from="resume")], cwd=tmp_path)
     assert process.returncode == 1 and "Traceback" not in process.stderr
     (line,) = errors(process)
-    assert "ckpt.pt cannot be used" in line and "copy out/ckpt_previous.pt over it" in line
+    assert "ckpt.pt cannot be used" in line and "mv out/ckpt_previous.pt out/ckpt.pt" in line
     assert not (tmp_path / "executed").exists()
     if damage == "flipped":
-        shutil.copy(tmp_path / "out" / "ckpt_previous.pt", path)
+        os.replace(tmp_path / "out" / "ckpt_previous.pt", path)
         argv = arguments(small_dataset, tp_size=2, init_from="resume")
         succeeded(run_script([TRAIN, *argv], nproc=2, cwd=tmp_path))
         assert_ended_as(whole[2], tmp_path)

@@ -38,6 +38,12 @@ def write(path, lines, header=None):
     log.close()
 
 
+def test_a_line_that_was_cut_short_is_no_part_of_the_next(tmp_path):
+    (tmp_path / "log.txt").write_text("step 0: train loss 4.1000, val loss 4.2000\nstep 5: tra")
+    write(tmp_path / "log.txt", [step_line(5, 3.5, 3.25)])
+    assert [step for step, *_ in read_log(tmp_path / "log.txt").evaluations] == [0, 5]
+
+
 numbers = st.floats(allow_nan=True, allow_infinity=True, min_value=None, max_value=None)
 
 

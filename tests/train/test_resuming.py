@@ -12,6 +12,7 @@ from launch import TRAIN, ending, run_script, start, succeeded
 from tiny_runs import assert_same_to_the_last_digit, log_lines, numbers, refused, tiny
 
 import train_reduced_sync as script
+from reduced_sync import checkpoint as ckpt
 from reduced_sync.configurator import configure
 from reduced_sync.train.log import read_log
 from train_reduced_sync import Config, prepare
@@ -140,6 +141,24 @@ def test_resuming_with_other_settings_says_which(resumed, small_dataset, tmp_pat
     assert f"# changed since step {step}: {changed}\n" in (tmp_path / "out" / "log.txt").read_text()
     assert "changed" not in (resumed / "halves" / "out" / "log.txt").read_text()
     assert load(tmp_path)["config"]["dtype"] == "float32"  # what it came to
+
+
+@pytest.mark.parametrize("config, fields", [({}, {}), ({"init_from": "some/model"}, {"n_gates": 3})], ids=str)
+def test_a_foreign_checkpoint(resumed, small_dataset, tmp_path, config, fields):
+    """One whose config does not say where it began began from scratch; a model of another version is one line."""
+    shutil.copytree(resumed / "stopped", tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "out" / "ckpt.pt"
+    saved = ckpt.load(path)
+    saved["config"] = {k: v for k, v in saved["config"].items() if k != "init_from"} | config
+    saved["model_args"] |= fields
+    path.unlink()  # what was loaded is mapped from it
+    torch.save(saved, path)
+    keys = configure(Config, tiny(small_dataset, tmp_path / "out", **LONG, init_from="resume"))
+    if fields:
+        with pytest.raises(ValueError, match=f"checkpoint {path} cannot be used: .*'n_gates'"):
+            prepare(keys)
+    else:
+        assert prepare(keys).saved["step"] == saved["step"]
 
 
 def test_a_restart_by_torchrun_resumes(resumed, small_dataset, monkeypatch):
