@@ -197,7 +197,7 @@ def check_decode(args: "Decode", configs: dict[str, rsm.GPTConfig], device: str)
         raise ValueError("--added_delay_us holds up all-reduces on a CPU: it needs --device=cpu and tp_size 2 or more")
     if args.compile and 0 not in args.added_delay_us:
         raise ValueError("--compile is timed without an added delay: name 0 among --added_delay_us as well")
-    if device == "cuda" and args.new_tokens < 8:
+    if device.startswith("cuda") and args.new_tokens < 8:
         raise ValueError(f"--new_tokens={args.new_tokens}: at least 8 on a GPU, where the first ones capture a graph")
 
 

@@ -7,15 +7,17 @@ $ python compare.py out-* --link=nvlink --accelerator=h100 --tp_size=8 --batch_s
 
 Each line is an arm: an architecture at one size, at its best learning rate, and the mean of its seeds. The gap is
 100 ln(loss / baseline's loss) in percent, the mean over the seeds that both have. The baseline is standard TP of the
-same size (parameters within 4 %), and of the same float type and n_shard if there is one; of several n_shard the best
-one. A dense model of fewer layers is a control, not a baseline. +- is half of the gap's 95 % confidence interval,
-from Student's t and the noise that is left of all losses at a size beside a mean of each arm and of each seed: an
-analysis of variance, which takes all arms to be equally noisy.
+same size (parameters within 4 %), as deep as the deepest arm of that size, and of the same float type and n_shard if
+there is one; of several n_shard the best one. A dense model of fewer layers is a control, not a baseline. +- is half of
+the gap's 95 % confidence interval, from Student's t and the noise: what remains of the losses at a size once each arm's
+and each seed's mean is taken out, an analysis of variance that takes all arms to be equally noisy.
 
 The verdict on an arm is `within` or `outside` if the whole interval lies on one side of the tolerance, otherwise
-`open`, with the number of seeds that would settle it. An arm has no verdict if its learning rate or its baseline's is
-`not bracketed` by worse rates on either side, at most twofold away (study.py finds them), if no arm has more than `one
-seed`, or if it is `too short`: below 10 tokens per parameter. Without any, the last line says what was seen so far.
+`open`, with the number of seeds that would settle it. An arm has no verdict if it is `unfinished` or has `diverged`, if
+its learning rate or its baseline's is `not bracketed` by worse rates on either side, at most twofold away (study.py
+finds them), if it is `too short` (below 10 tokens per parameter) or of `other length` than its baseline, if the
+`baseline diverged` or has only `other seeds`, or if no two arms share two seeds (`one seed`). Where no arm has a
+verdict, the last line says what was seen so far.
 
 A warning names everything else in which runs of one size differ. Runs on other data, or evaluated on other windows,
 have no gap.

@@ -51,7 +51,7 @@ from reduced_sync.train.log import RunLog
 from reduced_sync.train.recorder import environment
 
 MAY_CHANGE = "out_dir init_from tp_size device compile checkpoint_minutes".split()  # at a resume
-SEARCHED = 2**26  # tokens of a calibration text in which evaluation texts are looked for
+SEARCHED, SAME = 2**26, 64  # tokens of a calibration text in which the first ones of evaluation texts are looked for
 TIMEOUT_S = 1800  # that ranks wait for one another: rank 0 writes the whole model
 
 
@@ -121,6 +121,7 @@ def prepare(config: Config) -> Prepared:
         kinds = dict.fromkeys(("progress", "config", "inputs", "model", "optimizer"), dict)
         saved = ckpt.load(out_dir / "progress.pt", kinds)
         before, now = saved["config"], dataclasses.asdict(config)
+        before["dtype"] = before.get("dtype") or config.dtype  # what an older run did not settle
         if before.keys() != now.keys():
             raise ValueError(f"{out_dir / 'progress.pt'} was written by another version: choose another out_dir")
         config.init_from = before["init_from"]
@@ -200,10 +201,14 @@ class Run:
                 "config": dataclasses.asdict(config),
             }
             self.log.header(facts)
-        for name, held_out in self.evaluation.items():
-            for other, known in self.calibration.items():
-                begin = held_out[0].numpy().astype(known.dtype)
-                if begin.tobytes() in np.asarray(known[:SEARCHED]).tobytes():
+            self.warn_of_known_texts()
+
+    def warn_of_known_texts(self) -> None:
+        """Say which evaluation texts begin somewhere in a calibration text."""
+        for other, known in self.calibration.items():
+            data = np.asarray(known[:SEARCHED]).tobytes()
+            for name, held_out in self.evaluation.items():
+                if held_out.flatten()[:SAME].numpy().astype(known.dtype).tobytes() in data:
                     self.say(f"warning: evaluation text {name!r} begins in calibration text {other!r}: not held out")
 
     def build(self) -> rsm.GPT:
@@ -265,6 +270,7 @@ class Run:
     def save(self, final: bool = False) -> None:
         """Write progress.pt, and at the end ckpt.pt, which sample.py reads. Raises ErrorOnAllRanks where that fails."""
         self.last_save = time.monotonic()
+        distributed.share_replicated(self.model, rsm.is_sharded, self.layout.tp_group)
         trained = self.progress.stage in ("distil", "finetune", "report")  # before, the weights are the source's
         state = {"model": {}, "optimizer": {}}
         if trained and self.layout.dp_rank == 0:

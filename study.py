@@ -5,7 +5,8 @@ $ python study.py config/study_pypi.py --device=cpu --out_dir=out-mine
 
 A study file is a config file with the keys of Study, below: it declares sizes and arms, each a dict of training keys.
 An arm at a size is first trained with seed 1 at half, once and twice the learning_rate that it is given. While the best
-rate is at the edge, another one follows beyond it, up to twelve; then the other seeds are trained at the best rate.
+rate is at the edge, another one follows beyond it, up to twelve in all. Once the best lies inside, the other seeds are
+trained at it.
 
 Each run is an ordinary train_reduced_sync.py run in its own folder, out_dir/SIZE-ARM-lrRATE-seedSEED. They start
 in the order of sizes and arms, as many in parallel as there are cores (or GPUs, times runs_per_gpu) for, each with
@@ -21,7 +22,6 @@ if __name__ == "__main__":  # before the imports that take seconds: Ctrl-C ends 
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import os
 import re
@@ -98,7 +98,7 @@ class Sweep:
         return self.runs[rate, seed]
 
     def trains(self) -> dict:
-        """Its first run's config but for the folder; sync rules that are one at this depth are spelled the same."""
+        """Its first run's config without out_dir, and with the sync rule spelled canonically."""
         (first, *_) = self.runs.values()
         config = dataclasses.asdict(first.config)
         return config | dict(out_dir=None, sync=str(SyncRule.parse(config["sync"], config["n_layer"])))
@@ -140,11 +140,12 @@ def sweeps_of(study: Study) -> list[Sweep]:
             if size in keys.get("sizes", study.sizes):
                 keys = {key: value for key, value in keys.items() if key != "sizes"}
                 found.append(Sweep(study, f"{size}-{name}", (study.common or {}) | size_keys | keys))
-    for one, other in itertools.combinations(found, 2):
-        if one.name == other.name:
-            raise ValueError(f"two pairs of a size and an arm make the name {one.name}: rename one of them")
-        if one.trains() == other.trains():
-            raise ValueError(f"{one.name} and {other.name} train the same: leave one out, by its sizes")
+    names = {}
+    for sweep in found:
+        if sweep.name in names.values():
+            raise ValueError(f"two pairs of a size and an arm make the name {sweep.name}: rename one of them")
+        if (other := names.setdefault(repr(sweep.trains()), sweep.name)) != sweep.name:
+            raise ValueError(f"{other} and {sweep.name} train the same: leave one out, by its sizes")
     return found
 
 
@@ -168,7 +169,7 @@ class Run:
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
         self.process = self.slot = self.failure = None
-        self.signals_sent = 0
+        self.signals_sent, self.next_signal = 0, 0.0
         self.step, self.evaluated, self.finished, self.diverged, self.loss = 0, 0, False, False, math.inf
         self.step_work = keys["n_layer"] * keys["n_embd"] ** 2  # about a step's share of the time
 
@@ -179,9 +180,10 @@ class Run:
         except FileNotFoundError:
             return
         found = log.header.get("config", {})
-        if (first := next(iter(log.headers.values()), {}).get("config", {}).get("init_from", "resume")) != "resume":
-            found = found | {"init_from": first}  # a resumed run's last header does not say what it began from
-        own = dataclasses.asdict(self.config)
+        # a resumed run's own header does not say what it began from, or did not
+        own, first = dataclasses.asdict(self.config), next(iter(log.headers.values()), {}).get("config", {})
+        origin = first.get("init_from", "resume")
+        found = found and found | {"init_from": own["init_from"] if origin == "resume" else origin}
         differs = [key for key in (*ARCHITECTURE, "dataset", "init_from") if found.get(key, own[key]) != own[key]]
         other = ", ".join(f"{key} {found[key]} -> {own[key]}" for key in differs)
         if found and (other := ", ".join(filter(None, [other, changes(found, own)]))):
@@ -239,17 +241,19 @@ class Run:
         self.slot = slot
 
     def pass_on(self, signals: list[int]) -> None:
-        """Send its process those of the signals that it has not had; the second one ends a run without saving."""
-        for number in signals[self.signals_sent :][:1]:  # a run takes one that follows within a second for an echo
+        """Send its process the next of the signals that it has not had; the second one ends a run without saving."""
+        now = time.monotonic()
+        if len(signals) > self.signals_sent and now >= self.next_signal:
+            number = signals[self.signals_sent]
             self.process.send_signal(number if number == signal.SIGINT else signal.SIGTERM)  # torchrun knows no other
-            self.signals_sent += 1
+            self.signals_sent, self.next_signal = self.signals_sent + 1, now + 2  # a run takes a sooner one for an echo
 
     def ended(self) -> bool:
         """Whether its process has ended; `failure` then says why, where it did not finish or stop as asked."""
         if self.process.poll() is None:
             return False
         self.read_progress()
-        # an error after the last step, or the stop, is that it cannot save
+        # an error after the last step or a stop means that saving failed
         as_asked = (self.finished or self.signals_sent) and not (self.out_dir / "error.txt").exists()
         if not (as_asked or self.diverged or self.is_held()):
             self.failure = f"{reason(self.out_dir, self.process.returncode)} (more in {self.out_dir / 'output.txt'})"

@@ -74,7 +74,7 @@ def restore_optimizer(states: dict, model: GPT, optimizer: torch.optim.Optimizer
 def save(checkpoint: dict, out_dir: str | Path, is_best: bool) -> None:
     """Write ckpt.pt, durably, keeping the one before; with is_best also ckpt_best.pt.
 
-    Raises OSError where that fails; the old files are whole then.
+    Raises OSError where that fails; every file is whole then.
     """
     out_dir = Path(out_dir)
 
@@ -86,7 +86,7 @@ def save(checkpoint: dict, out_dir: str | Path, is_best: bool) -> None:
             raise OSError(cause.strerror if isinstance(cause, OSError) else f"writing failed: {error}") from None
 
     latest, previous, best = (out_dir / f"{name}.pt" for name in ("ckpt", "ckpt_previous", "ckpt_best"))
-    if is_best:  # the best one first: a run that ends before the rest goes on from the one before, and saves it again
+    if is_best:  # first: a run that is killed in between resumes from the older ckpt.pt, and saves the best again
         replace_file(best, write)
         if latest.exists():
             link_file(latest, previous)
@@ -103,7 +103,7 @@ def usable(path: str | Path) -> Iterator[None]:
         yield
     except Exception as error:  # whatever a damaged or foreign file provokes
         previous = Path(path).with_name("ckpt_previous.pt")
-        other = previous != Path(path) and previous.exists()
+        other = Path(path).name == "ckpt.pt" and previous.exists()
         # not cp: it would write into ckpt_best.pt, where that is another name of the same file
         hint = f"; to go on from the one before: mv {previous} {path}" if other else ""
         raise ValueError(f"checkpoint {path} cannot be used: {one_line(error)}{hint}") from None

@@ -262,7 +262,7 @@ def agree(numbers: list[float], questions: list[bool], device: torch.device | st
 
 
 def check_same(start: object, device: torch.device) -> None:
-    """Raise ErrorOnAllRanks unless all ranks have the same to start from: keys, and what a checkpoint says."""
+    """Raise ErrorOnAllRanks unless all ranks start from the same keys and checkpoint."""
     if agree([], [repr(start) != repr(from_rank_0(start))], device)[1][0]:
         raise ErrorOnAllRanks("ranks found different checkpoints or were given different keys: start all of them alike")
 

@@ -81,7 +81,8 @@ def answering(answer):
 def pretend_cuda():
     """Have torch's Python side believe in eight GPUs."""
     answers = dict(is_available=True, is_bf16_supported=True, device_count=8, current_device=0, init=None)
-    answers |= dict(get_device_name="NVIDIA H100 80GB HBM3", get_rng_state=None, set_rng_state=None, _lazy_init=None)
+    answers |= dict(get_device_name="NVIDIA H100 80GB HBM3", get_device_capability=(9, 0), _lazy_init=None)
+    answers |= dict(get_rng_state=None, set_rng_state=None)
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch._C._cuda_setDevice = lambda index: None

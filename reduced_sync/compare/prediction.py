@@ -32,9 +32,7 @@ def predict(arms: list[Arm], size: str) -> str:
             gaps[place] = gap
     families = {key: dict(sorted(gaps.items())) for key, gaps in families.items() if len(gaps) > 1}
     if not families:
-        raise ValueError(
-            "--predict needs one way to sync at two sizes or more, with bracketed learning rates and several seeds"
-        )
+        raise ValueError("--predict needs one way to sync with verdicts at two sizes or more")
     lines = [f"EXTRAPOLATED to {size}, gap in percent with 95 % intervals:"]
     for (sync, n_shard, family, dtype), gaps in families.items():
         factor = math.exp(target - max(gaps))

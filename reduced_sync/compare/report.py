@@ -12,6 +12,7 @@ from reduced_sync.compare.runs import (
     baseline_of,
     by_size_class,
     comparable,
+    depth_of,
     differ,
     gap_of,
     group_baseline,
@@ -25,12 +26,12 @@ FRONTIER = {True: "yes", False: "dominated", None: "-"}
 # why an arm has no verdict: the word in its line of the table, and what that means for all
 NO_VERDICT = {
     "unfinished": "some runs have not finished",
-    "other length": "the baseline has other max_iters",
-    "too short": f"they are too short: at least {LEAST_TOKENS} tokens per parameter are needed",
+    "other length": "the baseline has a different max_iters",
+    "too short": f"the runs are too short: at least {LEAST_TOKENS} tokens per parameter are needed",
     "not bracketed": "the learning rates are not bracketed",
     "baseline diverged": "a seed of the baseline diverged",
     "other seeds": "the baseline has none of the seeds",
-    "one seed": "with one seed each, the noise is not known",
+    "one seed": "no two arms share two seeds, so the noise is not known",
 }
 
 
@@ -100,7 +101,7 @@ def table(arms: list[Arm], tolerance: float) -> str:
         lines = [f"{line}  {cell}" if line else cell for line, cell in zip(lines, padded, strict=True)]
     lines = [line.rstrip() for line in lines]
     if not all(arm.finished for arm in arms) or any(gap is not None and not gap.final for gap in gaps):
-        lines.append("* not the last step of the run and its baseline: its gap is provisional")
+        lines.append("* before the last step of the run or of its baseline: its gap is provisional")
     lines += [f"{heading}: {condition.removeprefix('PREDICTED, ')}" for condition, heading in conditions.items()]
     return "\n".join(lines)
 
@@ -145,10 +146,11 @@ def warnings(arms: list[Arm]) -> list[str]:
             lines.append(f"warning: the runs differ in data: {', '.join(sorted(names))}: no gap between them")
         if len({tuple(sorted(arm.seed_losses)) for arm in group if len(arm.seed_losses) == 1}) > 1:
             lines.append("warning: single runs differ in seed")
+        if any(arm.tpots for arm in group) and noise(group)[0] is None:
+            size = (group_baseline(group, arms) or group[0]).size
+            lines.append(f"warning: the frontier at {size} goes by losses alone, as the noise is not known")
     lines += [f"warning: {arm.names[0]} was resumed with other settings: {arm.changed}" for arm in arms if arm.changed]
     conditions = conditions_of(arms)
-    if conditions and not any(noise(group)[1] for group in by_size_class(arms)):
-        lines.append("warning: the frontier is by the losses alone, because the noise is not known")
     if timeless := [arm.names[0] for arm in arms if conditions.keys() - arm.tpots.keys()]:
         lines.append(f"warning: no time per token of {', '.join(timeless)}")
     return lines
@@ -184,7 +186,8 @@ def _group_verdict(group, baseline, arms, tolerance):
     better = [best is None or arm.blocking < best.blocking for arm, _ in gaps]
     note = _rest_note(notes, gaps, verdicts, better, start, tolerance)
     if best is None:
-        return f"{start}no variant is {'known to be ' if note else ''}within {tolerance:g}% of the baseline{note}"
+        known = "known to be " if note or "other length" in verdicts else ""
+        return f"{start}no variant is {known}within {tolerance:g}% of the baseline{note}"
     count, fewer = best.syncs, f"{best.reduction:.1f}% fewer syncs"
     if best.hidden:
         count = f"{best.blocking} and {best.hidden} hidden"
@@ -212,15 +215,24 @@ def _accepted(gaps, arms, tolerance):
     return good, f"no verdict, because {'; '.join(reasons)}. So far: " if reasons else "", verdicts
 
 
+def _name_of(arm, arms):
+    """An arm in a sentence on several."""
+    if is_control(arm, baseline_of(arm, arms)):
+        return f"control {arm.size}"
+    return f"{arm.sync}, n_shard {arm.n_shard}" if differ(arms, "n_shard") else arm.sync
+
+
 def _rest_note(notes, gaps, verdicts, better, start, tolerance):
     """What a verdict ends with: how many arms do not count and why, and which of the `better` ones are open."""
     words = ["diverged", *(() if start else NO_VERDICT)]
     notes = {word: verdicts.count(word) for word in words} | notes
-    note = "".join(f" ({count} {why} not counted)" for why, count in notes.items() if count)
+    arms = [arm for arm, _ in gaps]
+    note = ", ".join(f"{count} {why}" for why, count in notes.items() if count)
+    note = f" (not counted: {note})" if note else ""
     for (arm, gap), word, is_better in zip(gaps, verdicts, better, strict=True):
         if word == "open" and is_better:
             seeds = _verdict_cell(word, gap, tolerance).removeprefix("open: ")
-            gap_text = f"{arm.sync} ({gap.percent:+.2f}%)"
+            gap_text = f"{_name_of(arm, arms)} ({gap.percent:+.2f}%)"
             note += f"; {gap_text} is too close to {tolerance:g}% to call: {seeds} would settle it"
     return note
 
@@ -242,7 +254,7 @@ def _fastest_of(group, condition, arms, tolerance):
     gaps = [(arm, gap) for arm in group if condition in arm.tpots and (gap := gap_of(arm, arms)) is not None]
     gaps = [(arm, gap) for arm, gap in gaps if gap.final]
     if not gaps:
-        return "can't say: no finished run has both a time per token and a finished baseline"
+        return "can't say: no finished run has both a time per token and a finished baseline of its length"
     good, start, verdicts = _accepted(gaps, arms, tolerance)
     best, gap = min(good, key=lambda pair: (pair[0].tpots[condition], pair[1].percent), default=(None, None))
     better = [best is None or arm.tpots[condition] < best.tpots[condition] for arm, _ in gaps]
@@ -261,10 +273,13 @@ def _fastest_of(group, condition, arms, tolerance):
 
 def _no_gap_reason(variants, arms):
     """Why none of the variants has a gap to a baseline."""
-    synced = [arm for arm in arms if arm.is_standard_tp and arm.size_class == variants[0].size_class]
+    group = [arm for arm in arms if arm.size_class == variants[0].size_class]
+    synced = [arm for arm in group if arm.is_standard_tp]
     if synced and not any(itertools.starmap(comparable, itertools.product(variants, synced))):
         return "evaluated on other windows or data than the baseline"
-    return f"found {len(synced) or 'no'} baseline{'s' if synced else ''}; exactly one is needed"
+    depth = depth_of(group)
+    count = sum(arm.n_layer == depth for arm in synced)
+    return f"found {count or 'no'} baseline{'s' if count > 1 else ''} of {depth} layers; exactly one is needed"
 
 
 def write_csv(arms: list[Arm], path: str | Path, tolerance: float) -> None:

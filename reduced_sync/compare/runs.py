@@ -40,7 +40,7 @@ class Arm:
     data: tuple  # name, sha256 of train, sha256 of val; None for one that is not known
     changed: str  # settings that changed where the run was resumed
     seed_losses: dict  # {seed: {step: validation loss}}
-    gave_up: bool = False  # a seed ended for losses that are no numbers
+    gave_up: bool = False  # a seed did, on losses that are not finite
     arms_by_rate: list = field(default_factory=list, repr=False, compare=False)  # the lowest rate first
     size_class: int = 0  # from number_size_classes
     tpots: dict = field(default_factory=dict)  # {condition: seconds per token}, from compare/frontier.py
@@ -112,7 +112,7 @@ class Arm:
 
     @property
     def diverged(self) -> bool:
-        """Whether a seed ended for losses that are no numbers, or with one."""
+        """Whether a seed gave up on losses that are not finite, or ended with one."""
         last = [losses.get(self.max_iters, 0) for losses in self.seed_losses.values()]
         return self.gave_up or not all(map(math.isfinite, last))
 
@@ -341,14 +341,18 @@ def baseline_of(arm: Arm, arms: list[Arm]) -> Arm | None:
     the same dtype and n_shard where there is one; among several n_shard that are not the arm's own, the one with the
     lowest loss.
     """
-    group = [other for other in arms if other.size_class == arm.size_class]
-    deepest = max(other.n_layer for other in group)
-    baselines = [a for a in group if a.is_standard_tp and a.n_layer == deepest and comparable(a, arm)]
+    group = [other for other in arms if other.size_class == arm.size_class and comparable(other, arm)]
+    baselines = [other for other in group if other.is_standard_tp and other.n_layer == depth_of(group)]
     for name in ("dtype", "n_shard"):
         baselines = [other for other in baselines if getattr(other, name) == getattr(arm, name)] or baselines
     if len({other.n_shard for other in baselines}) == len(baselines) > 1:
         baselines = [min(baselines, key=lambda other: (not other.finished, other.last_loss))]
     return baselines[0] if len(baselines) == 1 else None
+
+
+def depth_of(group: list[Arm]) -> int:
+    """The layers of a size's baseline, those of its deepest arm."""
+    return max(arm.n_layer for arm in group)
 
 
 def percent_above(loss: float, other: float) -> float:
@@ -370,8 +374,8 @@ def paired(arm: Arm, other: Arm, step: int) -> list[float]:
 def noise(arms: list[Arm]) -> tuple[float | None, int]:
     """(standard deviation over seeds of the gap between two arms of a size, in percent, its degrees of freedom).
 
-    From what is left of the finished arms' 100 ln(loss) beside a mean of the arm and one of the seed, which its batches
-    give to all arms with one baseline: the analysis of variance of randomized blocks. It takes all arms to be equally
+    From what remains of the finished arms' 100 ln(loss) after a mean per arm and one per seed, as all arms with one
+    baseline see the same batches: the analysis of variance of randomized blocks, which takes all arms to be equally
     noisy. None where no two arms share two seeds.
     """
     places, values = [], []
@@ -405,8 +409,9 @@ def gap_between(arm: Arm, other: Arm, arms: list[Arm]) -> Gap | None:
     step = max(common)
     found = paired(arm, other, step)
     percent = statistics.fmean(found) if found else percent_above(arm.losses[step], other.losses[step])
-    noises = noise([one for one in arms if one.size_class == arm.size_class]) if other is not arm else (None, 0)
-    return Gap(percent, step, step == arm.max_iters == other.max_iters, len(found), *noises)
+    same_size = [one for one in arms if one.size_class == arm.size_class]
+    deviation, freedom = noise(same_size) if other is not arm else (None, 0)
+    return Gap(percent, step, step == arm.max_iters == other.max_iters, len(found), deviation, freedom)
 
 
 def is_control(arm: Arm, baseline: Arm | None) -> bool:
@@ -433,7 +438,7 @@ def differ(arms: list[Arm], *names: str) -> bool:
 def too_short_note(arms: list[Arm], baseline: Arm | None) -> str:
     """A text that says so where some arms were trained on too few tokens to tell variants apart.
 
-    Tokens per parameter of the baseline, or of the smallest arm without one: of controls, which have a bit more, too.
+    Per parameter of the baseline, or else of the smallest arm: controls have slightly more.
     """
     n_params = baseline.n_params if baseline is not None else min(arm.n_params for arm in arms)
     fewest = f"{min(arm.tokens for arm in arms) / n_params:.2g}"

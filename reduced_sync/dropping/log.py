@@ -104,8 +104,8 @@ def table_of(logs: dict[str, DropLog]) -> str:
     """The perplexities of runs by name as a table in Markdown: after each stage, and in percent above all syncs.
 
     The first line is that of all syncs; a run's own follows where it is another one. A run's last line has its
-    agreement with the dense model, where that was measured. Raises ValueError for a run without perplexities, or of
-    texts that the first one does not have.
+    agreement with the dense model, where that was measured. Texts that the first run does not have are left out. Raises
+    ValueError for a run without perplexities.
     """
     lines, texts, above = [], None, None
     for name, log in logs.items():

@@ -98,7 +98,7 @@ def place_groups(
     order = list(range(K))
     if K <= S or S == 1:
         return order
-    # of the neurons, which may not be divisible by K, nothing is needed
+    # the neurons are not needed, and K may not divide their number
     each = dataclasses.replace(config, n_shard=K, n_hidden=K)
     block, gram = whole_block(dense, each, layout.device, ("ln_1.", "attn.")), 0
     for x in batches:
@@ -108,7 +108,7 @@ def place_groups(
         gram = gram + y @ y.T  # (K, K)
     gram = gram.double().cpu().numpy()
     norms = np.sqrt(np.outer(gram.diagonal(), gram.diagonal()))
-    cosine = np.divide(np.abs(gram), norms, out=np.zeros_like(gram), where=norms > 0)  # a head's output may be nothing
+    cosine = np.divide(np.abs(gram), norms, out=np.zeros_like(gram), where=norms > 0)  # a head may give zeros
 
     def cost(order):
         shards = np.repeat(np.arange(S), K // S)

@@ -46,7 +46,7 @@ def environment(layout: distributed.Layout) -> dict:
 
 
 def header_of(config: Config, model: rsm.GPT, layout: distributed.Layout, meta: dict, step: int) -> dict:
-    """The header of log.txt, which describes the run: a dict. `config` has where the weights came from at first."""
+    """The header of log.txt, which describes the run. config.init_from says where its weights first came from."""
     rule, n_params = model.config.rule, model.get_num_params(non_embedding=False)
     most = 2 * model.config.n_layer
     payload = config.batch_size * config.block_size * config.n_embd * 4

@@ -46,7 +46,7 @@ def test_a_prediction_for_another_size(tmp_path, capsys):
     for size in ("12", "0x768", "12x768x2"):
         with pytest.raises(ValueError, match="a size is LAYERSxWIDTH"):
             predict(arms, size)
-    with pytest.raises(ValueError, match="needs one way to sync at two sizes or more"):
+    with pytest.raises(ValueError, match="needs one way to sync with verdicts at two sizes or more"):
         predict([arm for arm in arms if arm.n_layer == 2], "12x768")
     keys |= dict(dropout=0.1)
     for seed in (1, 2):

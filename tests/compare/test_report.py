@@ -34,7 +34,7 @@ def test_unfinished_runs_are_marked_and_do_not_decide(runs):
     loaded = load(runs)
     text = table(loaded, 2)
     assert "-3.39% at 10*" in text and "10 of 20*" in text and "0 of 20*" in text and "unfinished" in text
-    assert "3 (grouped-3, +4.88%, 87.5% fewer syncs) (2 unfinished not counted)" in verdict(loaded, 6)
+    assert "3 (grouped-3, +4.88%, 87.5% fewer syncs) (not counted: 2 unfinished)" in verdict(loaded, 6)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_without_a_verdict(tmp_path):
     tune(tmp_path, "out-spd", "11", [4.0, 3.0, 2.01])
     arms = load(tmp_path)
     assert judge(arms[1], gap_of(arms[1], arms), arms, 2) == "one seed"
-    start = "n_shard 2: no verdict, because with one seed each, the noise is not known. So far: "
+    start = "n_shard 2: no verdict, because no two arms share two seeds, so the noise is not known. So far: "
     assert verdict(arms, 2) == f"{start}the fewest syncs within 2% of the baseline: 2 (spd, +0.50%, 50.0% fewer syncs)"
     for name in ("out-base-half", "out-base-twice"):
         (tmp_path / name / "log.txt").unlink()
@@ -80,11 +80,11 @@ def test_without_a_verdict(tmp_path):
 
 def test_when_nothing_can_be_said(tmp_path):
     make(tmp_path, "out-spd", "1" * 12, [4.0, 3.1, 2.01])
-    assert "found no baseline; exactly one is needed" in verdict(load(tmp_path), 2)
+    assert "found no baseline of 12 layers; exactly one is needed" in verdict(load(tmp_path), 2)
     make(tmp_path, "out-base", "2" * 12, [4.0, 3.0])
     assert "the baseline out-base has not finished" in verdict(load(tmp_path), 2)
     make(tmp_path, "out-base2", "2" * 12, [4.0, 3.0, 2.0], dropout=0.1)
-    assert "found 2 baselines; exactly one" in verdict(load(tmp_path), 2)
+    assert "found 2 baselines of 12 layers; exactly one" in verdict(load(tmp_path), 2)
 
 
 def test_an_arm_of_which_a_seed_diverged_has_no_verdict_but_that(tmp_path):
@@ -96,7 +96,7 @@ def test_an_arm_of_which_a_seed_diverged_has_no_verdict_but_that(tmp_path):
     diverge(tmp_path, "out-spd-3", "11", seed=3)
     arms = load(tmp_path)
     assert judge(arms[1], gap_of(arms[1], arms), arms, 2) == "diverged"
-    assert verdict(arms, 2) == "n_shard 2: no variant is known to be within 2% of the baseline (1 diverged not counted)"
+    assert verdict(arms, 2).endswith("no variant is known to be within 2% of the baseline (not counted: 1 diverged)")
     (tmp_path / "out-spd-3" / "log.txt").unlink()
     (tmp_path / "out-spd-3").rmdir()
     diverge(tmp_path, "out-base-3", "22", seed=3)
@@ -115,7 +115,7 @@ def test_runs_that_are_too_short_give_no_answer(runs, tmp_path, monkeypatch):
     assert "too short" not in verdict(load(runs), 2) and not any("too short" in title for title in titles)
     make(runs, "out-short", "1" * 12, [4.0, 3.0, 1.0], gradient_accumulation_steps=200)
     loaded = load(runs)
-    start = "n_shard 2: no verdict, because they are too short: at least 10 tokens per parameter are needed; "
+    start = "n_shard 2: no verdict, because the runs are too short: at least 10 tokens per parameter are needed; "
     start += UNTUNED.removeprefix("no verdict, because ")
     assert verdict(loaded, 2.1).startswith(f"{start}the fewest syncs within 2.1% of the baseline: 6 (grouped-6")
     assert verdict(loaded, -70).startswith(f"{start}no variant is within")
@@ -216,7 +216,7 @@ def test_other_windows_or_data_are_never_compared(tmp_path, other):
     loaded = load(tmp_path)
     assert [len(arm.seed_losses) for arm in loaded] == [1, 1, 1]
     line = "the fewest syncs within 2% of the baseline: 2 (spd, +1.00%, 50.0% fewer syncs)"
-    assert verdict(loaded, 2) == f"n_shard 2: {UNTUNED}{line} (1 evaluated on other windows or data not counted)"
+    assert verdict(loaded, 2) == f"n_shard 2: {UNTUNED}{line} (not counted: 1 evaluated on other windows or data)"
     make(tmp_path, "out-base-2", "22", [4.0, 3.0, 0.99], **dict(data="cafe") | other)
     gaps = {arm.names[0]: gap_of(arm, load(tmp_path)).percent for arm in load(tmp_path)}
     assert gaps["out-spd-2"] == pytest.approx(100 * math.log(1.01))

@@ -160,7 +160,7 @@ def test_a_tuned_study_of_real_runs(small_dataset, tmp_path):
     with open(tmp_path / "out/table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["bracketed"] for row in rows] == ["True", "True"] and [row["seeds"] for row in rows] == ["2", "2"]
-    assert rows[1]["verdict"] == "too short" and "no verdict, because they are too short" in out
+    assert rows[1]["verdict"] == "too short" and "no verdict, because the runs are too short" in out
     again = succeeded(run_script([STUDY, path], cwd=tmp_path))
     assert "to train on 0 tokens" in again and again.splitlines()[-5:] == out.splitlines()[-5:]
 
