@@ -180,7 +180,7 @@ class Run:
         except FileNotFoundError:
             return
         found = log.header.get("config", {})
-        # a resumed run's own header does not say what it began from, or did not
+        # an older log's later headers say `resume`: what the run began from is in the first one, if anywhere
         own, first = dataclasses.asdict(self.config), next(iter(log.headers.values()), {}).get("config", {})
         origin = first.get("init_from", "resume")
         found = found and found | {"init_from": own["init_from"] if origin == "resume" else origin}
