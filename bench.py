@@ -2,12 +2,13 @@
 
 $ python bench.py train                          # training steps against transformers' GPT-2, at the 124M shape
 $ python bench.py decode --png=decode.png        # TTFT and TPOT for every sync pattern, tensor-parallel and not
-$ python bench.py decode baseline baseline+ladder grouped-4 3x1280 --tp_sizes 2 --added_delay_us 0 1000 2000
+$ python bench.py decode baseline baseline+ladder grouped-4 3x1280 --tp_sizes 2 --added_delay_us 0 1000  # on a CPU
 $ python bench.py predict --n_shard=8            # the cost model of cost_model.py with public figures of links
 
 A candidate is RULE[@N_SHARD]; train needs the @N_SHARD, and also takes gpt2. RULE is a sync rule as everywhere
 (baseline, spd, grouped-4, 110111011101, spd+ladder), or LAYERSxWIDTH, a dense control with standard TP. Candidates take
-turns, each in its own processes, and figures are medians over all rounds.
+turns (in train, each in its own processes; in decode, all of one tp_size in the same), and figures are medians over all
+rounds.
 
 decode prints, with times in milliseconds:
     TTFT        the time to the first token

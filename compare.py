@@ -3,7 +3,7 @@
 $ python compare.py out-*
 $ python compare.py out-* --tolerance=1 --png=figure.png --csv=table.csv
 $ python compare.py out-* --latency=decode.json                                       # which is fastest, as measured
-$ python compare.py out-* --link=nvlink --accelerator=h100 --tp_size=8 --batch_size=1      # or PREDICTED
+$ python compare.py out-* --link=nvlink --accelerator=h100 --tp_size=2 --batch_size=1      # or PREDICTED
 
 Each line is an arm: an architecture at one size, at its best learning rate, and the mean of its seeds. The gap is
 100 ln(loss / baseline's loss) in percent, the mean over the seeds that both have. The baseline is standard TP of the
@@ -19,8 +19,8 @@ finds them), if it is `too short` (below 10 tokens per parameter) or of `other l
 `baseline diverged` or has only `other seeds`, or if no two arms share two seeds (`one seed`). Where no arm has a
 verdict, the last line says what was seen so far.
 
-A warning names everything else in which runs of one size differ. Runs on other data, or evaluated on other windows,
-have no gap.
+A warning names every other setting that affects losses in which runs of one size differ. Runs on other data, or
+evaluated on other windows, have no gap.
 
 --latency reads each run's time per token from what `bench.py decode --json=decode.json` measured for the same model:
 the same n_layer, n_embd, vocab_size, sync, block, n_head and n_shard (for a dense model the last two do not matter).
@@ -64,7 +64,7 @@ class Options:
     latency: str | None = option(None, "measured times per token: what bench.py decode wrote with --json", is_path=True)
     link: str | None = option(None, "predict the times per token, with this link between ranks", allowed=tuple(LINKS))
     accelerator: str | None = option(None, "with link: what a rank computes on; default: h100", allowed=tuple(GPUS))
-    tp_size: int | None = option(None, "with latency or link: ranks; default: the most in the file", least=1)
+    tp_size: int | None = option(None, "ranks; needed with link; with latency, default: the most in the file", least=1)
     batch_size: int | None = option(None, "with latency or link: sequences; default: the fewest in it, or 1", least=1)
     predict: str | None = option(None, "extrapolate the gaps to this size, LAYERSxWIDTH")
 

@@ -2,13 +2,13 @@
 
 $ python models/smollm2/prepare.py && python data/prose/prepare.py
 $ python drop_syncs.py config/spd_smollm2.py
-$ torchrun --standalone --nproc_per_node=3 drop_syncs.py config/spd_smollm2.py --tp_size=3
+$ torchrun --standalone --nproc_per_node=3 drop_syncs.py config/spd_smollm2.py --tp_size=3      # or tensor-parallel
 
 The model is the folder or hub name of a GPT-2, Llama, Mistral or Qwen, or an out_dir of ours that was trained with all
 syncs. The stages: arrange heads and neurons on the shards; drop the syncs that the model needs least, first those after
 attention, then those after MLPs; distil each group of layers between two syncs to compute what it did before; finetune
-the whole model towards its teacher, the model with all syncs; report how near it has come. out_dir/log.txt and
-dropping.png have the perplexity of the evaluation texts after each stage. sample.py reads out_dir/ckpt.pt.
+the whole model towards its teacher, the model with all syncs; report how close it has come. out_dir/log.txt and
+dropping.png have the perplexities of the evaluation texts on the way. sample.py reads out_dir/ckpt.pt.
 
 To continue after a stop, add --init_from=resume to the same command.
 """

@@ -10,8 +10,8 @@ attention and every MLP. Here a SyncRule says where: `baseline`, `spd`, `grouped
     0  not at all
 
 Between two sync points a shard sees the last synced stream x plus its own local delta d; a sync adds the sum of all
-deltas to x. That is Stream.sync, and with it every all-reduce of the forward pass. Those of the backward pass come from
-Stream.reset: the gradient of x, which all shards read, is the sum of theirs.
+deltas to x. That is Stream.sync, with every all-reduce of the forward pass but the last of +delayed-layer. Those of the
+backward pass come from Stream.reset: the gradient of x, which all shards read, is the sum of theirs.
 
 Shapes: B batch, T time, C n_embd, S shards on this rank (n_shard / tp_size), D head size. A tensor with a leading S is
 per shard. `model = GPT(GPTConfig(n_shard=2, sync="spd"))` needs no launcher and no process group.

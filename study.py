@@ -9,7 +9,7 @@ rate is at the edge, another one follows beyond it, up to twelve in all. Once th
 trained at it.
 
 Each run is an ordinary train_reduced_sync.py run in its own folder, out_dir/SIZE-ARM-lrRATE-seedSEED. They start
-in the order of sizes and arms, as many in parallel as there are cores (or GPUs, times runs_per_gpu) for, each with
+in the order of sizes and arms, as many at once as the cores (or the GPUs, times runs_per_gpu) allow, each using
 `processes` of them.
 Ctrl-C stops all runs after their step, a second one within seconds. After any stop, continue with the same command:
 finished runs are left alone, and started ones continue from their checkpoint. Several study.py may share the runs.

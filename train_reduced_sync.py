@@ -1,6 +1,6 @@
 """Train a reduced-sync GPT.
 
-On one device, then on eight (each GPU a data-parallel replica that holds all shards):
+On one device, or on eight (each GPU a data-parallel replica that holds all shards):
 $ python train_reduced_sync.py config/train_spd_12sync.py
 $ torchrun --standalone --nproc_per_node=8 train_reduced_sync.py config/train_spd_12sync.py
 

@@ -1,7 +1,8 @@
 """Overlay: any training config with the block of Llama's family: RMSNorm, rotary positions, SwiGLU, grouped queries.
 
-A third or a half of the heads have keys and values of their own. The MLP is as wide as makes the parameters those of
-GPT-2's block: that is what n_hidden=0 means.
+Name it last: a third of the heads, or half of them, have keys and values of their own (all of them if n_head divides by
+neither 3 nor 2). The MLP's width is chosen so that the block has as many parameters as GPT-2's; that is what n_hidden=0
+means.
 
 $ torchrun --standalone --nproc_per_node=8 train_reduced_sync.py config/train_spd_12sync.py config/modern.py
 """

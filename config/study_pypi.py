@@ -4,9 +4,10 @@
     python study.py config/study_pypi.py
 
 Two cores train the 2x128 runs in hours and the 3x192 ones in days; one GPU trains all. Stop it when you have seen
-enough: the important arms come first. Width is 64 x depth, as in GPT-2 small, and 12x256 is as large as 6x384. It is
-less than one pass over the text. Sequences of 256 characters; every evaluation is on the same 204,800 validation
-tokens. float32 suits any processor: some are faster in bfloat16, others 1.7 to 12 times as slow.
+enough: the important arms come first. Width is 64 x depth, as in GPT-2 small; 12x256 is nearly as large as 6x384 (9.5 M
+and 10.8 M parameters). No run makes a full pass over the text. Sequences of 256 characters; every evaluation is on the
+same 204,800 validation tokens. float32 suits any processor: some are faster in bfloat16, others 1.7 to 12 times as
+slow.
 """
 
 out_dir = "out-pypi"
@@ -29,7 +30,7 @@ arms = {
     "baseline": dict(),
     "spd": dict(sync="spd"),
     "1sync": dict(sync="grouped-1"),
-    # dense, all syncs made, equal parameters within 3 %: the syncs of SPD, or of fewer layers
+    # dense, all syncs made, equal parameters within 4 %: the syncs of SPD, or of fewer layers
     "control-1x180": dict(n_shard=1, n_layer=1, n_embd=180, sizes=["2x128"]),
     "control-2x236": dict(n_shard=1, n_layer=2, n_embd=236, sizes=["3x192"]),
     "control-1x328": dict(n_shard=1, n_layer=1, n_embd=328, sizes=["3x192"]),

@@ -2,7 +2,7 @@
 
     AM AM AM| AM AM AM| AM AM AM| AM AM AM|
 
-What is not named here is a default of train_reduced_sync.py: 124M parameters, 20,000 steps of 491,520 tokens.
+Everything not set here keeps the default of train_reduced_sync.py: 124M parameters, 20,000 steps of 491,520 tokens.
 
 $ torchrun --standalone --nproc_per_node=8 train_reduced_sync.py config/train_grouped_4sync.py
 """

@@ -2,7 +2,7 @@
 
 $ make serve MODEL=grouped ARGS="--tensor-parallel-size 2"       # in another terminal
 $ python serving/load.py --clients 1 8 32 --seconds 30
-$ python serving/load.py --clients 1 --prompt_tokens 16 256 1024 --tokens 8
+$ python serving/load.py --clients 1 --prompt_tokens 16 256 1000 --tokens 8        # together they must fit in the block
 
 Each client sends another prompt as soon as it has an answer, and stops after so many seconds. Prompts are random ids
 below 50, so that no cache knows one. All answers count, by the tokens that the server says they have. TTFT is the time

@@ -1,6 +1,6 @@
 """Golden losses: 20 steps whose every printed digit is recorded in tests/golden, and must not move when code does.
 
-After a change that is meant to change them: PYTHONPATH=. python tests/train/test_golden.py records them anew.
+After a change that is meant to change them: PYTHONPATH=.:tests python tests/train/test_golden.py records them anew.
 """
 
 import re
