@@ -265,8 +265,7 @@ def _fastest_of(group, condition, arms, tolerance):
     ratio = "the baseline itself" if best is baseline else "its baseline has no time"
     if best is not baseline and condition in baseline.tpots:
         ratio = f"{baseline.tpots[condition] / time:.2f}x as fast as the baseline"
-    name = f"control {best.size}" if is_control(best, baseline) else f"{best.sync}, n_shard {best.n_shard}"
-    detail = f"{name}, {gap.percent:+.2f}%, {best.names[0]}"
+    detail = f"{_name_of(best, arms)}, {gap.percent:+.2f}%, {best.names[0]}"
     found = f"{1000 * time:.3f} ms/token, {ratio} ({detail}){note}"
     return f"{start}the fastest within {tolerance:g}% of the baseline: {found}"
 

@@ -63,7 +63,7 @@ def test_equal_arms_are_both_on_the_frontier_and_unfinished_ones_on_none(runs):
     found = {arm.names[0]: on_frontier(arm, arms, "tp_size 2, batch 1, prompt 128") for arm in arms}
     expected = {"out-spd": True, "out-twin": True, "out-g6": False, "out-new": None, "out-base": None, "out-g3": None}
     assert found == expected
-    assert "10.000 ms/token, its baseline has no time (spd, n_shard 2, +0.50%, out-spd)" in fastest(arms, 2)
+    assert "10.000 ms/token, its baseline has no time (spd, +0.50%, out-spd)" in fastest(arms, 2)
     assert warnings(arms) == [BY_LOSS, "warning: no time per token of out-base, out-g3"]
 
 
