@@ -40,7 +40,9 @@ class Config:
     """Every key; names, meanings and most defaults are nanoGPT's."""
 
     init_from: str = option(
-        "resume", "resume: out_dir's ckpt.pt; or folder or hub name of a GPT-2, Llama, Mistral, Qwen or export"
+        "resume",
+        "resume: out_dir's ckpt.pt; or folder or hub name of a GPT-2, Llama, Mistral, Qwen or export",
+        is_path=True,
     )
     out_dir: str = option("out", "folder of the checkpoint", is_path=True)
     start: str = option("\n", "the prompt; FILE:NAME reads it from a file, FILE:- from standard input")

@@ -373,7 +373,7 @@ def missing(sweeps: list[Sweep]) -> list[Run]:
 def announce(sweeps: list[Sweep], at_once: int) -> None:
     """Say what will be trained. Raises ValueError for other runs' logs, and data and devices that are not there."""
     known = -1
-    while known < (known := sum(len(sweep.runs) for sweep in sweeps)):  # what has ended says which runs follow
+    while known < (known := sum(len(sweep.plan().runs) for sweep in sweeps)):  # what has ended says which runs follow
         for sweep in sweeps:
             for run in sweep.plan().runs:
                 run.read_progress()

@@ -103,7 +103,8 @@ def usable(path: str | Path) -> Iterator[None]:
         yield
     except Exception as error:  # whatever a damaged or foreign file provokes
         previous = Path(path).with_name("ckpt_previous.pt")
-        other = Path(path).name == "ckpt.pt" and previous.exists()
+        damaged = not isinstance(error, OSError | MemoryError)  # which say nothing of the file
+        other = damaged and Path(path).name == "ckpt.pt" and previous.exists()
         # not cp: it would write into ckpt_best.pt, where that is another name of the same file
         hint = f"; to go on from the one before: mv {previous} {path}" if other else ""
         raise ValueError(f"checkpoint {path} cannot be used: {one_line(error)}{hint}") from None
@@ -178,7 +179,8 @@ def load_with_tokens(path: str | Path) -> tuple[dict, GPTConfig, dict]:
         chars, size = meta.get("chars"), meta.get("vocab_size")
         if type(size) is not int or not 0 < size <= config.vocab_size:
             raise ValueError(f"vocab_size={size!r} of its data does not fit its model")
-        if (kept := Path(path).parent / TOKENIZER_FOLDER).is_dir():
+        kept = Path(path).parent / TOKENIZER_FOLDER
+        if "progress" in saved and kept.is_dir():  # else it is left of another run
             meta = meta | {"tokenizer": str(kept)}
         name = meta.get("tokenizer")
         is_char = name == "char" and isinstance(chars, str) and len(chars) == size

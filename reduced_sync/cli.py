@@ -30,6 +30,7 @@ def one_line_errors(interrupted: str = "interrupted") -> Iterator[None]:
         if silent:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
+        print(end="", flush=True)  # whose error, as of a full disk, is one line, too
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         sys.exit(130)
@@ -117,18 +118,20 @@ class Output(io.FileIO):
 
     def __init__(self, number, keeps_running):
         super().__init__(number, "w", closefd=False)
-        self.unheard = keeps_running
+        self.unheard, self.failed = keeps_running, False
 
     def write(self, data: bytes) -> int:
-        """Bytes written; all of them where nobody reads. Raises OSError, as of a full disk."""
+        """Bytes written; all of them where nobody reads. Raises OSError, as of a full disk, once."""
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # of a pipe, of a closed terminal
+            if error.errno in (errno.EPIPE, errno.EIO):  # of a pipe, of a closed terminal
+                if not self.unheard:
+                    self.unheard = True  # what is flushed at the end
+                    raise SystemExit(141) from None  # 128 + SIGPIPE, as of any tool
+            elif not self.failed:
+                self.failed = True  # likewise
                 raise
-            if not self.unheard:
-                self.unheard = True  # what is flushed at the end
-                raise SystemExit(141) from None  # 128 + SIGPIPE, as of any tool
             return len(data)
 
 

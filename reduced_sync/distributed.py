@@ -372,6 +372,7 @@ def report_errors() -> Iterator[None]:
     """
     try:
         yield
+        print(end="", flush=True)  # whose error is one line, too
         return
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         line = one_line(error)

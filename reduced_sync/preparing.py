@@ -214,9 +214,12 @@ def write_dataset(out_dir: Path, splits: dict[str, tuple[int, Iterable[np.ndarra
     """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "meta.json").unlink(missing_ok=True)
-        bins = {split: (n, write_bin(out_dir / f"{split}.bin", n, chunks)) for split, (n, chunks) in splits.items()}
-        said = write_meta(out_dir, bins, **meta)
+        with temporary_folder(out_dir / "new") as new:  # what is there stays whole until the new files are
+            bins = {split: (n, write_bin(new / f"{split}.bin", n, chunks)) for split, (n, chunks) in splits.items()}
+            (out_dir / "meta.json").unlink(missing_ok=True)
+            for split in bins:
+                os.replace(new / f"{split}.bin", out_dir / f"{split}.bin")
+            said = write_meta(out_dir, bins, **meta)
     except OSError as error:
         raise ValueError(f"cannot write to {out_dir}: {error.strerror or error}") from None
     if bins["val"][0] <= BLOCK_SIZE:

@@ -163,6 +163,16 @@ def test_a_full_disk_behind_the_output_is_an_error():
         Output(full.fileno(), keeps_running=True).write(b"x")
 
 
+@pytest.mark.parametrize("keeps_running", [False, True])
+def test_a_full_disk_behind_the_output_is_one_line(keeps_running):
+    code = f"from reduced_sync.cli import one_line_errors, set_up\nset_up({keeps_running})\n"
+    code += "with one_line_errors(): print('x')"
+    with open("/dev/full", "wb") as full:
+        keys = dict(stdout=full, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        process = subprocess.run([sys.executable, "-c", code], timeout=30, **keys)
+    assert (process.returncode, process.stderr) == (1, b"error: [Errno 28] No space left on device\n")
+
+
 @pytest.mark.parametrize("model", ["", "MODEL=none", "MODEL=out"])
 def test_serve_asks_for_a_model_before_it_installs(tmp_path, model):
     """Without a model, with one that is not there, with an out_dir."""

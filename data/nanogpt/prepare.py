@@ -35,6 +35,8 @@ def read_bin(path):
     largest = int(ids.max())
     if largest >= VOCAB_SIZE:
         raise ValueError(f"{path} holds token id {largest}, but GPT-2 has {VOCAB_SIZE} tokens")
+    if largest < 256:
+        raise ValueError(f"{path} holds no token id above {largest}: these are characters or bytes, not GPT-2's tokens")
     return size // 2, preparing.file_sha256(path)
 
 

@@ -27,7 +27,7 @@ the estimate is 2x their size (4x for parquet and 6x for .gz, which are compress
 tokens, of 2 bytes for every 4 bytes of text. A second call finds everything there and does nothing.
 
 Your own files are .parquet, .jsonl or .json (a list of objects), the last two also gzipped (.gz). They are read in the
-order given; other columns are left out.
+order given; other columns are left out, but each of them must keep one type.
 """
 
 import sys
@@ -69,11 +69,11 @@ def kind_of(path):
     return next((kind for ending, kind in KINDS.items() if path.name.lower().endswith(ending)), None)
 
 
-def source_of(data_files, max_docs, val_fraction):
-    """One line that says which documents these are: for files of one's own with the hash of their content."""
+def source_of(data_files, digest, max_docs, val_fraction):
+    """One line that says which documents these are: for files of one's own with the digest of their content."""
     if data_files:
-        digest = hashlib.sha256("".join(map(preparing.file_sha256, data_files)).encode()).hexdigest()
-        source = f"{', '.join(path.name for path in data_files)} (sha256 of its files' sha256s: {digest})"
+        names = ", ".join(path.name for path in data_files)
+        source = f"{names} (sha256 of its files' sha256s: {digest})"
     else:
         source = f"{HUB} {REVISION}"
     if max_docs:
@@ -92,7 +92,8 @@ def disk_needs(data_files, max_docs, out_dir):
         tokens = text // 2
         return [(cache, text + tokens), (out_dir, tokens)]
     tokens = int(TOKEN_BYTES * min(1, (max_docs or N_DOCS) / N_DOCS))
-    downloaded = (cache / HUB.replace("/", "___")).exists()
+    arrow_files = (cache / HUB.replace("/", "___")).rglob("*.arrow")
+    downloaded = any(".incomplete" not in str(path) for path in arrow_files)
     return [
         (Path(HF_HUB_CACHE), 0 if downloaded else PARQUET_BYTES),
         (cache, tokens + (0 if downloaded else TEXT_BYTES)),
@@ -173,12 +174,19 @@ def load(what, *args, **options):
     return documents
 
 
-def load_documents(data_files, max_docs, num_proc):
-    """The dataset with the one column `text`. Raises ValueError where it cannot be loaded or has no such texts."""
-    from datasets import Features, Value, concatenate_datasets
+def load_documents(data_files, digest, max_docs, num_proc):
+    """The dataset with the one column `text`. Raises ValueError where it cannot be loaded or has no such texts.
+
+    digest: of the content of data_files, by which what is made of them is cached.
+    """
+    from datasets import Features, Value, concatenate_datasets, config
 
     if data_files:  # each by itself: an error names its file; escaped: datasets expands patterns
-        parts = [load(path, kind_of(path), data_files=glob.escape(str(path.absolute()))) for path in data_files]
+        cache = Path(config.HF_DATASETS_CACHE, digest)  # datasets itself goes by their names and times
+        parts = [
+            load(path, kind_of(path), data_files=glob.escape(str(path.absolute())), cache_dir=cache)
+            for path in data_files
+        ]
         if len({part.features["text"].dtype for part in parts}) > 1:
             parts = [part.cast(Features({"text": Value("string")})) for part in parts]
         documents = concatenate_datasets(parts)
@@ -215,17 +223,23 @@ def tokenize(documents, encoding, val_fraction, num_proc):
     if math.ceil(val_fraction * len(documents)) == len(documents):
         raise ValueError(f"--val_fraction {val_fraction} of {len(documents)} documents leaves none for train")
     halves = documents.train_test_split(test_size=val_fraction, seed=2357, shuffle=True)
-    return {
-        split: half.map(
-            encode,
-            batched=True,
-            remove_columns=["text"],
-            features=Features({"ids": Sequence(Value("uint16")), "len": Value("int64")}),
-            num_proc=min(num_proc, len(half)),
-            desc=f"tokenizing {split}",
-        )
-        for split, half in (("train", halves["train"]), ("val", halves["test"]))
-    }
+    try:
+        return {
+            split: half.map(
+                encode,
+                batched=True,
+                remove_columns=["text"],
+                features=Features({"ids": Sequence(Value("uint16")), "len": Value("int64")}),
+                num_proc=min(num_proc, len(half)),
+                desc=f"tokenizing {split}",
+            )
+            for split, half in (("train", halves["train"]), ("val", halves["test"]))
+        }
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # of a pool whose process was killed, any
+        reason = f"{type(error).__name__} {error}".strip()
+        raise ValueError(f"tokenizing failed, as for lack of memory; --num_proc 1 needs least: {reason}") from None
 
 
 def chunks(tokenized, split, batch_size=1000):
@@ -258,7 +272,8 @@ def main():
         if sum(path.resolve() == other.resolve() for other in args.data_files) > 1:
             raise ValueError(f"--data_files has {path} twice: documents held out would be in train, too")
 
-    source = source_of(args.data_files, args.max_docs, args.val_fraction)
+    digest = hashlib.sha256("".join(map(preparing.file_sha256, args.data_files or [])).encode()).hexdigest()
+    source = source_of(args.data_files, digest, args.max_docs, args.val_fraction)
     meta = dict(vocab_size=50257, tokenizer="gpt2", source=source)
     if preparing.is_complete(args.out_dir / "meta.json", **meta):
         print(f"{args.out_dir}: already there, {source}")
@@ -266,7 +281,7 @@ def main():
     check_disk(disk_needs(args.data_files, args.max_docs, args.out_dir))
     encoding = preparing.gpt2_encoding()
     with ctrl_c_ends_at_once():
-        documents = load_documents(args.data_files, args.max_docs, args.num_proc)
+        documents = load_documents(args.data_files, digest, args.max_docs, args.num_proc)
         tokenized = tokenize(documents, encoding, args.val_fraction, args.num_proc)
     splits = {
         split: (int(dataset.with_format("numpy")["len"][:].sum()), chunks(dataset, split))

@@ -66,6 +66,9 @@ class Tokens:
         if self.kind == "gpt2":
             ids = self.encoding.encode(text, allowed_special={"<|endoftext|>"})
         else:
+            alone = self.pretrained.backend_tokenizer.encode
+            if lost := [c for c in sorted(set(text)) if not c.isspace() and not alone(c, add_special_tokens=False).ids]:
+                raise ValueError(f"the model does not know the character {lost[0]!r}: its tokenizer leaves it out")
             ids = self.pretrained(text, verbose=False)["input_ids"]
         if beyond := set(ids) - set(filter(self.has_row, set(ids))):
             token = min(beyond)

@@ -26,7 +26,7 @@ class Config:
     )
     checkpoint_minutes: float = option(0.0, "minutes between additional checkpoints; 0: none", least=0)
     init_from: str = option(
-        "scratch", "scratch, resume, or the folder or hub name of a GPT-2, Llama, Mistral, Qwen or export"
+        "scratch", "scratch, resume, or the folder or hub name of a GPT-2, Llama, Mistral, Qwen or export", is_path=True
     )
     wandb_log: bool = option(False, "also log to Weights & Biases")
     wandb_project: str = option("reduced-sync", "project name in Weights & Biases")

@@ -82,11 +82,11 @@ def test_a_study_is_resumed_and_never_runs_twice(small_dataset, tmp_path):
     means = [pytest.approx((last[a] + last[b]) / 2) for a, b in (names[:2], names[2:])]
     assert rows == [(names[0], "4", "2", means[0]), (names[2], "2", "2", means[1])]
     before = (tmp_path / f"out/{names[2]}/log.txt").read_bytes()
-    write(tmp_path, small_dataset, arms | dict(one=dict(sync="grouped-1")))
+    write(tmp_path, small_dataset, arms | dict(one=dict(sync="grouped-1")), seeds=2)
     out = succeeded(run_script([STUDY, path], cwd=tmp_path))
-    assert f"to train on {10 * 32} tokens, to evaluate on {3 * 2 * 2 * 32}\n" in out
+    assert f"to train on {2 * 10 * 32} tokens, to evaluate on {2 * 3 * 2 * 2 * 32}\n" in out
     assert (
-        "at least 3 runs, 2 finished already" in out
+        "at least 6 runs, 4 finished already" in out
         and "a-one-lr0.001-seed1: " in out
         and "spd-lr0.001-seed1: " not in out
     )

@@ -116,6 +116,27 @@ def test_max_docs(run_here, tmp_path, documents):
     assert len(split_documents(read_folder(tmp_path / "out", KEYS)[1])) == 10
 
 
+def test_a_file_that_changed_behind_its_time_is_read_anew(run_here, tmp_path):
+    """As cp -p makes it: datasets knows a file by its name and time."""
+    for word in ("old", "new"):
+        docs = write_jsonl(tmp_path / "docs.jsonl", [{"text": f"{word} {i}"} for i in range(3)])
+        os.utime(docs, (1e9, 1e9))
+        assert run_here("--data_files", docs) is None
+        texts = split_documents(np.concatenate(read_folder(tmp_path / "out", KEYS)[1:]))
+        assert sorted(texts) == [f"{word} {i}" for i in range(3)]
+
+
+def test_a_worker_that_was_killed_is_one_line(run_here, tmp_path, monkeypatch):
+    import datasets
+
+    def killed(*args, **options):
+        raise RuntimeError("One of the subprocesses has abruptly died during map operation.")
+
+    monkeypatch.setattr(datasets.Dataset, "map", killed)
+    error = run_here("--data_files", write_jsonl(tmp_path / "docs.jsonl", TWO))
+    assert error.startswith("error: tokenizing failed") and error.endswith("abruptly died during map operation.")
+
+
 def test_val_fraction_is_the_way_out_of_a_short_val_bin(run_here, tmp_path, capsys):
     docs = write_jsonl(tmp_path / "docs.jsonl", [{"text": f"line {i}"} for i in range(2000)])
     for args, n_val, said in [([], 1, True), (["--val_fraction", "0.25"], 500, False)]:
@@ -178,7 +199,7 @@ def test_a_file_is_read_by_its_name(run_here, tmp_path, name, monkeypatch):
         write_jsonl(tmp_path / f"{decoy}.jsonl", [{"text": "decoy"}])
     write_jsonl(tmp_path / f"{name}.jsonl", [{"text": "1"}, {"text": "2"}])
     write_jsonl(folder / f"{name}.jsonl", [{"text": "3"}])
-    documents = run_here.module.load_documents([Path(f"{name}.jsonl"), folder / f"{name}.jsonl"], None, 1)
+    documents = run_here.module.load_documents([Path(f"{name}.jsonl"), folder / f"{name}.jsonl"], "", None, 1)
     assert list(documents["text"]) == ["1", "2", "3"]
 
 
@@ -200,7 +221,7 @@ def test_every_kind_of_file(run_here, tmp_path):
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         files.append(tmp_path / name)
-    documents = run_here.module.load_documents(files, None, 1)
+    documents = run_here.module.load_documents(files, "", None, 1)
     assert list(documents["text"]) == [row["text"] for row in rows] * len(files)
     # on disk: the text, and twice the tokens of 2 bytes for 4 of text
     ((_, cache), (_, out)) = run_here.module.disk_needs([tmp_path / "bom.JSONL.GZ"], None, tmp_path)
@@ -264,7 +285,10 @@ def test_a_full_disk_is_seen_first(run_here, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", tmp_path / "hub")  # all on one file system
     error = run_here()  # the whole set, and nothing is loaded
     assert "about 100.6 GB needed, 7.7 GB free" in error and "HF_HOME" in error
+    (tmp_path / "cache" / "Skylion007___openwebtext" / "default.incomplete").mkdir(parents=True)  # it began
+    (tmp_path / "cache" / "Skylion007___openwebtext" / "default.incomplete" / "0.arrow").touch()
     total, fewer = (sum(size for _, size in run_here.module.disk_needs(None, n, tmp_path)) for n in (None, 1000))
+    assert total == pytest.approx(1006e8, rel=1e-2)
     assert total - fewer == pytest.approx(4 * 9.04e9, rel=1e-2)  # the tokens, twice, of 2 bytes
 
 

@@ -42,6 +42,12 @@ def test_nanogpts_gpt2_tokens(nanogpt_here, tmp_path, capsys):
     assert "remove it first" in nanogpt_here(folder) and mtimes(folder) == before
 
 
+def test_characters_are_not_taken_for_gpt2s_tokens(nanogpt_here, tmp_path):
+    folder = nanogpts_folder(tmp_path / "characters", [0, 64, 255], [3])
+    assert "no token id above 255: these are characters or bytes" in nanogpt_here(folder)
+    assert not (folder / "meta.json").exists()
+
+
 def test_nanogpts_characters(nanogpt_here, tmp_path):
     """Its prepare.py sorts the characters of input.txt, and holds out the last tenth."""
     text = "".join(map(chr, range(14, 1100))) + "and \U0001d11e on\n" * 20
@@ -69,7 +75,7 @@ def test_nanogpts_characters(nanogpt_here, tmp_path):
     ],
 )
 def test_bins_that_are_not_nanogpts(nanogpt_here, tmp_path, name, content, words):
-    folder = nanogpts_folder(tmp_path / "theirs", [1], [2])
+    folder = nanogpts_folder(tmp_path / "theirs", [1000], [2000])
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_bytes(content)

@@ -26,7 +26,7 @@ os.replace = interrupted_replace
 """
 
 
-@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize("nth", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
 def test_interrupted_run_leaves_nothing_that_counts(tmp_path, nth, name):
     (tmp_path / "old.txt").write_text("the old text")
@@ -35,11 +35,13 @@ def test_interrupted_run_leaves_nothing_that_counts(tmp_path, nth, name):
     succeeded(prepare(CHAR, "--input", tmp_path / "old.txt", "--out_dir", out))
     command = (CHAR, "--input", tmp_path / "new.txt", "--out_dir", out)
     process = prepare(*command, code=INTERRUPT.format(nth=nth, name=name))
-    assert not (out / "meta.json").exists()
+    is_old = nth < 3  # the first two are of the new files' own folder
+    assert (out / "meta.json").exists() == is_old
     if name == "SIGINT":
         assert process.returncode == 130
         assert process.stderr.strip().startswith("interrupted") and process.stderr.strip().count("\n") == 0
-        assert sorted(path.name for path in out.iterdir()) == ["train.bin", "val.bin"]
+        assert sorted(path.name for path in out.iterdir()) == ["meta.json"] * is_old + ["train.bin", "val.bin"]
+        assert not is_old or "".join(decoded(out)) == "the old text"
     else:
         assert process.returncode == -signal.SIGKILL
     succeeded(prepare(*command))

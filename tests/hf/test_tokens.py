@@ -161,6 +161,14 @@ def test_a_text_is_neither_cut_nor_padded(tmp_path):
         assert AutoTokenizer.from_pretrained(place, trust_remote_code=False)(text).input_ids == expected
 
 
+def test_a_tokenizer_that_another_run_has_left_is_not_a_checkpoints(tmp_path):
+    folder = save(tmp_path / "model")
+    assert status(drop_syncs.main, dropping(folder, tmp_path / "out", drop=0)) == 0
+    write_checkpoint(tmp_path / "new", {"tokenizer": "char", "chars": "abc", "vocab_size": 3})
+    (tmp_path / "new" / "ckpt.pt").replace(tmp_path / "out" / "ckpt.pt")
+    assert ckpt.load_with_tokens(tmp_path / "out" / "ckpt.pt")[2]["tokenizer"] == "char"
+
+
 # --- ids beyond the embedding table
 
 
@@ -358,7 +366,7 @@ print(AutoTokenizer.from_pretrained("export")("the").input_ids)
 
 
 @pytest.mark.parametrize("tokens, pattern", [("char", "11"), ("gpt2", "11"), ("char", "22")])
-def test_a_tokenizer_of_an_export_asks_nothing(tmp_path, tokens, pattern):
+def test_a_tokenizer_of_an_export_asks_nothing(tmp_path, tokens, pattern, capsys):
     """Fault 21: loaded as its card does it. Without that word transformers asks because the model, not the tokenizer,
     has code; where nobody can answer it goes on. A plain model has none.
     """
@@ -371,4 +379,7 @@ def test_a_tokenizer_of_an_export_asks_nothing(tmp_path, tokens, pattern):
     said = succeeded(run_script(["-c", LOADED], cwd=tmp_path, stdin=subprocess.DEVNULL))
     card, plain = said.split("without a word:\n")
     assert "the" in card and "[y/N]" not in card
+    if tokens == "char":  # its tokenizer would leave it out
+        argv = [f"--init_from={tmp_path / 'export'}", "--start=a the é", "--device=cpu"]
+        assert "does not know the character 'é'" in error_of(sample.main, argv, capsys)
     assert ("[y/N]" in plain) == (pattern == "11") and plain.endswith(f"{Tokens(meta).encode('the')}\n")

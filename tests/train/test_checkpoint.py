@@ -251,6 +251,9 @@ def test_the_one_before_is_offered(path, state):
     previous = path.with_name("ckpt_previous.pt")
     assert f"to go on from the one before: mv {previous} {path}" in damaged(path)
     assert "the one before" not in damaged(previous)  # not itself
+    path.unlink()
+    path.mkdir()
+    assert "Is a directory" in (said := refused(path)) and "the one before" not in said  # that is no damage
 
 
 def damaged(path):

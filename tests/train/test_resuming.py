@@ -106,8 +106,12 @@ def test_a_finished_run_resumed_or_evaluated_is_unchanged(resumed, small_dataset
     assert contents(tmp_path / "out") == before
 
 
-def test_starting_over_in_the_folder_of_a_run_is_refused(resumed, small_dataset):
+def test_starting_over_in_the_folder_of_a_run_is_refused(resumed, small_dataset, tmp_path):
     refused(tiny(small_dataset, resumed / "whole" / "out", **LONG), "holds a run already", "--init_from=resume")
+    for name in ("ckpt_best.pt", "progress.pt"):  # all that is left, or drop_syncs.py's
+        (tmp_path / name).touch()
+        refused(tiny(small_dataset, tmp_path, **LONG), f"holds a run already: {name}; choose another out_dir")
+        (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize(
