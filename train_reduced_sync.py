@@ -89,8 +89,8 @@ def prepare(config: Config) -> Prepared:
     """
     path = Path(config.out_dir) / "ckpt.pt"
     others = sorted(Path(config.out_dir).glob("*.pt"))  # the best one, or drop_syncs.py's
-    if RESTART_COUNT > 0 and path.exists():  # torchrun --max-restarts: go on instead of starting over
-        config.init_from = "resume"
+    if RESTART_COUNT > 0:  # torchrun --max-restarts: go on instead of starting over
+        config.init_from = "resume" if path.exists() else config.init_from
     elif config.init_from != "resume" and others and not config.eval_only:
         go_on = "go on with --init_from=resume, or" if path in others else f"{others[0].name};"
         raise ValueError(f"out_dir={config.out_dir!r} holds a run already: {go_on} choose another out_dir")

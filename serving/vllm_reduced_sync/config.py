@@ -65,6 +65,8 @@ class Checks(VerifyAndUpdateConfig):
             raise ValueError(
                 f"weights of {few_bits[0]} bits cannot be served on a CPU in float32: use --dtype bfloat16"
             )
+        if current_platform.is_cpu():  # torch 2.13's Inductor fuses a sum before onednn_mm has written its terms
+            vllm_config.compilation_config.inductor_compile_config.setdefault("max_fusion_size", 1)
         sizes = CPUAttentionBackend.get_supported_head_sizes()
         if current_platform.is_cpu() and config.head_size not in sizes:  # vLLM would start, and end at a request
             raise ValueError(f"head_size={config.head_size} cannot be served on a CPU; vLLM has {sizes}")
