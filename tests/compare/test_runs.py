@@ -13,7 +13,7 @@ from scipy import stats
 from reduced_sync.compare.figures import draw_comparison
 from reduced_sync.compare.frontier import on_frontier
 from reduced_sync.compare.report import judge, table, verdict, warnings
-from reduced_sync.compare.runs import baseline_of, gap_of, load_runs, noise
+from reduced_sync.compare.runs import baseline_of, best_rate, gap_of, load_runs, noise
 
 # of training; drop_syncs.py's have another form
 RECORDED = sorted(log for log in (ROOT / "results").glob("*/*/log.txt") if "\nstep 0: " in log.read_text())
@@ -234,3 +234,10 @@ def test_a_run_of_an_impossible_size_is_skipped(tmp_path, keys, line):
     make(tmp_path, "out-none", "2", [4.0], **keys)
     with pytest.raises(ValueError, match=f"out-none/log.txt: its header is not that of a run: {re.escape(line)}"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rates, inside", [((0.5, 1, 2), True), ((0.5, 1, 4), False), ((0.25, 1, 2), False), ((1, 2), False)]
+)
+def test_a_best_rate_is_bracketed_by_rates_at_most_twofold_away(rates, inside):
+    assert best_rate({rate: {1: 2.0 + (rate != 1)} for rate in rates}) == (1, inside)

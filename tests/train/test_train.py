@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from launch import ROOT, TRAIN, run_script, succeeded, timeless
 from tiny_runs import RANKS_AGREE, assert_same_to_the_last_digit, chain, log_lines, pretend, tiny
 
 from reduced_sync.configurator import configure
+from reduced_sync.distributed import Layout
 from reduced_sync.train.log import read_log
-from train_reduced_sync import Config, prepare
+from train_reduced_sync import Config, Trainer, prepare
 
 CONFIGS = sorted((ROOT / "config").glob("train_*.py"))
 
@@ -281,3 +283,20 @@ def test_torch_compile(small_dataset, tmp_path):
     runs = [factorised(small_dataset, f"compile-{on}", compile=on, **keys) for on in (True, False)]
     succeeded(run_script([RANKS_AGREE, *chain(runs)], cwd=tmp_path, env=env, timeout=280))
     assert_same_to_the_last_digit(log_lines(tmp_path / "out-compile-True"), log_lines(tmp_path / "out-compile-False"))
+
+
+def trainer(*args, **keys):
+    """A Trainer of a tiny run on one rank."""
+    config = configure(Config, tiny(*args, **keys))
+    return Trainer(config, Layout(torch.device("cpu"), torch.float32), prepare(config))
+
+
+def test_no_dropout_in_evaluation(small_dataset, tmp_path):
+    stop = SimpleNamespace(asked=None, agreed=False)
+    without, with_it = (trainer(small_dataset, tmp_path, dropout=dropout).evaluate(stop) for dropout in (0.0, 0.2))
+    assert without == with_it
+
+
+def test_the_seed_makes_the_initial_weights(small_dataset, tmp_path):
+    one, other, again = (trainer(small_dataset, tmp_path, seed=seed).model.lm_head.weight for seed in (1, 2, 1))
+    assert torch.equal(one, again) and not torch.equal(one, other)
