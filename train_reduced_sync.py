@@ -88,11 +88,11 @@ def prepare(config: Config) -> Prepared:
     Raises ValueError.
     """
     path = Path(config.out_dir) / "ckpt.pt"
-    others = sorted(Path(config.out_dir).glob("*.pt"))  # the best one, or drop_syncs.py's
+    there = sorted(Path(config.out_dir).glob("*.pt"))  # a run's last, previous and best, and drop_syncs.py's
     if RESTART_COUNT > 0:  # torchrun --max-restarts: go on instead of starting over
         config.init_from = "resume" if path.exists() else config.init_from
-    elif config.init_from != "resume" and others and not config.eval_only:
-        go_on = "go on with --init_from=resume, or" if path in others else f"{others[0].name};"
+    elif config.init_from != "resume" and there and not config.eval_only:
+        go_on = "go on with --init_from=resume, or" if path in there else f"{there[0].name};"
         raise ValueError(f"out_dir={config.out_dir!r} holds a run already: {go_on} choose another out_dir")
     saved = ckpt.load(path, ckpt.TRAINING_KEYS) if config.init_from == "resume" else None
     origin = saved["config"].get("init_from", "scratch") if saved else config.init_from

@@ -44,7 +44,7 @@ class Checks(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config):
-        """Raises ValueError for what cannot be served."""
+        """Turns off what would compute something else on a CPU. Raises ValueError for what cannot be served."""
         config, tp_size = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
         if config.rule.method_name not in SERVED:
             allowed = ", ".join(SERVED[1:])

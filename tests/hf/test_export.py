@@ -324,11 +324,20 @@ def test_gpt2s_tokens_are_tiktokens(tmp_path, shape):
 
 
 def test_the_tokenizer_that_the_model_came_with(tmp_path):
-    """An export's own, by a run that went on from it."""
+    """An export's own, by a run that went on from it; and as drop_syncs.py keeps it beside its checkpoint."""
     _, folder = exported(tmp_path, n_shard=2, sync="1111")
-    _, again = exported(tmp_path / "again", {"tokenizer": str(folder), "vocab_size": 28}, n_shard=2, sync="1111")
-    tokenizer = AutoTokenizer.from_pretrained(again, trust_remote_code=False)
-    assert tokenizer("he said").input_ids == [CHARS.index(char) for char in "he said"]
+    for meta, kept in (
+        ({"tokenizer": str(folder), "vocab_size": 28}, False),
+        ({"tokenizer": "gpt2", "vocab_size": 28}, True),
+    ):
+        out, again = tmp_path / str(kept) / "out", tmp_path / str(kept) / "export"
+        save(out, meta, n_shard=2, sync="1111")
+        if kept:
+            torch.save(torch.load(out / "ckpt.pt") | {"progress": {}}, out / "ckpt.pt")
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(out / "tokenizer")
+        export.main([str(out), f"--to={again}"])
+        tokenizer = AutoTokenizer.from_pretrained(again, trust_remote_code=False)
+        assert tokenizer("he said").input_ids == [CHARS.index(char) for char in "he said"]
 
 
 # --- 4. the card, and the way back
